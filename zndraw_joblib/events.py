@@ -1,0 +1,238 @@
+"""What browsers and workers hear over Socket.IO, and the outbox it leaves through."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol, Self
+from uuid import UUID
+
+import anyio
+from pydantic import BaseModel, ConfigDict
+
+from zndraw_joblib.lifecycle import TaskStatus
+
+log = logging.getLogger(__name__)
+
+
+class FrozenEvent(BaseModel):
+    """An event: its name on the wire is the class's name in snake_case."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def event_name(cls) -> str:
+        """Return the name under which Socket.IO carries this event."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+class JobsInvalidate(FrozenEvent):
+    """The room's list of jobs, or of their workers, changed."""
+
+
+class ProvidersInvalidate(FrozenEvent):
+    """The room's list of providers changed."""
+
+
+class TaskAvailable(FrozenEvent):
+    """A task waits for one of the job's workers."""
+
+    job_name: str
+    room_id: str
+    task_id: str
+
+
+class TaskStatusEvent(FrozenEvent):
+    """A task was submitted, or changed its state."""
+
+    id: str
+    name: str
+    room_id: str
+    status: TaskStatus
+    created_at: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    queue_position: int | None = None
+    worker_id: str | None = None
+    error: str | None = None
+    attempt: int = 0
+    progress: float | None = None
+    progress_message: str | None = None
+
+
+class ProviderRequest(FrozenEvent):
+    """A reader waits for what the provider answers to ``params``."""
+
+    request_id: str
+    provider_name: str
+    params: str
+
+    @classmethod
+    def from_dict_params(
+        cls, *, request_id: str, provider_name: str, params: dict[str, Any]
+    ) -> Self:
+        """Build the event from parameters that are not encoded yet."""
+        return cls(
+            request_id=request_id,
+            provider_name=provider_name,
+            params=json.dumps(params, sort_keys=True, separators=(",", ":")),
+        )
+
+
+class ProviderResultReady(FrozenEvent):
+    """The provider's answer to a request can be read."""
+
+    provider_name: str
+    request_hash: str
+
+
+class JoinJobRoom(FrozenEvent):
+    """Client to server: a worker wants to hear of the job's tasks."""
+
+    job_name: str
+    worker_id: str
+
+
+class LeaveJobRoom(FrozenEvent):
+    """Client to server: a worker no longer serves the job."""
+
+    job_name: str
+    worker_id: str
+
+
+class JoinProviderRoom(FrozenEvent):
+    """Client to server: a worker wants to hear of the provider's requests."""
+
+    provider_name: str
+    worker_id: str
+
+
+class LeaveProviderRoom(FrozenEvent):
+    """Client to server: a worker no longer serves the provider."""
+
+    provider_name: str
+    worker_id: str
+
+
+def room_channel(room_id: str) -> str:
+    """Return the Socket.IO room that the people in ``room_id`` are in."""
+    return f"room:{room_id}"
+
+
+def jobs_channel(full_name: str) -> str:
+    """Return the Socket.IO room of the workers of a job."""
+    return f"jobs:{full_name}"
+
+
+def providers_channel(full_name: str) -> str:
+    """Return the Socket.IO room of the worker that serves a provider."""
+    return f"providers:{full_name}"
+
+
+class Emission(NamedTuple):
+    """An event and the Socket.IO room that hears of it."""
+
+    event: FrozenEvent
+    room: str
+
+
+class TaskLike(Protocol):
+    """What a status event tells of a task: a row of the table or a wire view."""
+
+    id: Any
+    room_id: str
+    status: TaskStatus
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    worker_id: Any
+    error: str | None
+    attempt: int
+    progress: float | None
+    progress_message: str | None
+
+
+def build_task_status_emission(
+    task: TaskLike, job_full_name: str, queue_position: int | None = None
+) -> Emission:
+    """Return the event that tells the task's room where the task is now."""
+    event = TaskStatusEvent(
+        id=str(task.id),
+        name=job_full_name,
+        room_id=task.room_id,
+        status=task.status,
+        created_at=task.created_at,
+        started_at=task.started_at,
+        completed_at=task.completed_at,
+        queue_position=queue_position,
+        worker_id=None if task.worker_id is None else str(task.worker_id),
+        error=task.error,
+        attempt=task.attempt,
+        progress=task.progress,
+        progress_message=task.progress_message,
+    )
+    return Emission(event, room_channel(task.room_id))
+
+
+class Emitter(Protocol):
+    """A ``socketio.AsyncServer``, or what wraps one."""
+
+    async def emit(self, event: str, data: Any, *, room: str) -> Any:
+        """Send ``data`` to everybody in ``room``."""
+        ...
+
+
+async def emit(
+    tsio: Emitter | None, emissions: Iterable[Emission], *, timeout: float = 5.0
+) -> None:
+    """Send events in their order; one that can't leave is logged and skipped.
+
+    Parameters
+    ----------
+    tsio : socketio.AsyncServer or a wrapper of one, or None
+        None sends nothing.
+    emissions : iterable of Emission
+        What to send; equal ones are sent once.
+    timeout : float
+        Seconds that the server's manager may take for one event.
+    """
+    if tsio is None:
+        return
+    for event, room in dict.fromkeys(emissions):
+        try:
+            with anyio.fail_after(timeout):
+                await tsio.emit(
+                    event.event_name(), event.model_dump(mode="json"), room=room
+                )
+        except Exception:
+            log.exception("event %s for %s did not leave", event.event_name(), room)
+
+
+class Dispatch(NamedTuple):
+    """An ``@internal`` task on its way to the broker."""
+
+    job_name: str
+    task_id: UUID
+    room_id: str
+    payload: dict[str, Any]
+
+
+@dataclass
+class Outbox:
+    """What leaves once the transaction is committed and its session closed.
+
+    Attributes
+    ----------
+    emissions : list of Emission
+        Events, in the order of the changes that they tell of.
+    dispatches : list of Dispatch
+        Messages to the TaskIQ broker.
+    wakes : list of str
+        What waiting requests of this process may be waiting for.
+    """
+
+    emissions: list[Emission] = field(default_factory=list)
+    dispatches: list[Dispatch] = field(default_factory=list)
+    wakes: list[str] = field(default_factory=list)

@@ -1,0 +1,294 @@
+"""Problem details (RFC 9457): one class a problem, its docstring the default detail."""
+
+import re
+from collections.abc import Mapping
+from inspect import cleandoc
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+PROBLEM_JSON = "application/problem+json"
+
+
+class ProblemDetail(BaseModel):
+    """The body of an error answer, as RFC 9457 defines it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str | None = None
+    instance: str | None = None
+
+
+class ProblemException(Exception):
+    """A problem on its way to the client.
+
+    Parameters
+    ----------
+    problem : ProblemDetail
+        What the client is told.
+    headers : mapping of str to str, optional
+        Headers of the answer, ``Retry-After`` for example.
+    """
+
+    def __init__(
+        self, problem: ProblemDetail, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(problem.detail or problem.title)
+        self.problem = problem
+        self.headers = dict(headers or {})
+
+
+class ProviderTimeoutError(TimeoutError):
+    """Raised on the client's side: the provider did not answer in time."""
+
+
+class Problem:
+    """Base of the problem classes; never instantiated, only named."""
+
+    title: ClassVar[str]
+    status: ClassVar[int]
+    client_error: ClassVar[type[Exception]] = ValueError
+
+    @classmethod
+    def problem_id(cls) -> str:
+        """Return the kebab-case name that ends the type URI."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @classmethod
+    def type_uri(cls) -> str:
+        """Return the URI reference that identifies this kind of problem."""
+        return f"/v1/problems/{cls.problem_id()}"
+
+    @classmethod
+    def create(
+        cls, detail: str | None = None, instance: str | None = None, **members: Any
+    ) -> ProblemDetail:
+        """Return the problem's body; ``members`` are RFC 9457 extension members."""
+        return ProblemDetail(
+            type=cls.type_uri(),
+            title=cls.title,
+            status=cls.status,
+            detail=cleandoc(cls.__doc__ or cls.title) if detail is None else detail,
+            instance=instance,
+            **members,
+        )
+
+    @classmethod
+    def exception(
+        cls,
+        detail: str | None = None,
+        instance: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **members: Any,
+    ) -> ProblemException:
+        """Return the problem as an exception to raise."""
+        return ProblemException(cls.create(detail, instance, **members), headers)
+
+    @classmethod
+    def raise_for_client(cls, problem: ProblemDetail) -> NoReturn:
+        """Raise ``problem`` as the Python error that a worker's program expects."""
+        raise cls.client_error(problem.detail or problem.title)
+
+
+class MalformedBody(Problem):
+    """The body is not JSON that can be stored and sent back."""
+
+    title = "Bad Request"
+    status = 400
+
+
+class InvalidCategory(Problem):
+    """The category is not one that this server allows."""
+
+    title = "Bad Request"
+    status = 400
+
+
+class InvalidRoomId(Problem):
+    """A room id is neither empty nor holds '@', ':' or control characters."""
+
+    title = "Bad Request"
+    status = 400
+
+
+class ProviderExecutionFailed(Problem):
+    """The provider could not serve this request."""
+
+    title = "Bad Request"
+    status = 400
+
+
+class Forbidden(Problem):
+    """This user may not do this."""
+
+    title = "Forbidden"
+    status = 403
+    client_error = PermissionError
+
+
+class JobNotFound(Problem):
+    """There is no such job in this room."""
+
+    title = "Not Found"
+    status = 404
+    client_error = KeyError
+
+
+class WorkerNotFound(Problem):
+    """There is no such worker."""
+
+    title = "Not Found"
+    status = 404
+    client_error = KeyError
+
+
+class TaskNotFound(Problem):
+    """There is no such task."""
+
+    title = "Not Found"
+    status = 404
+    client_error = KeyError
+
+
+class ProviderNotFound(Problem):
+    """There is no such provider in this room."""
+
+    title = "Not Found"
+    status = 404
+    client_error = KeyError
+
+
+class SchemaConflict(Problem):
+    """The job exists with another schema."""
+
+    title = "Conflict"
+    status = 409
+
+
+class InvalidTaskTransition(Problem):
+    """The task's state does not allow this change."""
+
+    title = "Conflict"
+    status = 409
+
+
+class LeaseLost(Problem):
+    """The task is no longer held under this attempt."""
+
+    title = "Conflict"
+    status = 409
+
+
+class PayloadTooLarge(Problem):
+    """The body is larger than this server takes."""
+
+    title = "Content Too Large"
+    status = 413
+
+
+class InvalidRequest(Problem):
+    """The request does not have the documented shape; ``errors`` says where."""
+
+    title = "Unprocessable Content"
+    status = 422
+
+
+class InvalidSchema(Problem):
+    """The schema is not a JSON Schema."""
+
+    title = "Unprocessable Content"
+    status = 422
+
+
+class InvalidPayload(Problem):
+    """The payload does not fit the job's schema; ``errors`` says where."""
+
+    title = "Unprocessable Content"
+    status = 422
+
+
+class IdempotencyKeyReused(Problem):
+    """This Idempotency-Key was used for another request."""
+
+    title = "Unprocessable Content"
+    status = 422
+
+
+class InternalJobNotConfigured(Problem):
+    """This server runs no executor for the internal job."""
+
+    title = "Service Unavailable"
+    status = 503
+
+
+class ServiceUnavailable(Problem):
+    """A service that this server needs can't be reached right now."""
+
+    title = "Service Unavailable"
+    status = 503
+    client_error = ConnectionError
+
+
+class ProviderTimeout(Problem):
+    """The provider did not answer in time."""
+
+    title = "Gateway Timeout"
+    status = 504
+    client_error = ProviderTimeoutError
+
+
+def json_pointer(path: list[Any] | tuple[Any, ...]) -> str:
+    """Return ``path`` as a JSON pointer (RFC 6901)."""
+    return "".join(
+        "/" + str(key).replace("~", "~0").replace("/", "~1") for key in path
+    )
+
+
+def invalid_request(errors: list[Any]) -> ProblemException:
+    """Turn FastAPI's validation errors into one problem.
+
+    What was sent is left out of the answer: it may be unfit to be sent back.
+
+    Parameters
+    ----------
+    errors : list of dict
+        As ``RequestValidationError.errors()`` returns them.
+    """
+    told = [
+        {"pointer": json_pointer(e["loc"]), "detail": e["msg"], "type": e["type"]}
+        for e in errors
+    ]
+    where = "; ".join(f"{e['pointer']}: {e['detail']}" for e in told[:3])
+    return InvalidRequest.exception(detail=where, errors=told)
+
+
+async def problem_exception_handler(request: "Request", exc: Exception) -> "Response":
+    """Answer with problem+json; the host registers it for ``ProblemException``.
+
+    It also takes FastAPI's ``RequestValidationError``, for hosts that want
+    problem+json from their own routes too.
+    """
+    # here, not at the top: a worker's process needs the classes but no web server
+    from fastapi.exceptions import RequestValidationError
+    from starlette.responses import Response
+
+    if isinstance(exc, RequestValidationError):
+        exc = invalid_request(list(exc.errors()))
+    if not isinstance(exc, ProblemException):
+        raise exc
+    problem = exc.problem
+    if problem.instance is None:
+        problem = problem.model_copy(update={"instance": request.url.path})
+    return Response(
+        problem.model_dump_json(exclude_none=True),
+        status_code=problem.status,
+        headers=exc.headers,
+        media_type=PROBLEM_JSON,
+    )

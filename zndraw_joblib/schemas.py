@@ -1,0 +1,290 @@
+"""What goes over the wire: request and response models, and what JSON is taken."""
+
+import math
+import re
+from datetime import datetime
+from typing import Annotated, Any, Generic, TypeVar
+from uuid import UUID
+
+import pydantic_core
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+)
+
+from zndraw_joblib.lifecycle import (
+    MAX_ATTEMPTS,
+    MAX_PRIORITY,
+    ErrorType,
+    TaskStatus,
+    WorkerState,
+)
+from zndraw_joblib.names import UNPRINTABLE, check_name
+
+MAX_CLAIM = 32
+MAX_PAGE = 500
+MAX_INT = 2**63 - 1
+
+Json = Any
+JsonObject = dict[str, Any]
+T = TypeVar("T")
+
+# What the parser lets through but no database or second parser would: looked for in the
+# raw bytes first, so that an ordinary body is not walked through in Python.
+_SUSPECT = re.compile(rb"\\u0000|\d{19}|[eE]\+?\d{3}")
+
+
+def parse_json(body: bytes) -> Json:
+    """Parse JSON that can be stored and sent back as it came.
+
+    Parameters
+    ----------
+    body : bytes
+        UTF-8, as RFC 8259 demands.
+
+    Raises
+    ------
+    ValueError
+        For anything that is not JSON, NaN and Infinity, lone surrogates, NUL
+        characters, integers beyond 64 bit, numbers that overflow a double, and
+        nesting deeper than the parser's limit (about 200).
+    """
+    value = pydantic_core.from_json(body, allow_inf_nan=False)
+    if _SUSPECT.search(body):
+        _check_storable(value)
+    return value
+
+
+def _check_storable(value: Json) -> None:
+    match value:
+        case str():
+            if "\x00" in value:
+                raise ValueError("NUL characters can't be stored")
+        case bool():
+            pass
+        case int():
+            if not -MAX_INT - 1 <= value <= MAX_INT:
+                raise ValueError("integers are limited to 64 bit")
+        case float():
+            if not math.isfinite(value):
+                raise ValueError("numbers are limited to the range of a double")
+        case list():
+            for item in value:
+                _check_storable(item)
+        case dict():
+            for key, item in value.items():
+                _check_storable(key)
+                _check_storable(item)
+
+
+def _printable(text: str) -> str:
+    if UNPRINTABLE.search(text):
+        raise ValueError("must not contain control characters or lone surrogates")
+    return text
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(_printable)]
+ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
+Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Attempt = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class PaginatedResponse(BaseModel, Generic[T]):
+    """One page of a listing, newest first; ``total`` counts all pages."""
+
+    items: list[T]
+    total: int
+    limit: int
+    offset: int
+
+
+class WorkerResponse(BaseModel):
+    """A worker."""
+
+    id: UUID
+    last_heartbeat: datetime
+    state: WorkerState = WorkerState.ACTIVE
+
+
+class HeartbeatResponse(WorkerResponse):
+    """A worker, and what it should know about the tasks that it reported."""
+
+    cancelled: list[UUID] = []
+    lost: list[UUID] = []
+    desired_state: WorkerState = WorkerState.ACTIVE
+
+
+class WorkerSummary(BaseModel):
+    """A worker in a listing."""
+
+    id: UUID
+    last_heartbeat: datetime
+    job_count: int
+    state: WorkerState = WorkerState.ACTIVE
+
+
+class TaskHeartbeat(BaseModel):
+    """What a worker says of one task that it runs."""
+
+    id: UUID
+    attempt: Attempt
+    progress: Fraction | None = None
+    message: Message | None = None
+
+
+class WorkerUpdateRequest(BaseModel):
+    """A heartbeat: all of it is optional."""
+
+    tasks: list[TaskHeartbeat] = Field(default=[], max_length=1000)
+    state: WorkerState | None = None
+
+
+class JobPolicy(BaseModel):
+    """How a job's tasks are tried: all of it is optional, times in seconds."""
+
+    max_attempts: int = Field(default=1, ge=1, le=MAX_ATTEMPTS)
+    retry_delay_seconds: Seconds = 0
+    timeout_seconds: Seconds | None = None
+    start_timeout_seconds: Seconds | None = None
+
+
+class JobRegisterRequest(JobPolicy):
+    """A job that a worker offers to serve."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    category: Name
+    name: Name
+    schema_: JsonObject = Field(default={}, alias="schema")
+    worker_id: UUID | None = None
+
+
+class JobSummary(BaseModel):
+    """A job in a listing."""
+
+    full_name: str
+    category: str
+    name: str
+    workers: list[UUID]
+    workers_alive: int = 0
+
+
+class JobResponse(JobPolicy):
+    """A job."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    id: UUID
+    room_id: str
+    category: str
+    name: str
+    full_name: str
+    schema_: JsonObject = Field(
+        validation_alias=AliasChoices("schema", "schema_"), serialization_alias="schema"
+    )
+    workers: list[UUID]
+    workers_alive: int = 0
+    worker_id: UUID | None = None
+
+
+class TaskSubmitRequest(BaseModel):
+    """A task to run."""
+
+    payload: JsonObject = {}
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    delay_seconds: Seconds = 0
+
+
+class TaskError(BaseModel):
+    """How one attempt ended."""
+
+    attempt: int
+    error_type: ErrorType
+    error: str | None = None
+
+
+class TaskResponse(BaseModel):
+    """A task."""
+
+    id: UUID
+    job_name: str
+    room_id: str
+    status: TaskStatus
+    created_at: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    worker_id: UUID | None = None
+    error: str | None = None
+    payload: JsonObject = {}
+    queue_position: int | None = None
+    attempt: int = 0
+    max_attempts: int = 1
+    claimed_at: datetime | None = None
+    available_at: datetime | None = None
+    error_type: ErrorType | None = None
+    errors: list[TaskError] = []
+    result: Json = None
+    progress: float | None = None
+    progress_message: str | None = None
+    priority: int = 0
+    created_by_id: UUID | None = None
+
+
+class TaskClaimRequest(BaseModel):
+    """A worker's request for work."""
+
+    worker_id: UUID
+    max_tasks: int = Field(default=1, ge=1, le=MAX_CLAIM)
+
+
+class TaskClaimResponse(BaseModel):
+    """The claimed tasks, oldest first; ``task`` is the first of them."""
+
+    task: TaskResponse | None = None
+    tasks: list[TaskResponse] = []
+
+
+class TaskUpdateRequest(BaseModel):
+    """A report: what became of a task."""
+
+    status: TaskStatus
+    error: ErrorText | None = None
+    attempt: Attempt | None = None
+    retryable: bool = True
+    result: Json = None
+
+
+class ProviderRegisterRequest(BaseModel):
+    """A provider that a worker offers."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    category: Name
+    name: Name
+    schema_: JsonObject = Field(default={}, alias="schema")
+    content_type: str = "application/json"
+    worker_id: UUID | None = None
+
+
+class ProviderResponse(BaseModel):
+    """A provider."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    id: UUID
+    room_id: str
+    category: str
+    name: str
+    full_name: str
+    schema_: JsonObject = Field(
+        validation_alias=AliasChoices("schema", "schema_"), serialization_alias="schema"
+    )
+    content_type: str = "application/json"
+    worker_id: UUID | None
+    created_at: datetime

@@ -1,0 +1,75 @@
+"""Configuration, from the environment (prefix ``ZNDRAW_JOBLIB_``) or from the host."""
+
+from functools import lru_cache
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class JobLibSettings(BaseSettings):
+    """What a host can tune; every time is in seconds, every size in bytes.
+
+    Names that older releases knew and this one doesn't are ignored.
+    """
+
+    # ignored, not refused: a host that still sets what is gone must not fail
+    model_config = SettingsConfigDict(env_prefix="ZNDRAW_JOBLIB_", extra="ignore")
+
+    allowed_categories: list[str] = Field(
+        default=["modifiers", "selections", "analysis"],
+        description="Categories that a job may be registered under.",
+    )
+    worker_timeout_seconds: PositiveFloat = Field(
+        default=60, description="Silence after which a worker counts as lost."
+    )
+    sweeper_interval_seconds: PositiveFloat = Field(
+        default=30, description="Pause between two passes of the sweeper."
+    )
+    long_poll_max_wait_seconds: PositiveFloat = Field(
+        default=60, description="Upper bound of `Prefer: wait` on tasks and claims."
+    )
+    internal_task_timeout_seconds: PositiveFloat = Field(
+        default=3600, description="Longest life of an `@internal` attempt."
+    )
+    internal_redispatch_seconds: PositiveFloat = Field(
+        default=300,
+        description="Time after which an `@internal` task that nobody started is sent again.",
+    )
+    dispatch_timeout_seconds: PositiveFloat = Field(
+        default=5,
+        description="Longest wait for Socket.IO or the broker to take one message.",
+    )
+    recheck_seconds: PositiveFloat = Field(
+        default=1,
+        description="How often a waiting request looks for what other processes did.",
+    )
+    queue_position_max: PositiveInt = Field(
+        default=1000, description="`queue_position` counts exactly up to here."
+    )
+    max_payload_bytes: PositiveInt = Field(
+        default=1024 * 1024, description="Largest JSON body of a request (413 beyond)."
+    )
+    retry_delay_max_seconds: PositiveFloat = Field(
+        default=3600, description="Cap of the doubling backoff between attempts."
+    )
+    allowed_provider_categories: list[str] | None = Field(
+        default=None, description="Categories of providers; `None` admits any."
+    )
+    provider_result_ttl_seconds: PositiveFloat = Field(
+        default=300, description="How long a provider's result is kept."
+    )
+    provider_inflight_ttl_seconds: PositiveFloat = Field(
+        default=30, description="How long one dispatched read holds back a second one."
+    )
+    provider_long_poll_default_seconds: PositiveFloat = Field(
+        default=5, description="Wait of a provider read without `Prefer: wait`."
+    )
+    provider_long_poll_max_seconds: PositiveFloat = Field(
+        default=30, description="Upper bound of `Prefer: wait` on provider reads."
+    )
+
+
+@lru_cache
+def get_settings() -> JobLibSettings:
+    """Return the settings of the environment, read once for the process."""
+    return JobLibSettings()
