@@ -23,8 +23,8 @@
 =================  =================================================================
 
 Coroutine tests need no mark (`anyio_mode = "auto"`). A test that uses no `session_maker`,
-directly or through another fixture, says nothing of makers and runs under `plain` alone.
-Sessions and connections that a test leaves open fail it.
+directly or through another fixture, says nothing of makers and runs under `plain` alone;
+`@pytest.mark.makers("postgres")` restricts a test to the makers that it names. and connections that a test leaves open fail it.
 """
 
 import asyncio
@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
-import anyio
 import httpx
 import jwt
 import makers
@@ -53,7 +52,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from zndraw_auth import (
     AuthSettings,
     Base,
-    User as UserRow,
     UserCreate,
     UserManager,
     UserRead,
@@ -63,6 +61,9 @@ from zndraw_auth import (
     fastapi_users,
     get_user_db,
     get_user_manager,
+)
+from zndraw_auth import (
+    User as UserRow,
 )
 from zndraw_auth.settings import get_auth_settings
 
@@ -95,11 +96,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    if config.option.maker == "plain":
-        return
-    needless = [i for i in items if "session_maker" not in i.fixturenames]
+    maker = config.option.maker
+
+    def is_needless(item: pytest.Item) -> bool:
+        if mark := item.get_closest_marker("makers"):
+            return maker not in mark.args
+        return maker != "plain" and "session_maker" not in item.fixturenames
+
+    needless = [item for item in items if is_needless(item)]
     config.hook.pytest_deselected(items=needless)
-    items[:] = [i for i in items if i not in needless]
+    items[:] = [item for item in items if item not in needless]
 
 
 @pytest.fixture(scope="session")
@@ -185,14 +191,9 @@ async def session_maker(
     """Yield what the host sets as its session maker."""
     session_maker, in_use = makers.make_session_maker(maker, engine)
     yield session_maker
-    # what a cancelled request still closes is no leak
-    with anyio.move_on_after(2):
-        while in_use():
-            await anyio.sleep(0.01)
-    assert not in_use(), "a session or connection was not closed"
-    told = "\n\n".join(strict.violations)
-    strict.violations.clear()
-    assert not told, told
+    violations = strict.take_violations()
+    assert not violations, "\n\n".join(violations)
+    await makers.assert_closed(in_use)
 
 
 class Sent(NamedTuple):

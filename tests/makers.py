@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
+import anyio
 import strict
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -59,6 +60,15 @@ def _count_connections(engine: AsyncEngine) -> set[int]:
         engine.sync_engine, "checkin", lambda dbapi, record: out.discard(id(record))
     )
     return out
+
+
+async def assert_closed(in_use: Callable[[], bool], grace: float = 2.0) -> None:
+    """Fail when a session or connection is still open after ``grace`` seconds."""
+    # what a cancelled request still closes is no leak
+    with anyio.move_on_after(grace):
+        while in_use():
+            await anyio.sleep(0.01)
+    assert not in_use(), "a session or connection was not closed"
 
 
 @contextmanager

@@ -55,6 +55,13 @@ def open_sessions() -> int:
     return sum(len(held) for held in _held.values())
 
 
+def take_violations() -> list[str]:
+    """Return the violations so far, and forget them."""
+    taken = violations.copy()
+    violations.clear()
+    return taken
+
+
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """Return an event loop that watches every one of its tasks."""
     loop = asyncio.new_event_loop()
