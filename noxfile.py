@@ -1,0 +1,47 @@
+"""What contributors and CI run: ``nox`` for every gate, ``nox -s demo`` for the demo.
+
+One test under one session maker, in seconds::
+
+    nox -R -s "tests(postgres)" -- tests/test_tasks.py -k claim
+"""
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["lint", "tests"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+MAKERS = ["plain", "locked", "locked-memory", "strict", "postgres"]
+
+# nox would kill a process half a second after Ctrl-C: ours stop their own children first
+PATIENT = {"interrupt_timeout": 20.0, "terminate_timeout": 10.0}
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install the package, and what the dependency groups name."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, *groups), "-e", ".")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, layout and types."""
+    install(session, "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("maker", MAKERS, ids=MAKERS)
+def tests(session: nox.Session, maker: str) -> None:
+    """Run the suite over one of the session makers that a host may set."""
+    install(session, "test")
+    session.run("pytest", "--maker", maker, *session.posargs, **PATIENT)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run real structures through a host and a worker."""
+    install(session, "host", "demo")
+    session.run("python", "docs/demo.py", *session.posargs, **PATIENT)
