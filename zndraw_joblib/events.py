@@ -12,7 +12,7 @@ from uuid import UUID
 import anyio
 from pydantic import BaseModel, ConfigDict
 
-from zndraw_joblib.lifecycle import TaskStatus
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 
 log = logging.getLogger(__name__)
 
@@ -229,10 +229,57 @@ class Outbox:
         Events, in the order of the changes that they tell of.
     dispatches : list of Dispatch
         Messages to the TaskIQ broker.
-    wakes : list of str
-        What waiting requests of this process may be waiting for.
+    ended : list of str
+        Keys of tasks that ended: whoever waits for one is to look.
+    queued : list of str
+        Keys of jobs, one for each task that can be claimed: one claim is to look.
     """
 
     emissions: list[Emission] = field(default_factory=list)
     dispatches: list[Dispatch] = field(default_factory=list)
-    wakes: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    queued: list[str] = field(default_factory=list)
+
+    def task_changed(self, task: "TaskView") -> None:
+        """Tell everybody whom a task's new state concerns."""
+        self.emissions.append(
+            build_task_status_emission(task, task.job_name, task.queue_position)
+        )
+        if task.status in TERMINAL:
+            self.ended.append(task_key(task.id))
+        elif task.status is TaskStatus.PENDING:
+            available = TaskAvailable(
+                job_name=task.job_name, room_id=task.room_id, task_id=str(task.id)
+            )
+            self.emissions.append(Emission(available, jobs_channel(task.job_name)))
+            self.queued.append(job_key(task.job_name))
+
+    def jobs_changed(self, rooms: Iterable[str]) -> None:
+        """Tell rooms that their list of jobs, or of their workers, changed."""
+        self.emissions += [
+            Emission(JobsInvalidate(), room_channel(room)) for room in sorted(rooms)
+        ]
+
+    def providers_changed(self, rooms: Iterable[str]) -> None:
+        """Tell rooms that their list of providers changed."""
+        self.emissions += [
+            Emission(ProvidersInvalidate(), room_channel(room))
+            for room in sorted(rooms)
+        ]
+
+
+class TaskView(TaskLike, Protocol):
+    """A task as the wire shows it."""
+
+    job_name: str
+    queue_position: int | None
+
+
+def task_key(task_id: Any) -> str:
+    """Return the key under which requests of this process wait for a task's end."""
+    return f"task:{task_id}"
+
+
+def job_key(job_name: str) -> str:
+    """Return the key under which claims of this process wait for a job's tasks."""
+    return f"job:{job_name}"

@@ -57,6 +57,8 @@ TERMINAL = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCEL
 
 #: For each state that a report can ask for: the states it may follow.
 REPORTABLE: dict[TaskStatus, frozenset[TaskStatus]] = {
+    # handed back by a worker that goes: no attempt is lost
+    TaskStatus.PENDING: frozenset({TaskStatus.CLAIMED}),
     TaskStatus.RUNNING: frozenset({TaskStatus.CLAIMED}),
     TaskStatus.COMPLETED: frozenset({TaskStatus.RUNNING}),
     TaskStatus.FAILED: HELD,
@@ -67,3 +69,5 @@ MAX_ATTEMPTS = 100
 MAX_PRIORITY = 1000
 
 WORKER_LOST_ERROR = "Worker disconnected"
+TIMEOUT_ERROR = "Ran longer than the job allows"
+INTERNAL_TIMEOUT_ERROR = "Internal task timed out"

@@ -1,4 +1,4 @@
-"""Full names and the rules of rooms: pure functions, shared by both sides of the wire."""
+"""Full names and the rules of rooms, shared by both sides of the wire."""
 
 import re
 from typing import NamedTuple

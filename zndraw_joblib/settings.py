@@ -33,7 +33,7 @@ class JobLibSettings(BaseSettings):
     )
     internal_redispatch_seconds: PositiveFloat = Field(
         default=300,
-        description="Time after which an `@internal` task that nobody started is sent again.",
+        description="After this an `@internal` task that nobody started is sent again.",
     )
     dispatch_timeout_seconds: PositiveFloat = Field(
         default=5,

@@ -1,0 +1,357 @@
+"""Tables, constraints, indexes, and the predicates that statements are made of."""
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Enum,
+    Float,
+    ForeignKey,
+    Index,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    and_,
+    literal,
+    literal_column,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from uuid_utils.compat import uuid7
+from zndraw_auth import Base
+
+from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
+from zndraw_joblib.names import visible_rooms
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment; it comes back with its zone from databases that keep none, too."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(
+        self, value: datetime | None, dialect: Dialect
+    ) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(
+        self, value: datetime | None, dialect: Dialect
+    ) -> datetime | None:
+        if value is None or value.tzinfo is not None:
+            return value
+        return value.replace(tzinfo=UTC)
+
+
+class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
+    """The database's clock, ``offset`` seconds from now.
+
+    Replicas compare their times with each other's rows: only the clock that they
+    share can say whether a worker is silent. Renders the statement's start, so that an
+    index can serve the comparison.
+    """
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+    def __init__(self, offset: float | ColumnElement[Any] = 0.0) -> None:
+        super().__init__(
+            literal(offset, Float) if isinstance(offset, (int, float)) else offset
+        )
+
+
+@compiles(now)
+def _standard_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    return f"(statement_timestamp() + make_interval(secs => {seconds}))"
+
+
+@compiles(now, "sqlite")
+def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    # '000': as many digits as DateTime writes, since SQLite compares times as text
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({seconds}) || ' seconds')"
+
+
+class noise(FunctionElement[float]):  # noqa: N801
+    """A random number between 0 and 1, drawn for each row."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(noise)
+def _standard_noise(element: noise, compiler: SQLCompiler, **kw: Any) -> str:
+    return "random()"
+
+
+@compiles(noise, "sqlite")
+def _sqlite_noise(element: noise, compiler: SQLCompiler, **kw: Any) -> str:
+    return "(0.5 + random() / 18446744073709551616.0)"
+
+
+_Status = Enum(TaskStatus, name="taskstatus")
+
+
+def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
+    """Return ``status`` as a literal in the SQL text.
+
+    A partial index serves a query only if the query's own text implies the index's
+    condition; a bound parameter can't.
+    """
+    return literal_column(f"'{status.name}'", _Status)
+
+
+class Job(Base):
+    """A named extension that workers serve, in one room or in all of them."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        UniqueConstraint("room_id", "category", "name", name="unique_job"),
+        CheckConstraint("max_attempts >= 1", name="ck_job_max_attempts"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
+    room_id: Mapped[str]
+    category: Mapped[str]
+    name: Mapped[str]
+    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON)
+    deleted: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    max_attempts: Mapped[int] = mapped_column(default=1)
+    retry_delay_seconds: Mapped[float] = mapped_column(default=0.0)
+    timeout_seconds: Mapped[float | None]
+    start_timeout_seconds: Mapped[float | None]
+
+
+class Worker(Base):
+    """A process that claims tasks; its owner is the user who made it."""
+
+    __tablename__ = "worker"
+    __table_args__ = (
+        Index("ix_worker_last_heartbeat", "last_heartbeat"),
+        Index("ix_worker_user_id", "user_id"),
+        Index("ix_worker_created_at", "created_at", "id"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
+    last_heartbeat: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    state: Mapped[str] = mapped_column(String(16), default=WorkerState.ACTIVE.value)
+
+
+class WorkerJobLink(Base):
+    """A worker serves a job."""
+
+    __tablename__ = "worker_job_link"
+    __table_args__ = (Index("ix_worker_job_link_job_id", "job_id"),)
+
+    worker_id: Mapped[UUID] = mapped_column(
+        ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True
+    )
+    job_id: Mapped[UUID] = mapped_column(
+        ForeignKey("job.id", ondelete="CASCADE"), primary_key=True
+    )
+
+
+class ProviderRecord(Base):
+    """A source of data that a connected worker, or the server itself, serves."""
+
+    __tablename__ = "provider"
+    __table_args__ = (
+        UniqueConstraint("room_id", "category", "name", name="unique_provider"),
+        Index("ix_provider_worker_id", "worker_id"),
+        Index("ix_provider_created_at", "created_at", "id"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
+    room_id: Mapped[str]
+    category: Mapped[str]
+    name: Mapped[str]
+    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON)
+    content_type: Mapped[str] = mapped_column(default="application/json")
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
+    worker_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("worker.id", ondelete="CASCADE")
+    )
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+
+
+class Task(Base):
+    """One submission of a job.
+
+    Attributes
+    ----------
+    job_name : str
+        The job's full name, which never changes: told without a look at the job.
+    worker_id : UUID or None
+        The worker of the current or last attempt; no foreign key, since it is told
+        after the worker is gone.
+    holder_id : UUID or None
+        The user of that worker: the one who may report.
+    queue_order : int
+        Place in the job's queue, lower is claimed first; it stays after the claim, so
+        that a task that comes back has its place again.
+    failed_attempts : int
+        Counts towards ``max_attempts``; unlike ``attempt`` it leaves out what was
+        handed back.
+    available_at : datetime or None
+        Until when a delayed task or a retry waits; null when it waits for no time.
+    deadline_at : datetime or None
+        When the sweeper ends this attempt.
+    claim_key : str or None
+        The ``Idempotency-Key`` of the claim.
+    errors : str or None
+        JSON, a line for each failed attempt.
+    """
+
+    __tablename__ = "task"
+    __table_args__ = (
+        CheckConstraint(
+            "(status IN ('COMPLETED', 'FAILED', 'CANCELLED'))"
+            " = (completed_at IS NOT NULL)",
+            name="ck_task_completed_at",
+        ),
+        CheckConstraint(
+            "status <> 'RUNNING' OR started_at IS NOT NULL", name="ck_task_started_at"
+        ),
+        CheckConstraint(
+            "status <> 'PENDING' OR worker_id IS NULL", name="ck_task_worker_id"
+        ),
+        CheckConstraint(
+            "status = 'PENDING' OR available_at IS NULL", name="ck_task_available_at"
+        ),
+        CheckConstraint(
+            "status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL",
+            name="ck_task_deadline_at",
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("job.id"))
+    job_name: Mapped[str]
+    worker_id: Mapped[UUID | None]
+    holder_id: Mapped[UUID | None]
+    room_id: Mapped[str]
+    created_by_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("user.id", ondelete="SET NULL")
+    )
+    payload: Mapped[dict[str, Any]] = mapped_column(JSON)
+    status: Mapped[TaskStatus] = mapped_column(_Status, default=TaskStatus.PENDING)
+    priority: Mapped[int] = mapped_column(default=0)
+    queue_order: Mapped[int] = mapped_column(BigInteger)
+    attempt: Mapped[int] = mapped_column(default=0)
+    failed_attempts: Mapped[int] = mapped_column(default=0)
+    max_attempts: Mapped[int] = mapped_column(default=1)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    available_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deadline_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    error: Mapped[str | None] = mapped_column(Text)
+    error_type: Mapped[str | None] = mapped_column(String(32))
+    errors: Mapped[str | None] = mapped_column(Text)
+    result: Mapped[Any | None] = mapped_column(JSON(none_as_null=True))
+    progress: Mapped[float | None]
+    progress_message: Mapped[str | None]
+    idempotency_key: Mapped[str | None]
+    request_digest: Mapped[str | None] = mapped_column(String(64))
+    claim_key: Mapped[str | None]
+
+
+def visible_from(
+    entry: type[Job] | type[ProviderRecord], room: str
+) -> ColumnElement[bool]:
+    """Return the condition under which ``room`` sees a job or a provider."""
+    return entry.room_id.in_(visible_rooms(room))
+
+
+def served_to(room: str) -> ColumnElement[bool]:
+    """Return the condition under which a job can be submitted to from ``room``."""
+    return and_(visible_from(Job, room), Job.deleted.is_(False))
+
+
+def silent_for(seconds: float) -> ColumnElement[bool]:
+    """Return the condition under which a worker counts as lost."""
+    return Worker.last_heartbeat < now(-seconds)
+
+
+def alive_within(seconds: float) -> ColumnElement[bool]:
+    """Return the condition under which a worker counts as alive."""
+    return Worker.last_heartbeat >= now(-seconds)
+
+
+def queued(task: Any = Task) -> ColumnElement[bool]:
+    """Return the condition under which a task waits for a worker, and for no time."""
+    return and_(
+        task.status == constant(TaskStatus.PENDING), task.available_at.is_(None)
+    )
+
+
+def due() -> ColumnElement[bool]:
+    """Return the condition under which a delayed task's time has come."""
+    return Task.available_at <= now()
+
+
+def held(task: Any = Task) -> ColumnElement[bool]:
+    """Return the condition under which a task is in somebody's hands."""
+    return task.status.in_(map(constant, sorted(HELD)))
+
+
+def in_states(states: frozenset[TaskStatus]) -> ColumnElement[bool]:
+    """Return the condition under which a task is in one of ``states``."""
+    return Task.status.in_(map(constant, sorted(states)))
+
+
+def _index(name: str, *columns: Any, where: ColumnElement[bool], **kw: Any) -> None:
+    Index(name, *columns, postgresql_where=where, sqlite_where=where, **kw)
+
+
+# the claim, and a task's place in its queue
+_index("ix_task_queue", Task.job_id, Task.queue_order, where=queued())
+# delayed tasks whose time has come
+_index(
+    "ix_task_delayed",
+    Task.job_id,
+    Task.available_at,
+    where=Task.available_at.is_not(None),
+)
+# what a worker holds
+_index("ix_task_held", Task.worker_id, where=held())
+# attempts for the sweeper to end
+_index("ix_task_deadline", Task.deadline_at, where=Task.deadline_at.is_not(None))
+# one task for one Idempotency-Key
+_index(
+    "uq_task_idempotency_key",
+    Task.created_by_id,
+    Task.job_id,
+    Task.room_id,
+    Task.idempotency_key,
+    where=Task.idempotency_key.is_not(None),
+    unique=True,
+)
+# the listings, newest first
+Index("ix_task_room", Task.room_id, Task.created_at, Task.id)
+Index("ix_task_room_status", Task.room_id, Task.status, Task.created_at, Task.id)
+Index("ix_task_job_room", Task.job_id, Task.room_id, Task.created_at, Task.id)
+
+__all__ = [
+    "Job",
+    "ProviderRecord",
+    "Task",
+    "TaskStatus",
+    "Worker",
+    "WorkerJobLink",
+]

@@ -1,0 +1,105 @@
+"""Listings, newest first: by offset, or by a cursor that repeats and misses nothing."""
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, Select, func, literal, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The last row of a page, and what the first page counted."""
+
+    created_at: datetime
+    id: UUID
+    total: int
+
+    def encode(self) -> str:
+        """Return the cursor as one opaque token for a URL."""
+        fields = [self.created_at.isoformat(), self.id.hex, self.total]
+        return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+
+    @classmethod
+    def decode(cls, token: str) -> "Cursor":
+        """Read a token back.
+
+        Raises
+        ------
+        ValueError
+            When it is none of ours.
+        """
+        try:
+            moment, row_id, total = json.loads(base64.urlsafe_b64decode(token))
+            created_at = datetime.fromisoformat(moment)
+            if created_at.tzinfo is None or not isinstance(total, int):
+                raise ValueError(token)
+            return cls(created_at, UUID(row_id), total)
+        except (ValueError, TypeError, AttributeError, binascii.Error):
+            raise ValueError("not a cursor of this listing") from None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which part of a listing is asked for."""
+
+    limit: int
+    offset: int
+    cursor: Cursor | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One page of rows.
+
+    Attributes
+    ----------
+    rows : sequence of Row
+        At most ``limit`` of them.
+    total : int
+        All rows, as counted by the first page.
+    next : Cursor or None
+        Where the next page begins.
+    """
+
+    rows: Sequence[Row[Any]]
+    total: int
+    next: Cursor | None
+
+
+async def paginate(
+    session: AsyncSession, statement: Select[Any], entity: type[Any], page: Page
+) -> Listing:
+    """Run one page of ``statement``, whose rows carry ``created_at`` and ``id``.
+
+    Counts only without a cursor: counting is the one cost that grows with the table.
+    """
+    newest_first = statement.order_by(entity.created_at.desc(), entity.id.desc())
+    if page.cursor is not None:
+        total = page.cursor.total
+        newest_first = newest_first.where(
+            tuple_(entity.created_at, entity.id)
+            < tuple_(
+                literal(page.cursor.created_at, entity.created_at.type),
+                literal(page.cursor.id, entity.id.type),
+            )
+        )
+    else:
+        counted = statement.with_only_columns(entity.id, maintain_column_froms=True)
+        total = await session.scalar(
+            select(func.count()).select_from(counted.subquery())
+        )
+        newest_first = newest_first.offset(page.offset)
+    if page.limit == 0:
+        return Listing([], total, None)
+    rows = (await session.execute(newest_first.limit(page.limit + 1))).all()
+    shown = rows[: page.limit]
+    more = len(rows) > page.limit
+    last = Cursor(shown[-1].created_at, shown[-1].id, total) if more else None
+    return Listing(shown, total, last)
