@@ -246,9 +246,7 @@ class ProviderTimeout(Problem):
 
 def json_pointer(path: list[Any] | tuple[Any, ...]) -> str:
     """Return ``path`` as a JSON pointer (RFC 6901)."""
-    return "".join(
-        "/" + str(key).replace("~", "~0").replace("/", "~1") for key in path
-    )
+    return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in path)
 
 
 def invalid_request(errors: list[Any]) -> ProblemException:

@@ -1,0 +1,481 @@
+"""Attempts: a task in somebody's hands, and what becomes of it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    Select,
+    String,
+    and_,
+    case,
+    cast,
+    exists,
+    false,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from zndraw_joblib.exceptions import (
+    Forbidden,
+    InvalidTaskTransition,
+    JobNotFound,
+    LeaseLost,
+    TaskNotFound,
+)
+from zndraw_joblib.lifecycle import (
+    HELD,
+    INTERNAL_TIMEOUT_ERROR,
+    REPORTABLE,
+    TERMINAL,
+    TIMEOUT_ERROR,
+    WORKER_LOST_ERROR,
+    ErrorType,
+    TaskStatus,
+)
+from zndraw_joblib.models import (
+    Job,
+    Task,
+    Worker,
+    held,
+    in_states,
+    noise,
+    now,
+)
+from zndraw_joblib.names import INTERNAL_ROOM
+from zndraw_joblib.schemas import (
+    TaskResponse,
+    TaskUpdateRequest,
+)
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.tasks import (
+    VIEW,
+    born_claimed,
+    of_job,
+    queue_order,
+    read_changed,
+    read_view,
+)
+from zndraw_joblib.workers import Caller
+
+MAX_KEPT_ERROR = 2000
+
+
+def _back_in_queue() -> dict[Any, Any]:
+    return {
+        Task.status: TaskStatus.PENDING,
+        Task.worker_id: None,
+        Task.holder_id: None,
+        Task.claim_key: None,
+        Task.started_at: None,
+        Task.deadline_at: None,
+    }
+
+
+def _failed(
+    error: str | None,
+    error_type: ErrorType,
+    settings: JobLibSettings,
+    retryable: bool = True,
+) -> dict[Any, Any]:
+    # The one place that decides what a failed attempt leads to: reports, lost workers
+    # and time-outs all end here.
+    again = and_(
+        true() if retryable else false(), Task.failed_attempts + 1 < Task.max_attempts
+    )
+    doubling = case((Task.failed_attempts > 20, 20), else_=Task.failed_attempts)
+    full = of_job(Job.retry_delay_seconds) * literal(1).bitwise_lshift(doubling)
+    # "equal jitter": half of the backoff stands, half is drawn (AWS Architecture Blog,
+    # "Exponential Backoff And Jitter", 2015)
+    cap = settings.retry_delay_max_seconds
+    backoff = case((full > cap, cap), else_=full) * (0.5 + noise() / 2)
+    told = {"error_type": error_type, "error": (error or "")[:MAX_KEPT_ERROR] or None}
+    line = (
+        literal('{"attempt": ')
+        + cast(Task.attempt, String)
+        + (", " + json.dumps(told)[1:])
+    )
+    kept = case((again, null()), else_=Task.worker_id)
+    holder = case((again, null()), else_=Task.holder_id)
+    status_type = Task.status.type
+    return {
+        **_back_in_queue(),
+        Task.status: case(
+            (again, literal(TaskStatus.PENDING, status_type)),
+            else_=literal(TaskStatus.FAILED, status_type),
+        ),
+        Task.worker_id: kept,
+        Task.holder_id: holder,
+        Task.started_at: case((again, null()), else_=Task.started_at),
+        Task.available_at: case(
+            (
+                and_(again, of_job(Job.retry_delay_seconds) > 0),
+                now(cast(backoff, Float)),
+            )
+        ),
+        Task.completed_at: case((~again, now())),
+        Task.failed_attempts: Task.failed_attempts + 1,
+        Task.error: error,
+        Task.error_type: error_type.value,
+        Task.errors: func.coalesce(Task.errors + "\n", "") + line,
+    }
+
+
+def _reported(report: TaskUpdateRequest, settings: JobLibSettings) -> dict[Any, Any]:
+    match report.status:
+        case TaskStatus.RUNNING:
+            return {
+                Task.status: report.status,
+                Task.started_at: now(),
+                Task.deadline_at: now(of_job(Job.timeout_seconds)),
+            }
+        case TaskStatus.FAILED:
+            return _failed(
+                report.error, ErrorType.USER_ERROR, settings, report.retryable
+            )
+        case TaskStatus.PENDING:
+            return _back_in_queue()
+    return {
+        Task.status: report.status,
+        Task.completed_at: now(),
+        Task.available_at: None,
+        Task.deadline_at: None,
+        Task.error: report.error,
+        Task.error_type: None,
+        Task.result: report.result,
+    }
+
+
+class Reported(NamedTuple):
+    """A task after a report, and whether this report changed it."""
+
+    task: TaskResponse
+    changed: bool
+
+
+async def report(
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    request: TaskUpdateRequest,
+    settings: JobLibSettings,
+) -> Reported:
+    """Move a task to the reported state, if it is the caller's to move.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    task_id : UUID
+        The task.
+    caller : Caller
+        The owner of the task's worker, a superuser, or to cancel the submitter.
+    request : TaskUpdateRequest
+        The report; with ``attempt`` it counts for that attempt only.
+    settings : JobLibSettings
+        The host's.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, ``forbidden``, ``invalid-task-transition``, ``lease-lost``.
+    """
+    # The worker before its task, as everywhere: two requests that lock in two orders
+    # would wait for each other.
+    await session.execute(
+        update(Worker)
+        .where(
+            Worker.id
+            == select(Task.worker_id).where(Task.id == task_id).scalar_subquery(),
+            Worker.user_id == caller.id,
+        )
+        .values({Worker.last_heartbeat: now()})
+    )
+    moved = await session.execute(
+        update(Task)
+        .where(
+            Task.id == task_id,
+            in_states(REPORTABLE[request.status]),
+            _may_report(caller, request.status),
+            true() if request.attempt is None else Task.attempt == request.attempt,
+        )
+        .values(_reported(request, settings))
+        .returning(*VIEW)
+    )
+    changed = await read_changed(session, moved, settings)
+    if changed:
+        return Reported(changed[0], changed=True)
+    return Reported(
+        await _standing(session, task_id, caller, request, settings), changed=False
+    )
+
+
+def _may_report(caller: Caller, status: TaskStatus) -> ColumnElement[bool]:
+    if caller.is_superuser:
+        return true()
+    if status is TaskStatus.CANCELLED:
+        return or_(Task.holder_id == caller.id, Task.created_by_id == caller.id)
+    return Task.holder_id == caller.id
+
+
+async def _standing(
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    request: TaskUpdateRequest,
+    settings: JobLibSettings,
+) -> TaskResponse:
+    # nothing moved: only now is it worth a read to tell why
+    found = await session.execute(
+        select(
+            _may_report(caller, request.status).label("entitled"),
+            *VIEW,
+        ).where(Task.id == task_id)
+    )
+    row = found.one_or_none()
+    if row is None:
+        raise TaskNotFound.exception(f"there is no task {task_id}")
+    fenced_out = request.attempt is not None and (
+        row.attempt != request.attempt or row.status not in HELD
+    )
+    current = request.attempt is None or row.attempt == request.attempt
+    if row.entitled and row.status == request.status and current:
+        return read_view(row)
+    if fenced_out:
+        raise LeaseLost.exception(
+            f"attempt {request.attempt} of task {task_id} is over: it is "
+            f"{row.status.value} in attempt {row.attempt}",
+            task_status=row.status.value,
+            attempt=row.attempt,
+        )
+    if not row.entitled:
+        raise Forbidden.exception(f"task {task_id} is not yours to report on")
+    raise InvalidTaskTransition.exception(
+        f"a {row.status.value} task can't become {request.status.value}",
+        task_status=row.status.value,
+    )
+
+
+async def fail(
+    session: AsyncSession,
+    chosen: ColumnElement[bool],
+    settings: JobLibSettings,
+    *,
+    error: str,
+    error_type: ErrorType,
+) -> list[TaskResponse]:
+    """End the current attempt of the chosen tasks that are in somebody's hands.
+
+    Returns
+    -------
+    list of TaskResponse
+        The tasks, waiting for their next attempt or failed.
+    """
+    ended = await session.execute(
+        update(Task)
+        .where(held(), chosen)
+        .values(_failed(error, error_type, settings))
+        .returning(*VIEW)
+    )
+    return await read_changed(session, ended, settings)
+
+
+async def lose(
+    session: AsyncSession, worker_ids: Sequence[UUID], settings: JobLibSettings
+) -> list[TaskResponse]:
+    """End the attempts of workers that are gone."""
+    return await fail(
+        session,
+        Task.worker_id.in_(worker_ids),
+        settings,
+        error=WORKER_LOST_ERROR,
+        error_type=ErrorType.WORKER_LOST,
+    )
+
+
+async def lose_orphans(
+    session: AsyncSession, settings: JobLibSettings, limit: int
+) -> list[TaskResponse]:
+    """End at most ``limit`` attempts whose worker is gone without having ended them."""
+    orphans = (
+        select(Task.id)
+        .where(
+            held(),
+            Task.worker_id.is_not(None),
+            ~exists().where(Worker.id == Task.worker_id),
+        )
+        .limit(limit)
+        .with_for_update(of=Task, skip_locked=True)
+    )
+    return await fail(
+        session,
+        Task.id.in_(orphans),
+        settings,
+        error=WORKER_LOST_ERROR,
+        error_type=ErrorType.WORKER_LOST,
+    )
+
+
+def _overdue(
+    status: TaskStatus, whose: ColumnElement[bool], limit: int
+) -> Select[tuple[UUID]]:
+    return (
+        select(Task.id)
+        .where(
+            Task.deadline_at <= now(),
+            whose,
+            in_states(frozenset({status})),
+        )
+        .limit(limit)
+        .with_for_update(of=Task, skip_locked=True)
+    )
+
+
+async def time_out(
+    session: AsyncSession, settings: JobLibSettings, limit: int
+) -> list[TaskResponse]:
+    """End at most ``limit`` attempts that ran longer than their job allows."""
+    return await fail(
+        session,
+        Task.id.in_(_overdue(TaskStatus.RUNNING, Task.worker_id.is_not(None), limit)),
+        settings,
+        error=TIMEOUT_ERROR,
+        error_type=ErrorType.TIMEOUT,
+    )
+
+
+async def take_back(
+    session: AsyncSession, settings: JobLibSettings, limit: int
+) -> list[TaskResponse]:
+    """Put at most ``limit`` tasks that were claimed and never started in the queue."""
+    taken = await session.execute(
+        update(Task)
+        .where(
+            Task.id.in_(
+                _overdue(TaskStatus.CLAIMED, Task.worker_id.is_not(None), limit)
+            )
+        )
+        .values(_back_in_queue())
+        .returning(*VIEW)
+    )
+    return await read_changed(session, taken, settings)
+
+
+async def retry(
+    session: AsyncSession, task_id: UUID, caller: Caller, settings: JobLibSettings
+) -> TaskResponse:
+    """Set a terminal task going again, with all its attempts before it.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, ``forbidden``, ``invalid-task-transition``, or
+        ``job-not-found`` when its job is gone.
+    """
+    # locked, so that no soft-deletion of the job comes in between
+    found = await session.execute(
+        select(Job.room_id, Job.deleted, Task.priority)
+        .join(Task, Task.job_id == Job.id)
+        .where(Task.id == task_id)
+        .with_for_update(read=True, key_share=True, of=Job)
+    )
+    job = found.one_or_none()
+    if job is None:
+        raise TaskNotFound.exception(f"there is no task {task_id}")
+    if job.deleted:
+        raise JobNotFound.exception("the task's job is gone")
+    reborn = born_claimed(settings) if job.room_id == INTERNAL_ROOM else {}
+    raised = await session.execute(
+        update(Task)
+        .where(Task.id == task_id, in_states(TERMINAL), _may_retry(caller))
+        .values(
+            {
+                **_back_in_queue(),
+                Task.queue_order: queue_order(job.priority),
+                Task.failed_attempts: 0,
+                Task.completed_at: None,
+                Task.result: None,
+                **reborn,
+            }
+        )
+        .returning(*VIEW)
+    )
+    again = await read_changed(session, raised, settings)
+    if again:
+        return again[0]
+    if not await session.scalar(select(_may_retry(caller)).where(Task.id == task_id)):
+        raise Forbidden.exception(f"task {task_id} is not yours to retry")
+    raise InvalidTaskTransition.exception("only a terminal task can be tried again")
+
+
+def _may_retry(caller: Caller) -> ColumnElement[bool]:
+    return true() if caller.is_superuser else Task.created_by_id == caller.id
+
+
+async def start_internal(
+    session: AsyncSession, task_id: UUID, settings: JobLibSettings
+) -> TaskResponse | None:
+    """Take an ``@internal`` task from the broker: of two deliveries one gets it."""
+    started = await session.execute(
+        update(Task)
+        .where(Task.id == task_id, in_states(frozenset({TaskStatus.CLAIMED})))
+        .values(
+            {
+                Task.status: TaskStatus.RUNNING,
+                Task.started_at: now(),
+                Task.deadline_at: None,
+            }
+        )
+        .returning(*VIEW)
+    )
+    return next(iter(await read_changed(session, started, settings)), None)
+
+
+async def redispatch(
+    session: AsyncSession, settings: JobLibSettings, limit: int
+) -> list[TaskResponse]:
+    """Return at most ``limit`` ``@internal`` tasks whose message seems lost.
+
+    Their next time is set, so that of several replicas one sends each again.
+    """
+    overdue = _overdue(TaskStatus.CLAIMED, Task.worker_id.is_(None), limit)
+    resent = await session.execute(
+        update(Task)
+        .where(Task.id.in_(overdue))
+        .values({Task.deadline_at: now(settings.internal_redispatch_seconds)})
+        .returning(*VIEW)
+    )
+    return await read_changed(session, resent, settings)
+
+
+async def fail_stuck(
+    session: AsyncSession, settings: JobLibSettings, limit: int
+) -> list[TaskResponse]:
+    """End at most ``limit`` ``@internal`` attempts that outlived their time."""
+    oldest = now(-settings.internal_task_timeout_seconds)
+    stuck = (
+        select(Task.id)
+        .where(
+            held(),
+            Task.worker_id.is_(None),
+            func.coalesce(Task.started_at, Task.claimed_at) < oldest,
+        )
+        .limit(limit)
+        .with_for_update(of=Task, skip_locked=True)
+    )
+    return await fail(
+        session,
+        Task.id.in_(stuck),
+        settings,
+        error=INTERNAL_TIMEOUT_ERROR,
+        error_type=ErrorType.TIMEOUT,
+    )

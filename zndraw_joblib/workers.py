@@ -1,0 +1,270 @@
+"""Workers: who they are, whether they live, and what goes when they go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Update,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from zndraw_joblib.exceptions import Forbidden, WorkerNotFound
+from zndraw_joblib.lifecycle import WorkerState
+from zndraw_joblib.models import (
+    Job,
+    ProviderRecord,
+    Worker,
+    WorkerJobLink,
+    now,
+    served_to,
+)
+from zndraw_joblib.names import FullName
+from zndraw_joblib.paging import Listing, Page, paginate
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The user behind a request.
+
+    Plain values, read once: a committed session would load an entity's again.
+    """
+
+    id: UUID
+    is_superuser: bool
+
+
+@dataclass
+class Gone:
+    """What went with retired workers.
+
+    Attributes
+    ----------
+    worker_ids : sequence of UUID
+        The workers.
+    job_ids : set of UUID
+        The jobs that they served.
+    job_rooms : set of str
+        The rooms of these jobs.
+    providers : list of FullName
+        The providers that they served.
+    """
+
+    worker_ids: Sequence[UUID] = ()
+    job_ids: set[UUID] = field(default_factory=set)
+    job_rooms: set[str] = field(default_factory=set)
+    providers: list[FullName] = field(default_factory=list)
+
+
+async def create(session: AsyncSession, user_id: UUID) -> Row[Any]:
+    """Insert a worker of ``user_id``."""
+    created = await session.execute(
+        insert(Worker)
+        .values(user_id=user_id)
+        .returning(Worker.id, Worker.last_heartbeat, Worker.state)
+    )
+    return created.one()
+
+
+async def touch(
+    session: AsyncSession,
+    worker_id: UUID,
+    caller: Caller,
+    *also: ColumnElement[Any],
+) -> Row[Any]:
+    """Record a sign of life; the worker's row stays locked until the commit.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    worker_id : UUID
+        The worker.
+    caller : Caller
+        Its owner.
+    *also : ColumnElement
+        What to return beside ``id``, ``last_heartbeat`` and ``state``.
+
+    Raises
+    ------
+    ProblemException
+        ``worker-not-found``, or ``forbidden`` for another user's worker.
+    """
+    touched = await session.execute(
+        _touch(worker_id, caller).returning(
+            Worker.id, Worker.last_heartbeat, Worker.state, *also
+        )
+    )
+    row = touched.one_or_none()
+    if row is None:
+        await _explain(session, worker_id)
+        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
+    return row
+
+
+async def touch_own(session: AsyncSession, worker_id: UUID, caller: Caller) -> None:
+    """Record a sign of life, where another user's worker is as good as none.
+
+    Raises
+    ------
+    ProblemException
+        ``worker-not-found``.
+    """
+    touched = await session.execute(_touch(worker_id, caller).returning(Worker.id))
+    if touched.one_or_none() is None:
+        raise WorkerNotFound.exception(f"you have no worker {worker_id}")
+
+
+def _touch(worker_id: UUID, caller: Caller) -> Update:
+    return (
+        update(Worker)
+        .where(Worker.id == worker_id, Worker.user_id == caller.id)
+        .values({Worker.last_heartbeat: now()})
+    )
+
+
+async def set_state(
+    session: AsyncSession, worker_id: UUID, caller: Caller, state: WorkerState
+) -> Row[Any]:
+    """Drain a worker or set it to work again; a superuser's word is no sign of life.
+
+    Raises
+    ------
+    ProblemException
+        ``worker-not-found``, or ``forbidden`` for another user's worker.
+    """
+    changed = await session.execute(
+        update(Worker)
+        .where(Worker.id == worker_id, _may_command(caller))
+        .values(state=state.value)
+        .returning(Worker.id, Worker.last_heartbeat, Worker.state)
+    )
+    row = changed.one_or_none()
+    if row is None:
+        await _explain(session, worker_id)
+        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
+    return row
+
+
+def _may_command(caller: Caller) -> ColumnElement[bool] | bool:
+    return True if caller.is_superuser else Worker.user_id == caller.id
+
+
+async def _explain(session: AsyncSession, worker_id: UUID) -> None:
+    known = await session.scalar(select(Worker.id).where(Worker.id == worker_id))
+    if known is None:
+        raise WorkerNotFound.exception(f"there is no worker {worker_id}")
+
+
+async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Gone:
+    """Remove one worker at its owner's or a superuser's word.
+
+    Raises
+    ------
+    ProblemException
+        ``worker-not-found``, or ``forbidden`` for another user's worker.
+    """
+    gone = await retire_where(
+        session,
+        select(Worker.id)
+        .where(Worker.id == worker_id, _may_command(caller))
+        .with_for_update(),
+    )
+    if not gone.worker_ids:
+        await _explain(session, worker_id)
+        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
+    return gone
+
+
+async def retire_where(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Gone:
+    """Remove the chosen workers with their links and providers.
+
+    Their tasks are left to :func:`zndraw_joblib.tasks.lose`.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    chosen : Select
+        Ids of workers, ``FOR UPDATE``: so the choice is made on locked rows, and a
+        heartbeat that came first wins.
+    """
+    # A write first: from here on no claim, heartbeat or registration of these workers
+    # can commit before this does, on any database.
+    locked = await session.scalars(
+        update(Worker)
+        .where(Worker.id.in_(chosen))
+        .values(state=WorkerState.DRAINING.value)
+        .returning(Worker.id)
+    )
+    worker_ids = locked.all()
+    if not worker_ids:
+        return Gone()
+    jobs = await session.execute(
+        delete(WorkerJobLink)
+        .where(WorkerJobLink.worker_id.in_(worker_ids))
+        .returning(
+            WorkerJobLink.job_id,
+            select(Job.room_id)
+            .where(Job.id == WorkerJobLink.job_id)
+            .correlate(WorkerJobLink)
+            .scalar_subquery()
+            .label("room_id"),
+        )
+    )
+    served = jobs.all()
+    providers = await session.execute(
+        delete(ProviderRecord)
+        .where(ProviderRecord.worker_id.in_(worker_ids))
+        .returning(ProviderRecord.room_id, ProviderRecord.category, ProviderRecord.name)
+    )
+    removed = [FullName(*row) for row in providers]
+    await session.execute(delete(Worker).where(Worker.id.in_(worker_ids)))
+    return Gone(
+        worker_ids,
+        {row.job_id for row in served},
+        {row.room_id for row in served},
+        removed,
+    )
+
+
+def _summaries() -> Select[Any]:
+    job_count = (
+        select(func.count())
+        .select_from(WorkerJobLink)
+        .where(WorkerJobLink.worker_id == Worker.id)
+        .scalar_subquery()
+    )
+    return select(
+        Worker.id,
+        Worker.last_heartbeat,
+        Worker.state,
+        Worker.created_at,
+        job_count.label("job_count"),
+    )
+
+
+async def list_all(session: AsyncSession, page: Page) -> Listing:
+    """Return a page of all workers."""
+    return await paginate(session, _summaries(), Worker, page)
+
+
+async def list_serving(session: AsyncSession, room: str, page: Page) -> Listing:
+    """Return a page of the workers of the jobs that ``room`` sees."""
+    serving = (
+        select(WorkerJobLink.worker_id)
+        .join(Job, Job.id == WorkerJobLink.job_id)
+        .where(served_to(room))
+    )
+    return await paginate(
+        session, _summaries().where(Worker.id.in_(serving)), Worker, page
+    )
