@@ -1,0 +1,273 @@
+"""What a host can override, and what the routes ask for.
+
+There is no session dependency here: sessions are zndraw-auth's ``SessionDep`` and
+``get_session_maker``.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Header, Query, Request
+from sqlalchemy.ext.asyncio import AsyncSession
+from zndraw_auth import User, current_active_user, current_user_scoped_session
+from zndraw_auth.db import SessionDep, get_session_maker
+
+from zndraw_joblib.delivery import SessionMaker, deliver
+from zndraw_joblib.events import Emitter, Outbox
+from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
+from zndraw_joblib.names import UNPRINTABLE, check_room
+from zndraw_joblib.paging import Cursor, Page
+from zndraw_joblib.registry import InternalRegistry
+from zndraw_joblib.schemas import MAX_INT, MAX_PAGE
+from zndraw_joblib.settings import JobLibSettings, get_settings
+from zndraw_joblib.workers import Caller
+
+# --- what a host can override ---
+
+
+def get_joblib_settings(request: Request) -> JobLibSettings:
+    """Return ``app.state.joblib_settings``, or the settings of the environment."""
+    return getattr(request.app.state, "joblib_settings", None) or get_settings()
+
+
+def get_tsio(request: Request) -> Emitter | None:
+    """Return the Socket.IO server ``app.state.tsio``; without one nothing is sent."""
+    return getattr(request.app.state, "tsio", None)
+
+
+def get_internal_registry(request: Request) -> InternalRegistry | None:
+    """Return ``app.state.internal_registry``, as ``register_internal_jobs`` set it."""
+    return getattr(request.app.state, "internal_registry", None)
+
+
+RoomAccess = Callable[[AsyncSession, Caller, str], Awaitable[bool]]
+
+
+async def _open_to_all(session: AsyncSession, caller: Caller, room_id: str) -> bool:
+    return True
+
+
+def get_room_access() -> RoomAccess:
+    """Return who may enter a room; a host with private rooms overrides this one.
+
+    The returned ``async (session, caller, room_id) -> bool`` is asked by every route,
+    those addressed by a task's id included. It runs its statements on the session that
+    it is given and opens none of its own.
+    """
+    return _open_to_all
+
+
+class ResultBackend(Protocol):
+    """Where providers' results wait for their readers; all times in seconds."""
+
+    async def store(self, key: str, data: bytes, ttl: int) -> None:
+        """Keep ``data`` under ``key`` for ``ttl``."""
+        ...
+
+    async def get(self, key: str) -> bytes | None:
+        """Return what is kept under ``key``."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Forget ``key``."""
+        ...
+
+    async def acquire_inflight(self, key: str, ttl: int) -> bool:
+        """Mark ``key``; tell whether nobody had."""
+        ...
+
+    async def release_inflight(self, key: str) -> None:
+        """Take the mark of ``key`` away."""
+        ...
+
+    async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
+        """Return what is kept under ``key`` as soon as there is something."""
+        ...
+
+    async def notify_key(self, key: str) -> None:
+        """Wake who waits for ``key``."""
+        ...
+
+
+def get_result_backend(request: Request) -> ResultBackend | None:
+    """Return ``app.state.result_backend``."""
+    return getattr(request.app.state, "result_backend", None)
+
+
+def request_hash(params: Mapping[str, Any]) -> str:
+    """Return the SHA-256 hex of query parameters as JSON, keys sorted, no spaces."""
+    encoded = json.dumps(params, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(encoded.encode()).hexdigest()
+
+
+def validate_room_id(room_id: str) -> str:
+    """Return the room of the path.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-room-id``.
+    """
+    try:
+        return check_room(room_id)
+    except ValueError as exc:
+        raise InvalidRoomId.exception(f"room id {exc}") from None
+
+
+async def verify_writable_room(
+    room_id: Annotated[str, Depends(validate_room_id)],
+) -> str:
+    """Return the room of the path if it takes registrations and submissions.
+
+    A host that can lock rooms overrides this.
+    """
+    return room_id
+
+
+# --- what the routes ask for ---
+
+Settings = Annotated[JobLibSettings, Depends(get_joblib_settings)]
+Registry = Annotated[InternalRegistry | None, Depends(get_internal_registry)]
+Access = Annotated[RoomAccess, Depends(get_room_access)]
+Sessions = Annotated[SessionMaker, Depends(get_session_maker)]
+
+
+async def _caller(user: Annotated[User, Depends(current_active_user)]) -> Caller:
+    return Caller(user.id, user.is_superuser)
+
+
+async def _waiting_caller(
+    user: Annotated[User, Depends(current_user_scoped_session)],
+) -> Caller:
+    return Caller(user.id, user.is_superuser)
+
+
+CurrentCaller = Annotated[Caller, Depends(_caller)]
+# for routes that wait: it holds no session after the look-up
+WaitingCaller = Annotated[Caller, Depends(_waiting_caller)]
+
+
+async def outbox(
+    session_maker: Sessions,
+    settings: Settings,
+    registry: Registry,
+    tsio: Annotated[Emitter | None, Depends(get_tsio)],
+) -> AsyncIterator[Outbox]:
+    """Yield the request's outbox and deliver it at the end.
+
+    The router asks for it before anything else, hence before the session, and
+    dependencies unwind in reverse: delivery comes after the session is closed, and
+    not at all when the handler raised.
+    """
+    box = Outbox()
+    yield box
+    await deliver(box, session_maker, settings, tsio, registry)
+
+
+OutboxDep = Annotated[Outbox, Depends(outbox)]
+
+
+async def _readable_room(
+    room_id: Annotated[str, Depends(validate_room_id)],
+    caller: CurrentCaller,
+    session: SessionDep,
+    may_enter: Access,
+) -> str:
+    if not await may_enter(session, caller, room_id):
+        raise Forbidden.exception(f"room {room_id!r} is not open to you")
+    return room_id
+
+
+ReadableRoom = Annotated[str, Depends(_readable_room)]
+
+
+async def _writable_room(
+    room_id: ReadableRoom, _: Annotated[Any, Depends(verify_writable_room)]
+) -> str:
+    return room_id
+
+
+WritableRoom = Annotated[str, Depends(_writable_room)]
+
+
+def _page(
+    limit: Annotated[int, Query(ge=0, le=MAX_PAGE)] = 50,
+    offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0,
+    cursor: Annotated[
+        str | None, Query(description='From `Link: rel="next"`.', max_length=500)
+    ] = None,
+) -> Page:
+    try:
+        return Page(limit, offset, Cursor.decode(cursor) if cursor else None)
+    except ValueError as exc:
+        raise InvalidRequest.exception(
+            errors=[{"pointer": "/query/cursor", "detail": str(exc)}]
+        ) from None
+
+
+PageDep = Annotated[Page, Depends(_page)]
+
+
+def _idempotency_key(
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> str | None:
+    if idempotency_key and UNPRINTABLE.search(idempotency_key):
+        raise InvalidRequest.exception(
+            errors=[
+                {
+                    "pointer": "/header/idempotency-key",
+                    "detail": "must not contain control characters",
+                }
+            ]
+        )
+    return idempotency_key
+
+
+IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
+
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
+_ITEM = re.compile(rf'(?:[^",]|{_QUOTED})+')
+_PREFERENCE = re.compile(
+    rf'\s*(?P<name>[^\s=;"]+)\s*(?:=\s*(?P<value>{_QUOTED}|[^\s;"]*)\s*)?(?:;.*)?'
+)
+
+
+def preferred_wait(preferences: list[str], longest: float) -> float | None:
+    """Return the ``wait`` of ``Prefer`` headers (RFC 7240, section 4.3).
+
+    Parameters
+    ----------
+    preferences : list of str
+        The values of all ``Prefer`` headers.
+    longest : float
+        What more is cut to, in seconds.
+
+    Returns
+    -------
+    float or None
+        Seconds; None when there is no ``wait`` that can be read.
+    """
+    for item in _ITEM.findall(", ".join(preferences)):
+        preference = _PREFERENCE.fullmatch(item)
+        if preference and preference["name"].lower() == "wait":
+            # the first one counts, readable or not
+            seconds = (preference["value"] or "").strip('"')
+            if not re.fullmatch("[0-9]{1,18}", seconds):
+                return None
+            return min(float(seconds), longest)
+    return None
+
+
+def _wait(
+    settings: Settings,
+    prefer: Annotated[
+        list[str] | None, Header(description="`wait=N` waits up to N seconds.")
+    ] = None,
+) -> float | None:
+    return preferred_wait(prefer or [], settings.long_poll_max_wait_seconds)
+
+
+PreferredWait = Annotated[float | None, Depends(_wait)]

@@ -1,0 +1,104 @@
+"""What every request passes on its way in, and every failure on its way out."""
+
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+)
+from sqlalchemy.exc import (
+    TimeoutError as PoolTimeoutError,
+)
+
+from zndraw_joblib.dependencies import get_joblib_settings
+from zndraw_joblib.exceptions import (
+    MalformedBody,
+    PayloadTooLarge,
+    ProblemException,
+    ServiceUnavailable,
+    invalid_request,
+)
+from zndraw_joblib.schemas import parse_json
+
+log = logging.getLogger(__name__)
+
+
+class BoundedRequest(Request):
+    """A request whose body is read up to the limit, and holds only storable JSON."""
+
+    _bounded: bytes | None = None
+
+    async def body(self) -> bytes:
+        """Return the body.
+
+        Raises
+        ------
+        ProblemException
+            ``payload-too-large``, before more than the limit is buffered.
+        """
+        if self._bounded is None:
+            limit = get_joblib_settings(self).max_payload_bytes
+            chunks = bytearray()
+            async for chunk in self.stream():
+                chunks += chunk
+                if len(chunks) > limit:
+                    raise PayloadTooLarge.exception(
+                        f"a request's body is limited to {limit} bytes"
+                    )
+            self._bounded = bytes(chunks)
+        return self._bounded
+
+    async def json(self) -> Any:
+        """Return the body, parsed.
+
+        Raises
+        ------
+        ProblemException
+            ``malformed-body``.
+        """
+        try:
+            return parse_json(await self.body())
+        except ValueError as exc:
+            raise MalformedBody.exception(
+                f"the body is not storable JSON: {exc}"
+            ) from None
+
+
+class Door(APIRoute):
+    """A route whose failures are all problem+json."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's handler."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(BoundedRequest(request.scope, request.receive))
+            except RequestValidationError as exc:
+                raise invalid_request(list(exc.errors())) from None
+            except HTTPException as exc:
+                # FastAPI wraps whatever goes wrong while it reads a body
+                if isinstance(exc.__cause__, ProblemException):
+                    raise exc.__cause__ from None
+                raise
+            except (OperationalError, InterfaceError, PoolTimeoutError, OSError) as exc:
+                raise _unavailable(exc) from exc
+            except DBAPIError as exc:
+                if exc.connection_invalidated:
+                    raise _unavailable(exc) from exc
+                raise
+
+        return guarded
+
+
+def _unavailable(exc: Exception) -> ProblemException:
+    log.warning("database unavailable: %s", exc)
+    return ServiceUnavailable.exception(
+        "the database can't be reached right now", headers={"Retry-After": "1"}
+    )

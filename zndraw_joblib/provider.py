@@ -1,0 +1,61 @@
+"""What a worker's author subclasses to serve data on demand, and how it is read."""
+
+from typing import Any, ClassVar
+
+import pydantic_core
+from pydantic import BaseModel
+
+
+class Provider(BaseModel):
+    """A source of data: its fields are the query's parameters.
+
+    Attributes
+    ----------
+    category : str
+        Set by every subclass.
+    content_type : str
+        Media type of what ``read`` returns.
+    """
+
+    category: ClassVar[str]
+    content_type: ClassVar[str] = "application/json"
+
+    def read(self, handler: Any) -> Any:
+        """Return what these parameters ask for.
+
+        Parameters
+        ----------
+        handler : object
+            What was given at registration: a directory, a database, a simulation.
+
+        Returns
+        -------
+        bytes, str, or for JSON content types anything that JSON can hold
+            Bytes and strings are sent as they are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define read()")
+
+
+def read_content(cls: type[Provider], handler: Any, params: dict[str, Any]) -> bytes:
+    """Read from a provider, and return the body of its answer.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        When ``params`` don't fit the provider.
+    TypeError
+        When ``read`` returned something that its content type can't hold.
+    """
+    result = cls.model_validate(params).read(handler)
+    if isinstance(result, bytes | bytearray | memoryview):
+        return bytes(result)
+    if isinstance(result, str):
+        return result.encode()
+    media_type = cls.content_type.partition(";")[0].strip().lower()
+    if media_type.endswith(("/json", "+json")):
+        # as JavaScript does: JSON knows no NaN, and a reader's parser would stop there
+        return pydantic_core.to_json(result, inf_nan_mode="null")
+    raise TypeError(
+        f"{cls.__name__}.read() returned {type(result).__name__}, "
+        f"but {cls.content_type} needs bytes or str"
+    )

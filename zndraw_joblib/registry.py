@@ -1,0 +1,211 @@
+"""``@internal`` jobs: run by the server side through TaskIQ."""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+from uuid import UUID
+
+from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import AsyncSession
+from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask
+
+from zndraw_joblib import attempts, jobs
+from zndraw_joblib.delivery import SessionMaker, deliver
+from zndraw_joblib.events import Dispatch, Outbox
+from zndraw_joblib.lifecycle import ErrorType
+from zndraw_joblib.models import Task
+from zndraw_joblib.names import INTERNAL_ROOM, FullName
+from zndraw_joblib.settings import JobLibSettings, get_settings
+
+log = logging.getLogger(__name__)
+
+
+class ExtensionClass(Protocol):
+    """What is used of a host's own extension class."""
+
+    category: Any
+    __name__: str
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the class's fields."""
+        ...
+
+
+#: ``await executor(extension_cls, payload, room_id, task_id)``; it reports by itself.
+InternalExecutor = Callable[[Any, dict[str, Any], str, str], Awaitable[None]]
+
+
+def internal_name(extension: Any) -> FullName:
+    """Return the full name under which the server runs an extension."""
+    category = extension.category
+    if isinstance(category, Enum):
+        category = category.value
+    return FullName(INTERNAL_ROOM, str(category), extension.__name__)
+
+
+@dataclass(frozen=True)
+class InternalRegistry:
+    """The ``@internal`` jobs that a broker takes.
+
+    Attributes
+    ----------
+    tasks : dict of str to AsyncTaskiqDecoratedTask
+        By full name.
+    extensions : dict of str to type
+        By full name.
+    executor : InternalExecutor
+        Runs them.
+    """
+
+    tasks: Mapping[str, AsyncTaskiqDecoratedTask[Any, Any]]
+    extensions: Mapping[str, Any]
+    executor: InternalExecutor
+
+    def __contains__(self, full_name: object) -> bool:
+        return full_name in self.tasks
+
+    async def send(self, dispatch: Dispatch) -> None:
+        """Hand a task to the broker; what the broker raises is raised."""
+        await self.tasks[dispatch.job_name].kiq(
+            task_id=str(dispatch.task_id),
+            room_id=dispatch.room_id,
+            payload=dispatch.payload,
+        )
+
+
+def register_internal_tasks(
+    broker: AsyncBroker, extensions: Iterable[Any], executor: InternalExecutor
+) -> InternalRegistry:
+    """Register extensions with a broker, for a process with no app and no database.
+
+    Parameters
+    ----------
+    broker : AsyncBroker
+        Where the tasks are received, under the job's full name.
+    extensions : iterable of type
+        Classes with ``category``, ``__name__`` and ``model_json_schema()``.
+    executor : InternalExecutor
+        Runs a task and reports on it.
+    """
+    return _register(broker, extensions, executor, executor)
+
+
+def _register(
+    broker: AsyncBroker,
+    extensions: Iterable[Any],
+    executor: InternalExecutor,
+    run: InternalExecutor,
+) -> InternalRegistry:
+    by_name = {str(internal_name(extension)): extension for extension in extensions}
+    return InternalRegistry(
+        {
+            name: broker.register_task(_receiver(extension, run), task_name=name)
+            for name, extension in by_name.items()
+        },
+        by_name,
+        executor,
+    )
+
+
+def _receiver(extension: Any, run: InternalExecutor) -> Callable[..., Awaitable[None]]:
+    async def receive(task_id: str, room_id: str, payload: dict[str, Any]) -> None:
+        await run(extension, payload, room_id, task_id)
+
+    return receive
+
+
+async def register_internal_jobs(
+    app: FastAPI,
+    broker: AsyncBroker,
+    extensions: Iterable[Any],
+    executor: InternalExecutor,
+    session_maker: SessionMaker,
+) -> InternalRegistry:
+    """Write the rows of ``@internal`` jobs and set ``app.state.internal_registry``.
+
+    A task that the broker delivers to this process is started here, so that of two
+    deliveries one runs, and failed here when the executor raises.
+
+    Parameters
+    ----------
+    app : FastAPI
+        The host; its ``state.tsio`` and ``state.joblib_settings`` are read when a task
+        runs.
+    broker : AsyncBroker
+        Takes the tasks.
+    extensions : iterable of type
+        Classes with ``category``, ``__name__`` and ``model_json_schema()``.
+    executor : InternalExecutor
+        Runs a task and reports on it.
+    session_maker : callable
+        Opens sessions.
+    """
+    extensions = list(extensions)
+
+    async def tell(change: Callable[[AsyncSession], Awaitable[list[Any]]]) -> bool:
+        box = Outbox()
+        async with session_maker() as session:
+            for task in await change(session):
+                box.task_changed(task)
+            await session.commit()
+        await deliver(
+            box, session_maker, _settings(app), getattr(app.state, "tsio", None)
+        )
+        return bool(box.emissions)
+
+    async def run(
+        extension: Any, payload: dict[str, Any], room_id: str, task_id: str
+    ) -> None:
+        async def start(session: AsyncSession) -> list[Any]:
+            task = await attempts.start_internal(session, UUID(task_id), _settings(app))
+            return [] if task is None else [task]
+
+        async def fail(session: AsyncSession) -> list[Any]:
+            return await attempts.fail(
+                session,
+                Task.id == UUID(task_id),
+                _settings(app),
+                error=str(exc) or type(exc).__name__,
+                error_type=ErrorType.USER_ERROR,
+            )
+
+        if not await tell(start):
+            log.info("task %s is not there to be started", task_id)
+            return
+        try:
+            await executor(extension, payload, room_id, task_id)
+        except Exception as raised:
+            exc = raised
+            await tell(fail)
+            raise
+
+    await ensure_internal_jobs(extensions, session_maker)
+    registry = _register(broker, extensions, executor, run)
+    app.state.internal_registry = registry
+    return registry
+
+
+def _settings(app: FastAPI) -> JobLibSettings:
+    return getattr(app.state, "joblib_settings", None) or get_settings()
+
+
+async def ensure_internal_jobs(
+    extensions: Iterable[Any], session_maker: SessionMaker
+) -> None:
+    """Write the rows of ``@internal`` jobs; every replica may do so at once.
+
+    Parameters
+    ----------
+    extensions : iterable of type
+        Classes with ``category``, ``__name__`` and ``model_json_schema()``.
+    session_maker : callable
+        Opens the session.
+    """
+    by_name = {internal_name(extension): extension for extension in extensions}
+    async with session_maker() as session:
+        # in one order, so that replicas that start together wait for each other in turn
+        for name in sorted(by_name):
+            await jobs.install(session, name, by_name[name].model_json_schema())
+        await session.commit()

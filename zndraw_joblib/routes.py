@@ -1,0 +1,437 @@
+"""The HTTP surface: what is asked for, who may ask, and which step answers."""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+import anyio
+from fastapi import APIRouter, Depends, Query, Request, Response, status
+from zndraw_auth.db import SessionDep
+
+from zndraw_joblib import attempts, claims, jobs, tasks, workers
+from zndraw_joblib.dependencies import (
+    Access,
+    CurrentCaller,
+    IdempotencyKey,
+    OutboxDep,
+    PageDep,
+    PreferredWait,
+    ReadableRoom,
+    Registry,
+    Sessions,
+    Settings,
+    WaitingCaller,
+    WritableRoom,
+    outbox,
+)
+from zndraw_joblib.door import Door
+from zndraw_joblib.events import Dispatch, job_key, task_key
+from zndraw_joblib.exceptions import (
+    Forbidden,
+    InternalJobNotConfigured,
+    InvalidCategory,
+    TaskNotFound,
+)
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
+from zndraw_joblib.names import INTERNAL_ROOM, SPECIAL_ROOMS, FullName
+from zndraw_joblib.paging import Listing
+from zndraw_joblib.schemas import (
+    HeartbeatResponse,
+    JobPolicy,
+    JobRegisterRequest,
+    JobResponse,
+    JobSummary,
+    PaginatedResponse,
+    TaskClaimRequest,
+    TaskClaimResponse,
+    TaskResponse,
+    TaskSubmitRequest,
+    TaskUpdateRequest,
+    WorkerResponse,
+    WorkerSummary,
+    WorkerUpdateRequest,
+)
+from zndraw_joblib.sweeper import retire
+from zndraw_joblib.waiting import waiting_for
+
+StatusFilter = Annotated[TaskStatus | None, Query(alias="status")]
+
+router = APIRouter(
+    prefix="/v1/joblib",
+    tags=["joblib"],
+    route_class=Door,
+    dependencies=[Depends(outbox)],
+)
+
+
+def _page(
+    listing: Listing,
+    items: list[Any],
+    page: PageDep,
+    request: Request,
+    response: Response,
+) -> dict[str, Any]:
+    if listing.next is not None:
+        url = request.url.remove_query_params("offset").include_query_params(
+            cursor=listing.next.encode()
+        )
+        response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
+    return {
+        "items": items,
+        "total": listing.total,
+        "limit": page.limit,
+        "offset": page.offset,
+    }
+
+
+# --- workers ---
+
+
+@router.post("/workers", status_code=status.HTTP_201_CREATED)
+async def create_worker(caller: CurrentCaller, session: SessionDep) -> WorkerResponse:
+    """Make a worker that belongs to the caller."""
+    row = await workers.create(session, caller.id)
+    await session.commit()
+    return WorkerResponse(**row._mapping)
+
+
+@router.get("/workers")
+async def list_workers(
+    caller: CurrentCaller,
+    session: SessionDep,
+    page: PageDep,
+    request: Request,
+    response: Response,
+) -> PaginatedResponse[WorkerSummary]:
+    """List all workers."""
+    listing = await workers.list_all(session, page)
+    return _page(listing, [r._mapping for r in listing.rows], page, request, response)
+
+
+@router.patch("/workers/{worker_id}")
+async def heartbeat(
+    worker_id: UUID,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    outbox: OutboxDep,
+    body: WorkerUpdateRequest | None = None,
+) -> HeartbeatResponse:
+    """Take a sign of life, with what the worker's tasks are at."""
+    update = body or WorkerUpdateRequest()
+    if update.state is not None:
+        row = await workers.set_state(session, worker_id, caller, update.state)
+        await session.commit()
+        return HeartbeatResponse(**row._mapping, desired_state=row.state)
+    row = await workers.touch(session, worker_id, caller)
+    beat = claims.NOTHING
+    if update.tasks:
+        beat = await claims.beat(session, worker_id, update.tasks, settings)
+    await session.commit()
+    for task in beat.progressed:
+        outbox.task_changed(task)
+    return HeartbeatResponse(
+        **row._mapping,
+        cancelled=beat.cancelled,
+        lost=beat.lost,
+        desired_state=row.state,
+    )
+
+
+@router.delete("/workers/{worker_id}", status_code=status.HTTP_204_NO_CONTENT)
+async def delete_worker(
+    worker_id: UUID,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    outbox: OutboxDep,
+) -> None:
+    """Remove a worker; what it held is failed or tried again."""
+    gone = await workers.retire(session, worker_id, caller)
+    await retire(session, gone, settings, outbox)
+    await session.commit()
+
+
+@router.get("/rooms/{room_id}/workers")
+async def list_room_workers(
+    room: ReadableRoom,
+    session: SessionDep,
+    page: PageDep,
+    request: Request,
+    response: Response,
+) -> PaginatedResponse[WorkerSummary]:
+    """List the workers of the jobs that the room sees."""
+    listing = await workers.list_serving(session, room, page)
+    return _page(listing, [r._mapping for r in listing.rows], page, request, response)
+
+
+# --- jobs ---
+
+
+@router.put(
+    "/rooms/{room_id}/jobs",
+    status_code=status.HTTP_201_CREATED,
+    responses={200: {"model": JobResponse, "description": "It was there already"}},
+)
+async def register_job(
+    room: WritableRoom,
+    body: JobRegisterRequest,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    outbox: OutboxDep,
+    response: Response,
+) -> JobResponse:
+    """Offer a job, served by one of the caller's workers."""
+    if room in SPECIAL_ROOMS and not caller.is_superuser:
+        raise Forbidden.exception(f"registering in {room} needs a superuser")
+    if body.category not in settings.allowed_categories:
+        raise InvalidCategory.exception(
+            f"category {body.category!r} is not one of {settings.allowed_categories}"
+        )
+    jobs.check_schema(body.schema_)
+    if body.worker_id is None:
+        worker_id = (await workers.create(session, caller.id)).id
+    else:
+        worker_id = body.worker_id
+        await workers.touch_own(session, worker_id, caller)
+    policy = body.model_dump(
+        include=body.model_fields_set & set(JobPolicy.model_fields)
+    )
+    name = FullName(room, body.category, body.name)
+    registered = await jobs.register(session, name, body.schema_, policy, worker_id)
+    job = await jobs.read(
+        session, registered.job_id, settings.worker_timeout_seconds, worker_id
+    )
+    await session.commit()
+    if registered.created or registered.joined:
+        outbox.jobs_changed([room])
+    if not registered.created:
+        response.status_code = status.HTTP_200_OK
+    return job
+
+
+@router.get("/rooms/{room_id}/jobs")
+async def list_jobs(
+    room: ReadableRoom,
+    session: SessionDep,
+    settings: Settings,
+    page: PageDep,
+    request: Request,
+    response: Response,
+) -> PaginatedResponse[JobSummary]:
+    """List the jobs that the room sees."""
+    items, listing = await jobs.list_visible(
+        session, room, page, settings.worker_timeout_seconds
+    )
+    return _page(listing, items, page, request, response)
+
+
+@router.get("/rooms/{room_id}/jobs/{job_name:path}/tasks")
+async def list_job_tasks(
+    room: ReadableRoom,
+    job_name: str,
+    session: SessionDep,
+    settings: Settings,
+    page: PageDep,
+    request: Request,
+    response: Response,
+    task_status: StatusFilter = None,
+) -> PaginatedResponse[TaskResponse]:
+    """List the tasks of a job that this room submitted."""
+    rows = await session.execute(jobs.served(room, job_name))
+    job = jobs.found(rows.one_or_none(), room, job_name)
+    items, listing = await tasks.list_tasks(
+        session, room, page, settings, job_id=job.id, status=task_status
+    )
+    return _page(listing, items, page, request, response)
+
+
+@router.get("/rooms/{room_id}/jobs/{job_name:path}")
+async def read_job(
+    room: ReadableRoom, job_name: str, session: SessionDep, settings: Settings
+) -> JobResponse:
+    """Show a job that the room sees."""
+    return await jobs.read_named(
+        session, room, job_name, settings.worker_timeout_seconds
+    )
+
+
+# --- tasks ---
+
+
+@router.post(
+    "/rooms/{room_id}/tasks/{job_name:path}", status_code=status.HTTP_202_ACCEPTED
+)
+async def submit_task(
+    room: WritableRoom,
+    job_name: str,
+    body: TaskSubmitRequest,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    registry: Registry,
+    outbox: OutboxDep,
+    response: Response,
+    idempotency_key: IdempotencyKey,
+) -> TaskResponse:
+    """Submit a task to a job that the room sees."""
+    job = await tasks.resolve(session, room, job_name, body.priority, settings)
+    internal = job.room_id == INTERNAL_ROOM
+    if internal and (registry is None or job_name not in registry):
+        raise InternalJobNotConfigured.exception(f"nothing here runs {job_name}")
+    jobs.check_payload(job.schema_, body.payload)
+    submitted = await tasks.submit(
+        session,
+        job,
+        room,
+        caller,
+        body,
+        settings,
+        idempotency_key=idempotency_key,
+        internal=internal,
+    )
+    if submitted is None:
+        raise jobs.not_found(room, job_name)
+    await session.commit()
+    task = submitted.task
+    if submitted.created:
+        outbox.task_changed(task)
+        if internal:
+            outbox.dispatches.append(
+                Dispatch(job_name, task.id, task.room_id, task.payload)
+            )
+    response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
+    response.headers["Retry-After"] = "1"
+    return task
+
+
+@router.get("/rooms/{room_id}/tasks")
+async def list_room_tasks(
+    room: ReadableRoom,
+    session: SessionDep,
+    settings: Settings,
+    page: PageDep,
+    request: Request,
+    response: Response,
+    task_status: StatusFilter = None,
+) -> PaginatedResponse[TaskResponse]:
+    """List the tasks that the room submitted."""
+    items, listing = await tasks.list_tasks(
+        session, room, page, settings, status=task_status
+    )
+    return _page(listing, items, page, request, response)
+
+
+@router.post("/tasks/claim")
+async def claim_tasks(
+    body: TaskClaimRequest,
+    caller: WaitingCaller,
+    session_maker: Sessions,
+    settings: Settings,
+    outbox: OutboxDep,
+    request: Request,
+    response: Response,
+    wait: PreferredWait,
+    idempotency_key: IdempotencyKey,
+) -> TaskClaimResponse:
+    """Give a worker the oldest tasks of its jobs, waiting for them if preferred."""
+    applied = _applied(wait, response)
+    deadline = anyio.current_time() + applied
+    keys: list[str] = []
+    if applied:
+        async with session_maker() as session:
+            keys = [job_key(n) for n in await claims.served(session, body.worker_id)]
+    with waiting_for(keys) as waiter:
+        while True:
+            async with session_maker() as session:
+                claimed = await claims.claim(
+                    session,
+                    body.worker_id,
+                    caller,
+                    settings,
+                    limit=body.max_tasks,
+                    key=idempotency_key,
+                )
+                await session.commit()
+            left = deadline - anyio.current_time()
+            if claimed or left <= 0 or await request.is_disconnected():
+                break
+            await waiter.wait(min(left, settings.recheck_seconds))
+    for task in claimed:
+        outbox.task_changed(task)
+    return TaskClaimResponse(task=next(iter(claimed), None), tasks=claimed)
+
+
+def _applied(wait: float | None, response: Response) -> float:
+    response.headers["Vary"] = "Prefer"
+    if wait is None:
+        return 0
+    response.headers["Preference-Applied"] = f"wait={wait:g}"
+    return wait
+
+
+@router.get("/tasks/{task_id}")
+async def read_task(
+    task_id: UUID,
+    caller: WaitingCaller,
+    session_maker: Sessions,
+    settings: Settings,
+    may_enter: Access,
+    request: Request,
+    response: Response,
+    wait: PreferredWait,
+) -> TaskResponse:
+    """Show a task; with `Prefer: wait` once it has ended."""
+    deadline = anyio.current_time() + _applied(wait, response)
+    with waiting_for([task_key(task_id)]) as waiter:
+        while True:
+            async with session_maker() as session:
+                task = await tasks.read(session, task_id, settings)
+                if not await may_enter(session, caller, task.room_id):
+                    raise TaskNotFound.exception(f"there is no task {task_id}")
+            left = deadline - anyio.current_time()
+            if task.status in TERMINAL or left <= 0 or await request.is_disconnected():
+                return task
+            await waiter.wait(min(left, settings.recheck_seconds))
+
+
+@router.patch("/tasks/{task_id}")
+async def report_task(
+    task_id: UUID,
+    body: TaskUpdateRequest,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    outbox: OutboxDep,
+) -> TaskResponse:
+    """Report what became of a task, or cancel it."""
+    reported = await attempts.report(session, task_id, caller, body, settings)
+    await session.commit()
+    if reported.changed:
+        outbox.task_changed(reported.task)
+    return reported.task
+
+
+@router.post("/tasks/{task_id}/retry", status_code=status.HTTP_202_ACCEPTED)
+async def retry_task(
+    task_id: UUID,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    registry: Registry,
+    outbox: OutboxDep,
+    response: Response,
+) -> TaskResponse:
+    """Set a task that has ended going again."""
+    task = await attempts.retry(session, task_id, caller, settings)
+    internal = task.status is TaskStatus.CLAIMED
+    if internal and (registry is None or task.job_name not in registry):
+        raise InternalJobNotConfigured.exception(f"nothing here runs {task.job_name}")
+    await session.commit()
+    outbox.task_changed(task)
+    if internal:
+        outbox.dispatches.append(
+            Dispatch(task.job_name, task.id, task.room_id, task.payload)
+        )
+    response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
+    return task

@@ -1,0 +1,245 @@
+"""What the host runs now and then: ends what dead workers and lost messages left."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from uuid import UUID
+
+import anyio
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from zndraw_joblib import attempts, jobs, workers
+from zndraw_joblib.delivery import Dispatcher, SessionMaker, deliver
+from zndraw_joblib.events import Dispatch, Emitter, Outbox
+from zndraw_joblib.models import Job, Worker, silent_for
+from zndraw_joblib.schemas import TaskResponse
+from zndraw_joblib.settings import JobLibSettings, get_settings
+
+log = logging.getLogger(__name__)
+
+# A batch is one transaction; under a lock-wrapped maker everybody else waits for it.
+WORKERS_A_BATCH = 25
+TASKS_A_BATCH = 250
+
+Batch = Callable[[AsyncSession, Outbox], Awaitable[int]]
+
+
+async def retire(
+    session: AsyncSession, gone: workers.Gone, settings: JobLibSettings, outbox: Outbox
+) -> None:
+    """End what retired workers held, and the jobs that only they served."""
+    for task in await attempts.lose(session, gone.worker_ids, settings):
+        outbox.task_changed(task)
+    outbox.jobs_changed(gone.job_rooms)
+    outbox.providers_changed({name.room for name in gone.providers})
+    await jobs.delete_idle(session, Job.id.in_(gone.job_ids))
+
+
+async def _in_batches(
+    batch: Batch,
+    size: int,
+    session_maker: SessionMaker,
+    settings: JobLibSettings,
+    tsio: Emitter | None,
+    dispatcher: Dispatcher | None = None,
+) -> int:
+    total = 0
+    while True:
+        outbox = Outbox()
+        async with session_maker() as session:
+            handled = await batch(session, outbox)
+            await session.commit()
+        await deliver(outbox, session_maker, settings, tsio, dispatcher)
+        total += handled
+        if handled < size:
+            return total
+
+
+async def cleanup_stale_workers(
+    session_maker: SessionMaker,
+    settings: JobLibSettings | None = None,
+    tsio: Emitter | None = None,
+) -> int:
+    """Retire the workers that have been silent for ``worker_timeout_seconds``.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens one session a batch.
+    settings : JobLibSettings, optional
+        Without it, those of the environment.
+    tsio : socketio.AsyncServer or a wrapper of one, optional
+        Where events go.
+
+    Returns
+    -------
+    int
+        How many workers were retired by this call.
+    """
+    settings = settings or get_settings()
+
+    async def silent(session: AsyncSession, outbox: Outbox) -> int:
+        chosen = (
+            select(Worker.id)
+            .where(silent_for(settings.worker_timeout_seconds))
+            .limit(WORKERS_A_BATCH)
+            .with_for_update(skip_locked=True)
+        )
+        gone = await workers.retire_where(session, chosen)
+        if gone.worker_ids:
+            await retire(session, gone, settings, outbox)
+        return len(gone.worker_ids)
+
+    return await _in_batches(silent, WORKERS_A_BATCH, session_maker, settings, tsio)
+
+
+async def cleanup_worker(
+    session_maker: SessionMaker,
+    worker_id: UUID,
+    settings: JobLibSettings | None = None,
+    tsio: Emitter | None = None,
+) -> bool:
+    """Retire one worker, silent or not; tell whether it was there.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens the session.
+    worker_id : UUID
+        The worker.
+    settings : JobLibSettings, optional
+        Without it, those of the environment.
+    tsio : socketio.AsyncServer or a wrapper of one, optional
+        Where events go.
+    """
+    settings = settings or get_settings()
+    outbox = Outbox()
+    async with session_maker() as session:
+        chosen = select(Worker.id).where(Worker.id == worker_id).with_for_update()
+        gone = await workers.retire_where(session, chosen)
+        if gone.worker_ids:
+            await retire(session, gone, settings, outbox)
+        await session.commit()
+    await deliver(outbox, session_maker, settings, tsio)
+    return bool(gone.worker_ids)
+
+
+async def cleanup_overdue_attempts(
+    session_maker: SessionMaker,
+    settings: JobLibSettings | None = None,
+    tsio: Emitter | None = None,
+) -> int:
+    """End attempts past their deadline, and those whose worker is gone.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens one session a batch.
+    settings : JobLibSettings, optional
+        Without it, those of the environment.
+    tsio : socketio.AsyncServer or a wrapper of one, optional
+        Where events go.
+
+    Returns
+    -------
+    int
+        How many attempts this call ended.
+    """
+    settings = settings or get_settings()
+    total = 0
+    for step in (attempts.time_out, attempts.take_back, attempts.lose_orphans):
+        batch = partial(_change, step, settings)
+        total += await _in_batches(batch, TASKS_A_BATCH, session_maker, settings, tsio)
+    return total
+
+
+Step = Callable[[AsyncSession, JobLibSettings, int], Awaitable[list[TaskResponse]]]
+
+
+async def _change(
+    step: Step, settings: JobLibSettings, session: AsyncSession, outbox: Outbox
+) -> int:
+    changed = await step(session, settings, TASKS_A_BATCH)
+    for task in changed:
+        outbox.task_changed(task)
+    return len(changed)
+
+
+async def cleanup_stuck_internal_tasks(
+    session_maker: SessionMaker,
+    settings: JobLibSettings | None = None,
+    tsio: Emitter | None = None,
+    registry: Dispatcher | None = None,
+) -> int:
+    """Send ``@internal`` tasks again whose message was lost; end those that are stuck.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens one session a batch.
+    settings : JobLibSettings, optional
+        Without it, those of the environment.
+    tsio : socketio.AsyncServer or a wrapper of one, optional
+        Where events go.
+    registry : InternalRegistry, optional
+        Where tasks are sent again; without it none is.
+
+    Returns
+    -------
+    int
+        How many attempts this call ended.
+    """
+    settings = settings or get_settings()
+
+    async def resend(session: AsyncSession, outbox: Outbox) -> int:
+        overdue = await attempts.redispatch(session, settings, TASKS_A_BATCH)
+        outbox.dispatches += [
+            Dispatch(task.job_name, task.id, task.room_id, task.payload)
+            for task in overdue
+        ]
+        return len(overdue)
+
+    stuck = partial(_change, attempts.fail_stuck, settings)
+    ended = await _in_batches(stuck, TASKS_A_BATCH, session_maker, settings, tsio)
+    if registry is not None:
+        await _in_batches(
+            resend, TASKS_A_BATCH, session_maker, settings, tsio, registry
+        )
+    return ended
+
+
+async def run_sweeper(
+    session_maker: SessionMaker,
+    settings: JobLibSettings | None = None,
+    tsio: Emitter | None = None,
+    registry: Dispatcher | None = None,
+) -> None:
+    """Sweep every ``sweeper_interval_seconds`` until cancelled; on every replica.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens one session a batch.
+    settings : JobLibSettings, optional
+        Without it, those of the environment.
+    tsio : socketio.AsyncServer or a wrapper of one, optional
+        Where events go.
+    registry : InternalRegistry, optional
+        Where ``@internal`` tasks are sent again whose message was lost.
+    """
+    settings = settings or get_settings()
+    passes = (
+        partial(cleanup_stale_workers, session_maker, settings, tsio),
+        partial(cleanup_overdue_attempts, session_maker, settings, tsio),
+        partial(cleanup_stuck_internal_tasks, session_maker, settings, tsio, registry),
+    )
+    while True:
+        for sweep in passes:
+            try:
+                if ended := await sweep():
+                    log.info("%s: %d", sweep.func.__name__, ended)
+            except Exception:
+                # the next pass finds what this one left
+                log.exception("%s failed", sweep.func.__name__)
+        await anyio.sleep(settings.sweeper_interval_seconds)
