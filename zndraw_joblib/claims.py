@@ -5,6 +5,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
+    ColumnElement,
     Float,
     Select,
     String,
@@ -151,7 +152,7 @@ async def claim(
         return []
     if worker.has_due:
         await promote(session, worker_id)
-    claimable = Task.id.in_(_oldest(worker_id, limit))
+    claimable: ColumnElement[bool] = Task.id.in_(_oldest(worker_id, limit))
     if key is not None:
         claimable = and_(claimable, ~_claimed_under(worker_id, key).exists())
     claimed = await session.execute(

@@ -57,8 +57,10 @@ async def deliver(
         waiting.wake_one(key)
     await emit(tsio, outbox.emissions, timeout=settings.dispatch_timeout_seconds)
     undelivered = Outbox()
-    for dispatch in outbox.dispatches if dispatcher is not None else ():
+    for dispatch in outbox.dispatches:
         try:
+            if dispatcher is None:
+                raise RuntimeError("there is no broker")
             with anyio.fail_after(settings.dispatch_timeout_seconds):
                 await dispatcher.send(dispatch)
         except Exception as exc:

@@ -22,23 +22,27 @@ from zndraw_joblib.names import UNPRINTABLE, check_room
 from zndraw_joblib.paging import Cursor, Page
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.schemas import MAX_INT, MAX_PAGE
-from zndraw_joblib.settings import JobLibSettings, get_settings
+from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.workers import Caller
 
 # --- what a host can override ---
 
 
-def get_joblib_settings(request: Request) -> JobLibSettings:
+# All dependencies are coroutines: FastAPI sends plain functions to a thread, and the
+# request's session would be held meanwhile.
+
+
+async def get_joblib_settings(request: Request) -> JobLibSettings:
     """Return ``app.state.joblib_settings``, or the settings of the environment."""
-    return getattr(request.app.state, "joblib_settings", None) or get_settings()
+    return settings_of(request.app)
 
 
-def get_tsio(request: Request) -> Emitter | None:
+async def get_tsio(request: Request) -> Emitter | None:
     """Return the Socket.IO server ``app.state.tsio``; without one nothing is sent."""
     return getattr(request.app.state, "tsio", None)
 
 
-def get_internal_registry(request: Request) -> InternalRegistry | None:
+async def get_internal_registry(request: Request) -> InternalRegistry | None:
     """Return ``app.state.internal_registry``, as ``register_internal_jobs`` set it."""
     return getattr(request.app.state, "internal_registry", None)
 
@@ -50,7 +54,7 @@ async def _open_to_all(session: AsyncSession, caller: Caller, room_id: str) -> b
     return True
 
 
-def get_room_access() -> RoomAccess:
+async def get_room_access() -> RoomAccess:
     """Return who may enter a room; a host with private rooms overrides this one.
 
     The returned ``async (session, caller, room_id) -> bool`` is asked by every route,
@@ -92,7 +96,7 @@ class ResultBackend(Protocol):
         ...
 
 
-def get_result_backend(request: Request) -> ResultBackend | None:
+async def get_result_backend(request: Request) -> ResultBackend | None:
     """Return ``app.state.result_backend``."""
     return getattr(request.app.state, "result_backend", None)
 
@@ -117,14 +121,12 @@ def validate_room_id(room_id: str) -> str:
         raise InvalidRoomId.exception(f"room id {exc}") from None
 
 
-async def verify_writable_room(
-    room_id: Annotated[str, Depends(validate_room_id)],
-) -> str:
+async def verify_writable_room(room_id: str) -> str:
     """Return the room of the path if it takes registrations and submissions.
 
     A host that can lock rooms overrides this.
     """
-    return room_id
+    return validate_room_id(room_id)
 
 
 # --- what the routes ask for ---
@@ -171,11 +173,12 @@ OutboxDep = Annotated[Outbox, Depends(outbox)]
 
 
 async def _readable_room(
-    room_id: Annotated[str, Depends(validate_room_id)],
+    room_id: str,
     caller: CurrentCaller,
     session: SessionDep,
     may_enter: Access,
 ) -> str:
+    validate_room_id(room_id)
     if not await may_enter(session, caller, room_id):
         raise Forbidden.exception(f"room {room_id!r} is not open to you")
     return room_id
@@ -193,7 +196,7 @@ async def _writable_room(
 WritableRoom = Annotated[str, Depends(_writable_room)]
 
 
-def _page(
+async def _page(
     limit: Annotated[int, Query(ge=0, le=MAX_PAGE)] = 50,
     offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0,
     cursor: Annotated[
@@ -211,7 +214,7 @@ def _page(
 PageDep = Annotated[Page, Depends(_page)]
 
 
-def _idempotency_key(
+async def _idempotency_key(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> str | None:
     if idempotency_key and UNPRINTABLE.search(idempotency_key):
@@ -261,7 +264,7 @@ def preferred_wait(preferences: list[str], longest: float) -> float | None:
     return None
 
 
-def _wait(
+async def _wait(
     settings: Settings,
     prefer: Annotated[
         list[str] | None, Header(description="`wait=N` waits up to N seconds.")

@@ -16,7 +16,6 @@ from sqlalchemy.exc import (
     TimeoutError as PoolTimeoutError,
 )
 
-from zndraw_joblib.dependencies import get_joblib_settings
 from zndraw_joblib.exceptions import (
     MalformedBody,
     PayloadTooLarge,
@@ -25,6 +24,7 @@ from zndraw_joblib.exceptions import (
     invalid_request,
 )
 from zndraw_joblib.schemas import parse_json
+from zndraw_joblib.settings import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class BoundedRequest(Request):
             ``payload-too-large``, before more than the limit is buffered.
         """
         if self._bounded is None:
-            limit = get_joblib_settings(self).max_payload_bytes
+            limit = settings_of(self.app).max_payload_bytes
             chunks = bytearray()
             async for chunk in self.stream():
                 chunks += chunk

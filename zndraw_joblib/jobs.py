@@ -208,7 +208,7 @@ async def register(
             index_elements=[Job.room_id, Job.category, Job.name],
             set_={"schema": fresh.excluded.schema, "deleted": False}
             | {field: fresh.excluded[field] for field in JobPolicy.model_fields},
-            where=Job.deleted,
+            where=Job.deleted.is_(True),
         ).returning(Job.id)
     )
     job_id = arrived or await _join(session, name, schema, policy)

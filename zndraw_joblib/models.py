@@ -100,7 +100,7 @@ def _sqlite_noise(element: noise, compiler: SQLCompiler, **kw: Any) -> str:
     return "(0.5 + random() / 18446744073709551616.0)"
 
 
-_Status = Enum(TaskStatus, name="taskstatus")
+_Status: Enum = Enum(TaskStatus, name="taskstatus")
 
 
 def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
@@ -307,7 +307,7 @@ def due() -> ColumnElement[bool]:
 
 def held(task: Any = Task) -> ColumnElement[bool]:
     """Return the condition under which a task is in somebody's hands."""
-    return task.status.in_(map(constant, sorted(HELD)))
+    return and_(task.status.in_(map(constant, sorted(HELD))))
 
 
 def in_states(states: frozenset[TaskStatus]) -> ColumnElement[bool]:

@@ -92,9 +92,8 @@ async def paginate(
         )
     else:
         counted = statement.with_only_columns(entity.id, maintain_column_froms=True)
-        total = await session.scalar(
-            select(func.count()).select_from(counted.subquery())
-        )
+        counting = select(func.count()).select_from(counted.subquery())
+        total = (await session.scalars(counting)).one()
         newest_first = newest_first.offset(page.offset)
     if page.limit == 0:
         return Listing([], total, None)

@@ -17,7 +17,7 @@ from zndraw_joblib.events import Dispatch, Outbox
 from zndraw_joblib.lifecycle import ErrorType
 from zndraw_joblib.models import Task
 from zndraw_joblib.names import INTERNAL_ROOM, FullName
-from zndraw_joblib.settings import JobLibSettings, get_settings
+from zndraw_joblib.settings import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ async def register_internal_jobs(
                 box.task_changed(task)
             await session.commit()
         await deliver(
-            box, session_maker, _settings(app), getattr(app.state, "tsio", None)
+            box, session_maker, settings_of(app), getattr(app.state, "tsio", None)
         )
         return bool(box.emissions)
 
@@ -159,14 +159,16 @@ async def register_internal_jobs(
         extension: Any, payload: dict[str, Any], room_id: str, task_id: str
     ) -> None:
         async def start(session: AsyncSession) -> list[Any]:
-            task = await attempts.start_internal(session, UUID(task_id), _settings(app))
+            task = await attempts.start_internal(
+                session, UUID(task_id), settings_of(app)
+            )
             return [] if task is None else [task]
 
         async def fail(session: AsyncSession) -> list[Any]:
             return await attempts.fail(
                 session,
                 Task.id == UUID(task_id),
-                _settings(app),
+                settings_of(app),
                 error=str(exc) or type(exc).__name__,
                 error_type=ErrorType.USER_ERROR,
             )
@@ -185,10 +187,6 @@ async def register_internal_jobs(
     registry = _register(broker, extensions, executor, run)
     app.state.internal_registry = registry
     return registry
-
-
-def _settings(app: FastAPI) -> JobLibSettings:
-    return getattr(app.state, "joblib_settings", None) or get_settings()
 
 
 async def ensure_internal_jobs(

@@ -1,6 +1,6 @@
 """The HTTP surface: what is asked for, who may ask, and which step answers."""
 
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 import anyio
@@ -33,7 +33,7 @@ from zndraw_joblib.exceptions import (
 )
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.names import INTERNAL_ROOM, SPECIAL_ROOMS, FullName
-from zndraw_joblib.paging import Listing
+from zndraw_joblib.paging import Listing, Page
 from zndraw_joblib.schemas import (
     HeartbeatResponse,
     JobPolicy,
@@ -53,6 +53,7 @@ from zndraw_joblib.schemas import (
 from zndraw_joblib.sweeper import retire
 from zndraw_joblib.waiting import waiting_for
 
+T = TypeVar("T")
 StatusFilter = Annotated[TaskStatus | None, Query(alias="status")]
 
 router = APIRouter(
@@ -64,23 +65,16 @@ router = APIRouter(
 
 
 def _page(
-    listing: Listing,
-    items: list[Any],
-    page: PageDep,
-    request: Request,
-    response: Response,
-) -> dict[str, Any]:
+    listing: Listing, items: list[T], page: Page, request: Request, response: Response
+) -> PaginatedResponse[T]:
     if listing.next is not None:
         url = request.url.remove_query_params("offset").include_query_params(
             cursor=listing.next.encode()
         )
         response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
-    return {
-        "items": items,
-        "total": listing.total,
-        "limit": page.limit,
-        "offset": page.offset,
-    }
+    return PaginatedResponse(
+        items=items, total=listing.total, limit=page.limit, offset=page.offset
+    )
 
 
 # --- workers ---
@@ -104,7 +98,8 @@ async def list_workers(
 ) -> PaginatedResponse[WorkerSummary]:
     """List all workers."""
     listing = await workers.list_all(session, page)
-    return _page(listing, [r._mapping for r in listing.rows], page, request, response)
+    items = [WorkerSummary(**row._mapping) for row in listing.rows]
+    return _page(listing, items, page, request, response)
 
 
 @router.patch("/workers/{worker_id}")
@@ -161,7 +156,8 @@ async def list_room_workers(
 ) -> PaginatedResponse[WorkerSummary]:
     """List the workers of the jobs that the room sees."""
     listing = await workers.list_serving(session, room, page)
-    return _page(listing, [r._mapping for r in listing.rows], page, request, response)
+    items = [WorkerSummary(**row._mapping) for row in listing.rows]
+    return _page(listing, items, page, request, response)
 
 
 # --- jobs ---

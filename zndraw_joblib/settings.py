@@ -1,6 +1,7 @@
 """Configuration, from the environment (prefix ``ZNDRAW_JOBLIB_``) or from the host."""
 
 from functools import lru_cache
+from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -73,3 +74,8 @@ class JobLibSettings(BaseSettings):
 def get_settings() -> JobLibSettings:
     """Return the settings of the environment, read once for the process."""
     return JobLibSettings()
+
+
+def settings_of(app: Any) -> JobLibSettings:
+    """Return the ``state.joblib_settings`` of a host, or those of the environment."""
+    return getattr(app.state, "joblib_settings", None) or get_settings()

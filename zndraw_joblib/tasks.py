@@ -95,9 +95,7 @@ VIEW = (
 )
 
 
-def position(
-    job_id: ColumnElement[Any], order: ColumnElement[Any], settings: JobLibSettings
-) -> ColumnElement[int]:
+def position(job_id: Any, order: Any, settings: JobLibSettings) -> ColumnElement[int]:
     """Return the place of ``order`` in a job's queue, counted up to the setting."""
     before = (
         select(literal_column("1"))
@@ -250,8 +248,11 @@ async def submit(
         Task.idempotency_key: idempotency_key,
         Task.request_digest: digest if idempotency_key else None,
     }
-    columns = {column: literal(value, column.type) for column, value in values.items()}
-    columns |= {Task.job_id: Job.id, Task.max_attempts: Job.max_attempts}
+    columns: dict[Any, ColumnElement[Any]] = {
+        column: literal(value, column.type) for column, value in values.items()
+    }
+    columns[Task.job_id] = Job.id.expression
+    columns[Task.max_attempts] = Job.max_attempts.expression
     if internal:
         columns |= born_claimed(settings) | {Task.attempt: literal(1)}
     elif request.delay_seconds:

@@ -14,6 +14,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    true,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -155,8 +156,8 @@ async def set_state(
     return row
 
 
-def _may_command(caller: Caller) -> ColumnElement[bool] | bool:
-    return True if caller.is_superuser else Worker.user_id == caller.id
+def _may_command(caller: Caller) -> ColumnElement[bool]:
+    return true() if caller.is_superuser else Worker.user_id == caller.id
 
 
 async def _explain(session: AsyncSession, worker_id: UUID) -> None:
