@@ -63,7 +63,7 @@ _MODULE_OF = {
     "verify_writable_room": "dependencies",
 }
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

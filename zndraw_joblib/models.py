@@ -100,16 +100,13 @@ def _sqlite_noise(element: noise, compiler: SQLCompiler, **kw: Any) -> str:
     return "(0.5 + random() / 18446744073709551616.0)"
 
 
-_Status: Enum = Enum(TaskStatus, name="taskstatus")
-
-
 def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
     """Return ``status`` as a literal in the SQL text.
 
     A partial index serves a query only if the query's own text implies the index's
     condition; a bound parameter can't.
     """
-    return literal_column(f"'{status.name}'", _Status)
+    return literal_column(f"'{status.name}'", Task.status.type)
 
 
 class Job(Base):
@@ -248,7 +245,9 @@ class Task(Base):
         ForeignKey("user.id", ondelete="SET NULL")
     )
     payload: Mapped[dict[str, Any]] = mapped_column(JSON)
-    status: Mapped[TaskStatus] = mapped_column(_Status, default=TaskStatus.PENDING)
+    status: Mapped[TaskStatus] = mapped_column(
+        Enum(TaskStatus, name="taskstatus"), default=TaskStatus.PENDING
+    )
     priority: Mapped[int] = mapped_column(default=0)
     queue_order: Mapped[int] = mapped_column(BigInteger)
     attempt: Mapped[int] = mapped_column(default=0)

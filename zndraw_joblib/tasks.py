@@ -137,9 +137,9 @@ async def read_changed(
     if waiting:
         place = position(Task.job_id, Task.queue_order, settings)
         found = await session.execute(
-            select(Task.id, place).where(Task.id.in_(waiting))
+            select(Task.id, place.label("place")).where(Task.id.in_(waiting))
         )
-        places = {task_id: place for task_id, place in found}
+        places = {row.id: row.place for row in found}
     return [read_view(row, places.get(row.id)) for row in rows]
 
 
