@@ -67,7 +67,7 @@ from zndraw_auth import (
 )
 from zndraw_auth.settings import get_auth_settings
 
-import zndraw_joblib.models  # noqa: F401  (its tables join Base's metadata)
+from zndraw_joblib import router
 from zndraw_joblib.exceptions import ProblemException, problem_exception_handler
 from zndraw_joblib.settings import JobLibSettings
 
@@ -256,10 +256,6 @@ def app(session_maker: makers.SessionMaker, tsio: socketio.AsyncServer) -> FastA
     )
     app.add_exception_handler(ProblemException, problem_exception_handler)
     app.add_exception_handler(RequestValidationError, problem_exception_handler)
-    try:
-        from zndraw_joblib.routes import router
-    except ImportError:
-        return app
     app.include_router(router)
     return app
 

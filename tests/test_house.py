@@ -21,9 +21,9 @@ FLOORS = [
     ["schemas", "extension", "provider"],
     ["events", "waiting"],
     ["models", "paging"],
-    ["workers", "jobs", "tasks", "attempts", "providers"],
+    ["workers", "jobs", "tasks", "attempts", "claims", "providers"],
     ["delivery", "registry", "sweeper"],
-    ["dependencies"],
+    ["dependencies", "door"],
     ["routes"],
 ]
 #: the worker's side, beside the house: it stands on the floors 0 to 2

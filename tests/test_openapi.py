@@ -1,0 +1,183 @@
+"""What clients of 0.1.7 speak is still served: the contract, against the live document."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from zndraw_joblib import router
+
+Document = dict[str, Any]
+
+CONTRACT: Document = json.loads(
+    (Path(__file__).parent / "data" / "openapi-0.1.7.json").read_text()
+)
+OPERATIONS = [
+    pytest.param(
+        f"{method} {path}",
+        marks=[pytest.mark.xfail(strict=True, reason="no providers yet")]
+        if "providers" in path
+        else [],
+    )
+    for path, methods in CONTRACT["paths"].items()
+    for method in methods
+]
+
+
+def resolve(document: Document, schema: Document) -> Document:
+    while ref := schema.get("$ref"):
+        schema = document["components"]["schemas"][ref.rpartition("/")[2]]
+    return schema
+
+
+def variants(document: Document, schema: Document) -> dict[str, Document]:
+    """Return for each JSON type that the schema admits what it says of it."""
+    schema = resolve(document, schema)
+    if "anyOf" in schema:
+        return {
+            kind: inner
+            for choice in schema["anyOf"]
+            for kind, inner in variants(document, choice).items()
+        }
+    return {schema.get("type", "any"): schema}
+
+
+def admits(
+    new: Document, new_schema: Document, old: Document, old_schema: Document, at: str
+) -> Iterator[str]:
+    """Yield what ``old_schema`` admits and ``new_schema`` doesn't.
+
+    Either way round: a request of the old clients has to fit the new schema, and an
+    answer of the new server the old one.
+    """
+    admitted = variants(new, new_schema)
+    for kind, schema in variants(old, old_schema).items():
+        if "any" in admitted:
+            return
+        if kind not in admitted:
+            yield f"{at}: {kind} is none of {sorted(admitted)}"
+        elif kind == "string":
+            ours = admitted[kind]
+            if ours.get("format") not in (None, schema.get("format")):
+                yield f"{at}: only as {ours['format']}"
+            if "enum" in ours and not set(schema.get("enum", [at])) <= set(
+                ours["enum"]
+            ):
+                yield f"{at}: only {ours['enum']}"
+        elif kind == "array":
+            items = schema.get("items", {}), admitted[kind].get("items", {})
+            yield from admits(new, items[1], old, items[0], f"{at}[]")
+        elif kind == "object":
+            theirs, ours = (
+                schema.get("properties", {}),
+                admitted[kind].get("properties", {}),
+            )
+            for name in theirs.keys() & ours.keys():
+                yield from admits(new, ours[name], old, theirs[name], f"{at}.{name}")
+
+
+def missing(
+    document: Document, schema: Document, old: Document, at: str
+) -> Iterator[str]:
+    """Yield the fields of a contract's schema that the document's lacks."""
+    ours, theirs = variants(document, schema), variants(CONTRACT, old)
+    for kind in theirs.keys() & ours.keys():
+        if kind == "array":
+            items = ours[kind].get("items", {}), theirs[kind].get("items", {})
+            yield from missing(document, *items, f"{at}[]")
+        known = ours[kind].get("properties", {})
+        for name, field in theirs[kind].get("properties", {}).items():
+            if name not in known:
+                yield f"{at}.{name}: missing"
+            else:
+                yield from missing(document, known[name], field, f"{at}.{name}")
+
+
+def required(document: Document, schema: Document) -> set[str]:
+    objects = variants(document, schema).get("object", {})
+    return set(objects.get("required", ()))
+
+
+def body(operation: Document) -> Document | None:
+    content = operation.get("requestBody", {}).get("content", {})
+    return content.get("application/json", {}).get("schema")
+
+
+def by_shape(document: Document) -> dict[str, Document]:
+    """Return the operations by method and path, the parameters' names left out."""
+    return {
+        f"{method} {re.sub('{[^}]*}', '{}', path)}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def check_request(new: Document, ours: Document, theirs: Document) -> Iterator[str]:
+    known = {(p["in"], p["name"].lower()): p for p in ours.get("parameters", [])}
+    asked = {(p["in"], p["name"].lower()): p for p in theirs.get("parameters", [])}
+    for key, parameter in asked.items():
+        if key[0] == "path":
+            continue
+        if key not in known:
+            yield f"parameter {key}: missing"
+            continue
+        schema = known[key]["schema"]
+        if key[0] == "header":
+            # one header is a list of one
+            schema = variants(new, schema).get("array", {}).get("items", schema)
+        yield from admits(new, schema, CONTRACT, parameter["schema"], str(key))
+    for key, parameter in known.items():
+        is_new = key[0] != "path" and not asked.get(key, {}).get("required")
+        if is_new and parameter.get("required"):
+            yield f"parameter {key}: required now"
+    sent, taken = body(theirs), body(ours)
+    if sent is None or taken is None:
+        if sent is not None or ours.get("requestBody", {}).get("required"):
+            yield "the body: not taken, or required now"
+        return
+    yield from missing(new, taken, sent, "body")
+    yield from admits(new, taken, CONTRACT, sent, "body")
+    for name in required(new, taken) - required(CONTRACT, sent):
+        yield f"body.{name}: required now"
+
+
+def check_answers(new: Document, ours: Document, theirs: Document) -> Iterator[str]:
+    for status, promised in theirs["responses"].items():
+        if status not in ours["responses"]:
+            yield f"answer {status}: missing"
+            continue
+        if not status.startswith("2"):
+            continue
+        for media, content in promised.get("content", {}).items():
+            given = ours["responses"][status].get("content", {}).get(media)
+            if given is None:
+                yield f"answer {status} as {media}: missing"
+                continue
+            schemas = given["schema"], content["schema"]
+            yield from missing(new, *schemas, status)
+            yield from admits(CONTRACT, schemas[1], new, schemas[0], status)
+            for name in required(CONTRACT, schemas[1]) - required(new, schemas[0]):
+                yield f"{status}.{name}: not promised any more"
+
+
+@pytest.fixture(scope="module")
+def served() -> Document:
+    app = FastAPI()
+    app.include_router(router)
+    return app.openapi()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_served(operation: str, served: Document):
+    shape = re.sub("{[^}]*}", "{}", operation)
+    ours, theirs = by_shape(served).get(shape), by_shape(CONTRACT)[shape]
+    assert ours is not None
+    broken = [
+        *check_request(served, ours, theirs),
+        *check_answers(served, ours, theirs),
+    ]
+    assert not broken
