@@ -36,7 +36,9 @@ def strict_maker(
 
     @asynccontextmanager
     async def maker() -> AsyncIterator[AsyncSession]:
-        held = _held.setdefault(_current_task(), [])
+        task = _current_task()
+        assert isinstance(task.get_coro(), Watched), "a loop that nobody watches"
+        held = _held.setdefault(task, [])
         here = "".join(traceback.format_stack()[-12:-2])
         if held:
             _note(f"a session was opened inside another one:\n{here}")

@@ -202,13 +202,20 @@ def test_the_package_is_flat():
     assert (PACKAGE / "py.typed").exists()
 
 
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return how many lines a function has, its docstring apart."""
+    first = function.body[0]
+    docstring = ast.get_docstring(function, clean=False) is not None
+    told = first.end_lineno - first.lineno + 1 if docstring else 0
+    return function.end_lineno - function.lineno + 1 - told
+
+
 def test_functions_are_short():
     long = {
         f"{name}.{node.name}": lines
         for name, tree in TREES.items()
         for node in ast.walk(tree)
-        if is_function(node)
-        and (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+        if is_function(node) and (lines := lines_of(node)) > MAX_FUNCTION_LINES
     }
     assert not long
 
