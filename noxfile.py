@@ -26,7 +26,7 @@ def install(session: nox.Session, *groups: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, layout and types."""
-    install(session, "lint")
+    install(session, "lint", "host")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
