@@ -1,17 +1,20 @@
 """Where a committed change goes: waiting requests, Socket.IO, the broker."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import anyio
+from sqlalchemy import and_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, waiting
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, emit
 from zndraw_joblib.lifecycle import ErrorType
 from zndraw_joblib.models import Task
+from zndraw_joblib.names import FullName
 from zndraw_joblib.settings import JobLibSettings
 
 log = logging.getLogger(__name__)
@@ -22,59 +25,91 @@ SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 class Dispatcher(Protocol):
     """What hands ``@internal`` tasks to a broker."""
 
-    async def send(self, dispatch: Dispatch) -> None:
-        """Hand over one task; raise if the broker doesn't take it."""
+    def __contains__(self, name: object) -> bool:
+        """Tell whether the broker takes messages of this name."""
+        ...
+
+    async def send(self, name: str, **message: Any) -> None:
+        """Hand over one message; raise if the broker doesn't take it."""
         ...
 
 
-async def deliver(
-    outbox: Outbox,
-    session_maker: SessionMaker,
-    settings: JobLibSettings,
-    tsio: Emitter | None = None,
-    dispatcher: Dispatcher | None = None,
-) -> None:
-    """Send what a transaction left in its outbox; call it with no session open.
+#: ``await hook(names)``: the providers that went away, whatever took them.
+ProvidersRemoved = Callable[[list[FullName]], Awaitable[None]]
 
-    What can't leave is logged; an ``@internal`` task that can't leave is failed.
 
-    Parameters
+@dataclass(frozen=True)
+class Exits:
+    """The ways out of this process, all the host's.
+
+    Attributes
     ----------
-    outbox : Outbox
-        What to send.
     session_maker : callable
         Opens the session that fails what the broker didn't take.
     settings : JobLibSettings
         ``dispatch_timeout_seconds`` bounds each single send.
     tsio : socketio.AsyncServer or a wrapper of one, optional
         Where events go.
-    dispatcher : InternalRegistry, optional
+    registry : InternalRegistry, optional
         Where ``@internal`` tasks go.
+    on_providers_removed : coroutine function, optional
+        Hears of providers that went away.
+    """
+
+    session_maker: SessionMaker
+    settings: JobLibSettings
+    tsio: Emitter | None = None
+    registry: Dispatcher | None = None
+    on_providers_removed: ProvidersRemoved | None = None
+
+
+async def deliver(outbox: Outbox, exits: Exits) -> None:
+    """Send what a transaction left in its outbox; call it with no session open.
+
+    What can't leave is logged; an ``@internal`` task that can't leave is failed.
     """
     for key in outbox.ended:
         waiting.wake_all(key)
     for key in outbox.queued:
         waiting.wake_one(key)
-    await emit(tsio, outbox.emissions, timeout=settings.dispatch_timeout_seconds)
-    undelivered = Outbox()
+    patience = exits.settings.dispatch_timeout_seconds
+    await emit(exits.tsio, outbox.emissions, timeout=patience)
     for dispatch in outbox.dispatches:
         try:
-            if dispatcher is None:
+            if exits.registry is None:
                 raise RuntimeError("there is no broker")
-            with anyio.fail_after(settings.dispatch_timeout_seconds):
-                await dispatcher.send(dispatch)
+            with anyio.fail_after(patience):
+                await exits.registry.send(
+                    dispatch.job_name,
+                    task_id=str(dispatch.task_id),
+                    room_id=dispatch.room_id,
+                    payload=dispatch.payload,
+                )
         except Exception as exc:
             log.exception("task %s was not taken by the broker", dispatch.task_id)
-            async with session_maker() as session:
-                failed = await attempts.fail(
-                    session,
-                    (Task.id == dispatch.task_id) & Task.started_at.is_(None),
-                    settings,
-                    error=f"The broker did not take the task: {exc!r}",
-                    error_type=ErrorType.DISPATCH,
-                )
-                await session.commit()
-            for task in failed:
-                undelivered.task_changed(task)
-    if undelivered.emissions:
-        await deliver(undelivered, session_maker, settings, tsio)
+            await _undeliverable(dispatch, exc, exits)
+    if outbox.providers_removed and exits.on_providers_removed is not None:
+        try:
+            await exits.on_providers_removed(list(outbox.providers_removed))
+        except Exception:
+            log.exception("the host's hook for removed providers failed")
+
+
+async def _undeliverable(dispatch: Dispatch, exc: Exception, exits: Exits) -> None:
+    told = Outbox()
+    try:
+        async with exits.session_maker() as session:
+            for task in await attempts.fail(
+                session,
+                # a message that arrived although its sending failed is not undone
+                and_(Task.id == dispatch.task_id, Task.started_at.is_(None)),
+                exits.settings,
+                error=f"The broker did not take the task: {exc!r}",
+                error_type=ErrorType.DISPATCH,
+            ):
+                told.task_changed(task)
+            await session.commit()
+    except Exception:
+        # it stays claimed, and the sweeper sends it again
+        log.exception("task %s could not be failed either", dispatch.task_id)
+    await deliver(told, exits)

@@ -7,20 +7,21 @@ There is no session dependency here: sessions are zndraw-auth's ``SessionDep`` a
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Annotated, Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
 
-from zndraw_joblib.delivery import SessionMaker, deliver
+from zndraw_joblib.delivery import Exits, ProvidersRemoved, SessionMaker, deliver
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
 from zndraw_joblib.names import UNPRINTABLE, check_room
 from zndraw_joblib.paging import Cursor, Page
 from zndraw_joblib.registry import InternalRegistry
+from zndraw_joblib.results import ResultBackend, results_of
 from zndraw_joblib.schemas import MAX_INT, MAX_PAGE
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.workers import Caller
@@ -64,47 +65,42 @@ async def get_room_access() -> RoomAccess:
     return _open_to_all
 
 
-class ResultBackend(Protocol):
-    """Where providers' results wait for their readers; all times in seconds."""
-
-    async def store(self, key: str, data: bytes, ttl: int) -> None:
-        """Keep ``data`` under ``key`` for ``ttl``."""
-        ...
-
-    async def get(self, key: str) -> bytes | None:
-        """Return what is kept under ``key``."""
-        ...
-
-    async def delete(self, key: str) -> None:
-        """Forget ``key``."""
-        ...
-
-    async def acquire_inflight(self, key: str, ttl: int) -> bool:
-        """Mark ``key``; tell whether nobody had."""
-        ...
-
-    async def release_inflight(self, key: str) -> None:
-        """Take the mark of ``key`` away."""
-        ...
-
-    async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
-        """Return what is kept under ``key`` as soon as there is something."""
-        ...
-
-    async def notify_key(self, key: str) -> None:
-        """Wake who waits for ``key``."""
-        ...
+async def get_result_backend(request: Request) -> ResultBackend:
+    """Return ``app.state.result_backend``, by default one in memory."""
+    return results_of(request.app)
 
 
-async def get_result_backend(request: Request) -> ResultBackend | None:
-    """Return ``app.state.result_backend``."""
-    return getattr(request.app.state, "result_backend", None)
+async def get_internal_providers(request: Request) -> InternalRegistry | None:
+    """Return ``app.state.internal_providers``, as the host set it."""
+    return getattr(request.app.state, "internal_providers", None)
+
+
+async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
+    """Return ``app.state.on_providers_removed``: what hears of providers that went.
+
+    ``await hook(names)`` is called after the commit, with no session open; the sweeper
+    takes the same hook as an argument.
+    """
+    return getattr(request.app.state, "on_providers_removed", None)
 
 
 def request_hash(params: Mapping[str, Any]) -> str:
     """Return the SHA-256 hex of query parameters as JSON, keys sorted, no spaces."""
     encoded = json.dumps(params, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(encoded.encode()).hexdigest()
+
+
+def query_params(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return query parameters as one object: a name given repeatedly gets a list."""
+    params: dict[str, Any] = {}
+    for name, value in items:
+        if name not in params:
+            params[name] = value
+        elif isinstance(params[name], list):
+            params[name].append(value)
+        else:
+            params[name] = [params[name], value]
+    return params
 
 
 def validate_room_id(room_id: str) -> str:
@@ -133,6 +129,9 @@ async def verify_writable_room(room_id: str) -> str:
 
 Settings = Annotated[JobLibSettings, Depends(get_joblib_settings)]
 Registry = Annotated[InternalRegistry | None, Depends(get_internal_registry)]
+InternalProviders = Annotated[InternalRegistry | None, Depends(get_internal_providers)]
+Results = Annotated[ResultBackend, Depends(get_result_backend)]
+Tsio = Annotated[Emitter | None, Depends(get_tsio)]
 Access = Annotated[RoomAccess, Depends(get_room_access)]
 Sessions = Annotated[SessionMaker, Depends(get_session_maker)]
 
@@ -156,7 +155,8 @@ async def outbox(
     session_maker: Sessions,
     settings: Settings,
     registry: Registry,
-    tsio: Annotated[Emitter | None, Depends(get_tsio)],
+    tsio: Tsio,
+    removed: Annotated[ProvidersRemoved | None, Depends(get_providers_removed)],
 ) -> AsyncIterator[Outbox]:
     """Yield the request's outbox and deliver it at the end.
 
@@ -166,22 +166,32 @@ async def outbox(
     """
     box = Outbox()
     yield box
-    await deliver(box, session_maker, settings, tsio, registry)
+    await deliver(box, Exits(session_maker, settings, tsio, registry, removed))
 
 
 OutboxDep = Annotated[Outbox, Depends(outbox)]
 
 
-async def _readable_room(
-    room_id: str,
-    caller: CurrentCaller,
-    session: SessionDep,
-    may_enter: Access,
+async def enter(
+    session: AsyncSession, caller: Caller, room_id: str, may_enter: RoomAccess
 ) -> str:
+    """Return the room of the path if the caller may enter it.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-room-id``, ``forbidden``.
+    """
     validate_room_id(room_id)
     if not await may_enter(session, caller, room_id):
         raise Forbidden.exception(f"room {room_id!r} is not open to you")
     return room_id
+
+
+async def _readable_room(
+    room_id: str, caller: CurrentCaller, session: SessionDep, may_enter: Access
+) -> str:
+    return await enter(session, caller, room_id, may_enter)
 
 
 ReadableRoom = Annotated[str, Depends(_readable_room)]
@@ -264,13 +274,18 @@ def preferred_wait(preferences: list[str], longest: float) -> float | None:
     return None
 
 
-async def _wait(
-    settings: Settings,
-    prefer: Annotated[
-        list[str] | None, Header(description="`wait=N` waits up to N seconds.")
-    ] = None,
-) -> float | None:
+Prefer = Annotated[
+    list[str] | None, Header(description="`wait=N` waits up to N seconds.")
+]
+
+
+async def _wait(settings: Settings, prefer: Prefer = None) -> float | None:
     return preferred_wait(prefer or [], settings.long_poll_max_wait_seconds)
 
 
+async def _provider_wait(settings: Settings, prefer: Prefer = None) -> float | None:
+    return preferred_wait(prefer or [], settings.provider_long_poll_max_seconds)
+
+
 PreferredWait = Annotated[float | None, Depends(_wait)]
+PreferredProviderWait = Annotated[float | None, Depends(_provider_wait)]

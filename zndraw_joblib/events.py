@@ -13,6 +13,7 @@ import anyio
 from pydantic import BaseModel, ConfigDict
 
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
+from zndraw_joblib.names import FullName
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +230,8 @@ class Outbox:
         Events, in the order of the changes that they tell of.
     dispatches : list of Dispatch
         Messages to the TaskIQ broker.
+    providers_removed : list of FullName
+        Providers that went away, for the host's hook.
     ended : list of str
         Keys of tasks that ended: whoever waits for one is to look.
     queued : list of str
@@ -237,6 +240,7 @@ class Outbox:
 
     emissions: list[Emission] = field(default_factory=list)
     dispatches: list[Dispatch] = field(default_factory=list)
+    providers_removed: list[FullName] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     queued: list[str] = field(default_factory=list)
 
@@ -266,6 +270,17 @@ class Outbox:
             Emission(ProvidersInvalidate(), room_channel(room))
             for room in sorted(rooms)
         ]
+
+    def result_ready(self, full_name: str, digest: str, room: str) -> None:
+        """Tell a provider's room that an answer can be read."""
+        ready = ProviderResultReady(provider_name=full_name, request_hash=digest)
+        self.emissions.append(Emission(ready, room_channel(room)))
+
+    def providers_gone(self, names: Iterable[FullName]) -> None:
+        """Tell rooms and the host that providers went away."""
+        names = list(names)
+        self.providers_removed += names
+        self.providers_changed({name.room for name in names})
 
 
 class TaskView(TaskLike, Protocol):

@@ -228,6 +228,13 @@ class InternalJobNotConfigured(Problem):
     status = 503
 
 
+class InternalProviderNotConfigured(Problem):
+    """This server runs no executor for the internal provider."""
+
+    title = "Service Unavailable"
+    status = 503
+
+
 class ServiceUnavailable(Problem):
     """A service that this server needs can't be reached right now."""
 

@@ -1,5 +1,6 @@
-"""``@internal`` jobs: run by the server side through TaskIQ."""
+"""``@internal`` jobs and providers: run by the server side through TaskIQ."""
 
+import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask
 
 from zndraw_joblib import attempts, jobs
-from zndraw_joblib.delivery import SessionMaker, deliver
-from zndraw_joblib.events import Dispatch, Outbox
+from zndraw_joblib.delivery import Exits, SessionMaker, deliver
+from zndraw_joblib.events import Outbox
 from zndraw_joblib.lifecycle import ErrorType
 from zndraw_joblib.models import Task
 from zndraw_joblib.names import INTERNAL_ROOM, FullName
+from zndraw_joblib.providers import install as install_provider
 from zndraw_joblib.settings import settings_of
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ class ExtensionClass(Protocol):
 #: ``await executor(extension_cls, payload, room_id, task_id)``; it reports by itself.
 InternalExecutor = Callable[[Any, dict[str, Any], str, str], Awaitable[None]]
 
+#: ``await executor(provider_cls, params, provider_id, request_id)``; it uploads the
+#: result itself, with ``request_id`` as ``X-Request-Hash``.
+InternalProviderExecutor = Callable[[Any, dict[str, Any], str, str], Awaitable[None]]
+
 
 def internal_name(extension: Any) -> FullName:
     """Return the full name under which the server runs an extension."""
@@ -47,7 +53,7 @@ def internal_name(extension: Any) -> FullName:
 
 @dataclass(frozen=True)
 class InternalRegistry:
-    """The ``@internal`` jobs that a broker takes.
+    """The ``@internal`` jobs, or providers, that a broker takes.
 
     Attributes
     ----------
@@ -55,24 +61,20 @@ class InternalRegistry:
         By full name.
     extensions : dict of str to type
         By full name.
-    executor : InternalExecutor
+    executor : InternalExecutor or InternalProviderExecutor
         Runs them.
     """
 
     tasks: Mapping[str, AsyncTaskiqDecoratedTask[Any, Any]]
     extensions: Mapping[str, Any]
-    executor: InternalExecutor
+    executor: Callable[..., Awaitable[None]]
 
     def __contains__(self, full_name: object) -> bool:
         return full_name in self.tasks
 
-    async def send(self, dispatch: Dispatch) -> None:
-        """Hand a task to the broker; what the broker raises is raised."""
-        await self.tasks[dispatch.job_name].kiq(
-            task_id=str(dispatch.task_id),
-            room_id=dispatch.room_id,
-            payload=dispatch.payload,
-        )
+    async def send(self, name: str, **message: Any) -> None:
+        """Hand a message to the broker; what the broker raises is raised."""
+        await self.tasks[name].kiq(**message)
 
 
 def register_internal_tasks(
@@ -89,31 +91,82 @@ def register_internal_tasks(
     executor : InternalExecutor
         Runs a task and reports on it.
     """
-    return _register(broker, extensions, executor, executor)
+    return _register(broker, extensions, executor, _job_receiver(executor))
 
 
 def _register(
     broker: AsyncBroker,
-    extensions: Iterable[Any],
-    executor: InternalExecutor,
-    run: InternalExecutor,
+    classes: Iterable[Any],
+    executor: Callable[..., Awaitable[None]],
+    receiver: Callable[[Any], Callable[..., Awaitable[None]]],
 ) -> InternalRegistry:
-    by_name = {str(internal_name(extension)): extension for extension in extensions}
-    return InternalRegistry(
-        {
-            name: broker.register_task(_receiver(extension, run), task_name=name)
-            for name, extension in by_name.items()
-        },
-        by_name,
-        executor,
-    )
+    by_name = {str(internal_name(cls)): cls for cls in classes}
+    tasks = {
+        name: broker.register_task(receiver(cls), task_name=name)
+        for name, cls in by_name.items()
+    }
+    return InternalRegistry(tasks, by_name, executor)
 
 
-def _receiver(extension: Any, run: InternalExecutor) -> Callable[..., Awaitable[None]]:
-    async def receive(task_id: str, room_id: str, payload: dict[str, Any]) -> None:
-        await run(extension, payload, room_id, task_id)
+def _job_receiver(
+    run: InternalExecutor,
+) -> Callable[[Any], Callable[..., Awaitable[None]]]:
+    def receiver(extension: Any) -> Callable[..., Awaitable[None]]:
+        async def receive(task_id: str, room_id: str, payload: dict[str, Any]) -> None:
+            await run(extension, payload, room_id, task_id)
 
-    return receive
+        return receive
+
+    return receiver
+
+
+def register_internal_providers(
+    broker: AsyncBroker, providers: Iterable[Any], executor: InternalProviderExecutor
+) -> InternalRegistry:
+    """Register providers with a broker; a host sets ``app.state.internal_providers``.
+
+    Parameters
+    ----------
+    broker : AsyncBroker
+        Takes the requests, under the provider's full name.
+    providers : iterable of type
+        Classes with ``category``, ``__name__`` and ``model_json_schema()``.
+    executor : InternalProviderExecutor
+        Serves a request and uploads its result.
+    """
+
+    def receiver(provider: Any) -> Callable[..., Awaitable[None]]:
+        async def receive(provider_id: str, request_id: str, params: str) -> None:
+            await executor(provider, json.loads(params), provider_id, request_id)
+
+        return receive
+
+    return _register(broker, providers, executor, receiver)
+
+
+async def ensure_internal_providers(
+    providers: Iterable[Any], session_maker: SessionMaker, *, user_id: UUID
+) -> None:
+    """Write the rows of ``@internal`` providers; every replica may do so at once.
+
+    Parameters
+    ----------
+    providers : iterable of type
+        Classes with ``category``, ``__name__``, ``model_json_schema()`` and, unless it
+        is ``application/json``, ``content_type``.
+    session_maker : callable
+        Opens the session.
+    user_id : UUID
+        Who uploads their results.
+    """
+    by_name = {internal_name(provider): provider for provider in providers}
+    async with session_maker() as session:
+        for name in sorted(by_name):
+            provider = by_name[name]
+            content_type = getattr(provider, "content_type", "application/json")
+            schema = provider.model_json_schema()
+            await install_provider(session, name, schema, content_type, user_id)
+        await session.commit()
 
 
 async def register_internal_jobs(
@@ -150,9 +203,8 @@ async def register_internal_jobs(
             for task in await change(session):
                 box.task_changed(task)
             await session.commit()
-        await deliver(
-            box, session_maker, settings_of(app), getattr(app.state, "tsio", None)
-        )
+        tsio = getattr(app.state, "tsio", None)
+        await deliver(box, Exits(session_maker, settings_of(app), tsio))
         return bool(box.emissions)
 
     async def run(
@@ -184,7 +236,7 @@ async def register_internal_jobs(
             raise
 
     await ensure_internal_jobs(extensions, session_maker)
-    registry = _register(broker, extensions, executor, run)
+    registry = _register(broker, extensions, executor, _job_receiver(run))
     app.state.internal_registry = registry
     return registry
 

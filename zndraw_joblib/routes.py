@@ -1,27 +1,34 @@
 """The HTTP surface: what is asked for, who may ask, and which step answers."""
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 from uuid import UUID
 
 import anyio
-from fastapi import APIRouter, Depends, Query, Request, Response, status
+from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 from zndraw_auth.db import SessionDep
 
-from zndraw_joblib import attempts, claims, jobs, tasks, workers
+from zndraw_joblib import attempts, claims, jobs, providers, relay, tasks, workers
 from zndraw_joblib.dependencies import (
     Access,
     CurrentCaller,
     IdempotencyKey,
+    InternalProviders,
     OutboxDep,
     PageDep,
+    PreferredProviderWait,
     PreferredWait,
     ReadableRoom,
     Registry,
+    Results,
     Sessions,
     Settings,
+    Tsio,
     WaitingCaller,
     WritableRoom,
+    enter,
     outbox,
+    query_params,
+    request_hash,
 )
 from zndraw_joblib.door import Door
 from zndraw_joblib.events import Dispatch, job_key, task_key
@@ -32,7 +39,7 @@ from zndraw_joblib.exceptions import (
     TaskNotFound,
 )
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.names import INTERNAL_ROOM, SPECIAL_ROOMS, FullName
+from zndraw_joblib.names import GLOBAL_ROOM, INTERNAL_ROOM, SPECIAL_ROOMS, FullName
 from zndraw_joblib.paging import Listing, Page
 from zndraw_joblib.schemas import (
     HeartbeatResponse,
@@ -41,6 +48,8 @@ from zndraw_joblib.schemas import (
     JobResponse,
     JobSummary,
     PaginatedResponse,
+    ProviderRegisterRequest,
+    ProviderResponse,
     TaskClaimRequest,
     TaskClaimResponse,
     TaskResponse,
@@ -185,11 +194,7 @@ async def register_job(
             f"category {body.category!r} is not one of {settings.allowed_categories}"
         )
     jobs.check_schema(body.schema_)
-    if body.worker_id is None:
-        worker_id = (await workers.create(session, caller.id)).id
-    else:
-        worker_id = body.worker_id
-        await workers.touch_own(session, worker_id, caller)
+    worker_id = await workers.mine(session, body.worker_id, caller)
     policy = body.model_dump(
         include=body.model_fields_set & set(JobPolicy.model_fields)
     )
@@ -431,3 +436,142 @@ async def retry_task(
         )
     response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
     return task
+
+
+# --- providers ---
+
+
+@router.put(
+    "/rooms/{room_id}/providers",
+    status_code=status.HTTP_201_CREATED,
+    responses={200: {"model": ProviderResponse, "description": "It was replaced"}},
+)
+async def register_provider(
+    room: WritableRoom,
+    body: ProviderRegisterRequest,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    outbox: OutboxDep,
+    response: Response,
+) -> ProviderResponse:
+    """Offer data, served by one of the caller's workers."""
+    if room == INTERNAL_ROOM:
+        raise Forbidden.exception("the server's own providers come from its code")
+    if room == GLOBAL_ROOM and not caller.is_superuser:
+        raise Forbidden.exception(f"registering in {room} needs a superuser")
+    allowed = settings.allowed_provider_categories
+    if allowed is not None and body.category not in allowed:
+        raise InvalidCategory.exception(
+            f"category {body.category!r} is not one of {allowed}"
+        )
+    jobs.check_schema(body.schema_)
+    worker_id = await workers.mine(session, body.worker_id, caller)
+    provider, created = await providers.register(
+        session,
+        FullName(room, body.category, body.name),
+        body.schema_,
+        body.content_type,
+        worker_id,
+        caller,
+    )
+    await session.commit()
+    outbox.providers_changed([room])
+    if not created:
+        response.status_code = status.HTTP_200_OK
+    return provider
+
+
+@router.get("/rooms/{room_id}/providers")
+async def list_providers(
+    room: ReadableRoom,
+    session: SessionDep,
+    page: PageDep,
+    request: Request,
+    response: Response,
+) -> PaginatedResponse[ProviderResponse]:
+    """List the providers that the room sees."""
+    items, listing = await providers.list_visible(session, room, page)
+    return _page(listing, items, page, request, response)
+
+
+@router.get("/rooms/{room_id}/providers/{provider_name:path}/info")
+async def read_provider_info(
+    room: ReadableRoom, provider_name: str, session: SessionDep
+) -> ProviderResponse:
+    """Show a provider that the room sees."""
+    return await providers.read(session, room, provider_name)
+
+
+@router.get("/rooms/{room_id}/providers/{provider_name:path}")
+async def read_provider(
+    room_id: str,
+    provider_name: str,
+    caller: WaitingCaller,
+    session_maker: Sessions,
+    settings: Settings,
+    may_enter: Access,
+    results: Results,
+    tsio: Tsio,
+    registry: InternalProviders,
+    request: Request,
+    wait: PreferredProviderWait,
+) -> Response:
+    """Ask a provider for what the query parameters say."""
+    async with session_maker() as session:
+        room = await enter(session, caller, room_id, may_enter)
+        provider = await providers.read(session, room, provider_name)
+    params = query_params(request.query_params.multi_items())
+    digest = request_hash(params)
+    seconds = settings.provider_long_poll_default_seconds if wait is None else wait
+    async with relay.reachable():
+        data = await relay.cached(provider, digest, results)
+        if data is None:
+            send = relay.sender(provider, params, digest, tsio, registry)
+            await relay.ask(provider, digest, results, settings, send)
+            data = await relay.wait(
+                provider, digest, results, seconds, settings, request.is_disconnected
+            )
+    headers = {
+        # as it stands: Response would add a charset to text
+        "Content-Type": provider.content_type,
+        "Vary": "Prefer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if wait is not None:
+        headers["Preference-Applied"] = f"wait={wait:g}"
+    return Response(data, headers=headers)
+
+
+@router.post("/providers/{provider_id}/results", status_code=status.HTTP_204_NO_CONTENT)
+async def upload_result(
+    provider_id: UUID,
+    caller: WaitingCaller,
+    session_maker: Sessions,
+    settings: Settings,
+    results: Results,
+    outbox: OutboxDep,
+    request: Request,
+    x_request_hash: Annotated[str, Header(pattern="^[0-9a-fA-F]{64}$")],
+    x_result_status: Annotated[Literal["ok", "error"], Header()] = "ok",
+) -> None:
+    """Answer a request that was sent to a provider."""
+    async with session_maker() as session:
+        provider = await providers.owned(session, provider_id, caller)
+    failed = x_result_status == "error"
+    data = await relay.take(request.stream(), failed, settings)
+    digest = x_request_hash.lower()
+    async with relay.reachable():
+        await relay.answer(provider, digest, data, failed, results, settings)
+    if not failed:
+        outbox.result_ready(provider.full_name, digest, provider.room_id)
+
+
+@router.delete("/providers/{provider_id}", status_code=status.HTTP_204_NO_CONTENT)
+async def delete_provider(
+    provider_id: UUID, caller: CurrentCaller, session: SessionDep, outbox: OutboxDep
+) -> None:
+    """Withdraw a provider."""
+    name = await providers.remove(session, provider_id, caller)
+    await session.commit()
+    outbox.providers_gone([name])

@@ -90,6 +90,15 @@ def _printable(text: str) -> str:
 Name = Annotated[str, AfterValidator(check_name)]
 Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(_printable)]
 ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
+# RFC 9110, section 8.3.1
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+MediaType = Annotated[
+    str,
+    StringConstraints(
+        max_length=255,
+        pattern=rf'^{_TOKEN}/{_TOKEN}([ \t]*;[ \t]*{_TOKEN}=({_TOKEN}|"[ !#-\[\]-~]*"))*$',
+    ),
+]
 Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Attempt = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -268,7 +277,7 @@ class ProviderRegisterRequest(BaseModel):
     category: Name
     name: Name
     schema_: JsonObject = Field(default={}, alias="schema")
-    content_type: str = "application/json"
+    content_type: MediaType = "application/json"
     worker_id: UUID | None = None
 
 

@@ -62,6 +62,9 @@ class JobLibSettings(BaseSettings):
     provider_inflight_ttl_seconds: PositiveFloat = Field(
         default=30, description="How long one dispatched read holds back a second one."
     )
+    provider_result_max_bytes: PositiveInt = Field(
+        default=64 * 1024 * 1024, description="Largest result (413 beyond)."
+    )
     provider_long_poll_default_seconds: PositiveFloat = Field(
         default=5, description="Wait of a provider read without `Prefer: wait`."
     )

@@ -10,7 +10,13 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, jobs, workers
-from zndraw_joblib.delivery import Dispatcher, SessionMaker, deliver
+from zndraw_joblib.delivery import (
+    Dispatcher,
+    Exits,
+    ProvidersRemoved,
+    SessionMaker,
+    deliver,
+)
 from zndraw_joblib.events import Dispatch, Emitter, Outbox
 from zndraw_joblib.models import Job, Worker, silent_for
 from zndraw_joblib.schemas import TaskResponse
@@ -32,25 +38,18 @@ async def retire(
     for task in await attempts.lose(session, gone.worker_ids, settings):
         outbox.task_changed(task)
     outbox.jobs_changed(gone.job_rooms)
-    outbox.providers_changed({name.room for name in gone.providers})
+    outbox.providers_gone(gone.providers)
     await jobs.delete_idle(session, Job.id.in_(gone.job_ids))
 
 
-async def _in_batches(
-    batch: Batch,
-    size: int,
-    session_maker: SessionMaker,
-    settings: JobLibSettings,
-    tsio: Emitter | None,
-    dispatcher: Dispatcher | None = None,
-) -> int:
+async def _in_batches(batch: Batch, size: int, exits: Exits) -> int:
     total = 0
     while True:
         outbox = Outbox()
-        async with session_maker() as session:
+        async with exits.session_maker() as session:
             handled = await batch(session, outbox)
             await session.commit()
-        await deliver(outbox, session_maker, settings, tsio, dispatcher)
+        await deliver(outbox, exits)
         total += handled
         if handled < size:
             return total
@@ -60,6 +59,7 @@ async def cleanup_stale_workers(
     session_maker: SessionMaker,
     settings: JobLibSettings | None = None,
     tsio: Emitter | None = None,
+    on_providers_removed: ProvidersRemoved | None = None,
 ) -> int:
     """Retire the workers that have been silent for ``worker_timeout_seconds``.
 
@@ -71,6 +71,8 @@ async def cleanup_stale_workers(
         Without it, those of the environment.
     tsio : socketio.AsyncServer or a wrapper of one, optional
         Where events go.
+    on_providers_removed : coroutine function, optional
+        Hears of the providers that went along, after the commit.
 
     Returns
     -------
@@ -78,6 +80,9 @@ async def cleanup_stale_workers(
         How many workers were retired by this call.
     """
     settings = settings or get_settings()
+    exits = Exits(
+        session_maker, settings, tsio, on_providers_removed=on_providers_removed
+    )
 
     async def silent(session: AsyncSession, outbox: Outbox) -> int:
         chosen = (
@@ -91,7 +96,7 @@ async def cleanup_stale_workers(
             await retire(session, gone, settings, outbox)
         return len(gone.worker_ids)
 
-    return await _in_batches(silent, WORKERS_A_BATCH, session_maker, settings, tsio)
+    return await _in_batches(silent, WORKERS_A_BATCH, exits)
 
 
 async def cleanup_worker(
@@ -99,6 +104,7 @@ async def cleanup_worker(
     worker_id: UUID,
     settings: JobLibSettings | None = None,
     tsio: Emitter | None = None,
+    on_providers_removed: ProvidersRemoved | None = None,
 ) -> bool:
     """Retire one worker, silent or not; tell whether it was there.
 
@@ -112,8 +118,13 @@ async def cleanup_worker(
         Without it, those of the environment.
     tsio : socketio.AsyncServer or a wrapper of one, optional
         Where events go.
+    on_providers_removed : coroutine function, optional
+        Hears of the providers that went along, after the commit.
     """
     settings = settings or get_settings()
+    exits = Exits(
+        session_maker, settings, tsio, on_providers_removed=on_providers_removed
+    )
     outbox = Outbox()
     async with session_maker() as session:
         chosen = select(Worker.id).where(Worker.id == worker_id).with_for_update()
@@ -121,7 +132,7 @@ async def cleanup_worker(
         if gone.worker_ids:
             await retire(session, gone, settings, outbox)
         await session.commit()
-    await deliver(outbox, session_maker, settings, tsio)
+    await deliver(outbox, exits)
     return bool(gone.worker_ids)
 
 
@@ -147,10 +158,11 @@ async def cleanup_overdue_attempts(
         How many attempts this call ended.
     """
     settings = settings or get_settings()
+    exits = Exits(session_maker, settings, tsio)
     total = 0
     for step in (attempts.time_out, attempts.take_back, attempts.lose_orphans):
         batch = partial(_change, step, settings)
-        total += await _in_batches(batch, TASKS_A_BATCH, session_maker, settings, tsio)
+        total += await _in_batches(batch, TASKS_A_BATCH, exits)
     return total
 
 
@@ -191,6 +203,7 @@ async def cleanup_stuck_internal_tasks(
         How many attempts this call ended.
     """
     settings = settings or get_settings()
+    exits = Exits(session_maker, settings, tsio, registry)
 
     async def resend(session: AsyncSession, outbox: Outbox) -> int:
         overdue = await attempts.redispatch(session, settings, TASKS_A_BATCH)
@@ -201,11 +214,9 @@ async def cleanup_stuck_internal_tasks(
         return len(overdue)
 
     stuck = partial(_change, attempts.fail_stuck, settings)
-    ended = await _in_batches(stuck, TASKS_A_BATCH, session_maker, settings, tsio)
+    ended = await _in_batches(stuck, TASKS_A_BATCH, exits)
     if registry is not None:
-        await _in_batches(
-            resend, TASKS_A_BATCH, session_maker, settings, tsio, registry
-        )
+        await _in_batches(resend, TASKS_A_BATCH, exits)
     return ended
 
 
@@ -214,6 +225,7 @@ async def run_sweeper(
     settings: JobLibSettings | None = None,
     tsio: Emitter | None = None,
     registry: Dispatcher | None = None,
+    on_providers_removed: ProvidersRemoved | None = None,
 ) -> None:
     """Sweep every ``sweeper_interval_seconds`` until cancelled; on every replica.
 
@@ -227,10 +239,14 @@ async def run_sweeper(
         Where events go.
     registry : InternalRegistry, optional
         Where ``@internal`` tasks are sent again whose message was lost.
+    on_providers_removed : coroutine function, optional
+        Hears of the providers that went away with their workers.
     """
     settings = settings or get_settings()
     passes = (
-        partial(cleanup_stale_workers, session_maker, settings, tsio),
+        partial(
+            cleanup_stale_workers, session_maker, settings, tsio, on_providers_removed
+        ),
         partial(cleanup_overdue_attempts, session_maker, settings, tsio),
         partial(cleanup_stuck_internal_tasks, session_maker, settings, tsio, registry),
     )

@@ -112,17 +112,21 @@ async def touch(
     return row
 
 
-async def touch_own(session: AsyncSession, worker_id: UUID, caller: Caller) -> None:
-    """Record a sign of life, where another user's worker is as good as none.
+async def mine(session: AsyncSession, worker_id: UUID | None, caller: Caller) -> UUID:
+    """Return a worker to register with: the caller's, alive as of now, or a new one.
 
     Raises
     ------
     ProblemException
-        ``worker-not-found``.
+        ``worker-not-found``, also for another user's.
     """
+    if worker_id is None:
+        made: UUID = (await create(session, caller.id)).id
+        return made
     touched = await session.execute(_touch(worker_id, caller).returning(Worker.id))
     if touched.one_or_none() is None:
         raise WorkerNotFound.exception(f"you have no worker {worker_id}")
+    return worker_id
 
 
 def _touch(worker_id: UUID, caller: Caller) -> Update:

@@ -1,0 +1,215 @@
+"""Providers: data that a connected worker serves on demand."""
+
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Row, and_, case, delete, select, true, update
+
+# ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
+# construct for both.
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.ext.asyncio import AsyncSession
+from uuid_utils.compat import uuid7
+
+from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
+from zndraw_joblib.models import ProviderRecord, visible_from
+from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
+from zndraw_joblib.paging import Listing, Page, paginate
+from zndraw_joblib.schemas import JsonObject, ProviderResponse
+from zndraw_joblib.workers import Caller
+
+_VIEW = (
+    ProviderRecord.id,
+    ProviderRecord.room_id,
+    ProviderRecord.category,
+    ProviderRecord.name,
+    ProviderRecord.schema_,
+    ProviderRecord.content_type,
+    ProviderRecord.worker_id,
+    ProviderRecord.created_at,
+)
+
+
+class Registered(NamedTuple):
+    """A provider, and whether it is new."""
+
+    provider: ProviderResponse
+    created: bool
+
+
+def _view(row: Row[Any]) -> ProviderResponse:
+    full_name = str(FullName(row.room_id, row.category, row.name))
+    return ProviderResponse(**row._mapping, full_name=full_name)
+
+
+def _owned(caller: Caller) -> ColumnElement[bool]:
+    return true() if caller.is_superuser else ProviderRecord.user_id == caller.id
+
+
+def _named(name: FullName) -> ColumnElement[bool]:
+    return and_(
+        ProviderRecord.room_id == name.room,
+        ProviderRecord.category == name.category,
+        ProviderRecord.name == name.name,
+    )
+
+
+async def register(
+    session: AsyncSession,
+    name: FullName,
+    schema: JsonObject,
+    content_type: str,
+    worker_id: UUID | None,
+    caller: Caller,
+) -> Registered:
+    """Make a provider, or put this one in the place of the caller's earlier one.
+
+    A superuser takes over another user's name under a new id: what its former owner
+    still uploads is nobody's.
+
+    Raises
+    ------
+    ProblemException
+        ``forbidden`` when the name is another user's.
+    """
+    values: dict[str, Any] = {
+        "schema_": schema,
+        "content_type": content_type,
+        "user_id": caller.id,
+        "worker_id": worker_id,
+    }
+    new_id = uuid7()
+    made = await session.execute(
+        upsert(ProviderRecord)
+        .values(
+            id=new_id,
+            room_id=name.room,
+            category=name.category,
+            name=name.name,
+            **values,
+        )
+        .on_conflict_do_nothing()
+        .returning(*_VIEW)
+    )
+    row = made.one_or_none()
+    if row is not None:
+        return Registered(_view(row), created=True)
+    mine = ProviderRecord.user_id == caller.id
+    replaced = await session.execute(
+        update(ProviderRecord)
+        .where(_named(name), _owned(caller))
+        .values(**values, id=case((mine, ProviderRecord.id), else_=new_id))
+        .returning(*_VIEW)
+    )
+    row = replaced.one_or_none()
+    if row is None:
+        raise Forbidden.exception(f"provider {name} belongs to another user")
+    return Registered(_view(row), created=False)
+
+
+async def install(
+    session: AsyncSession,
+    name: FullName,
+    schema: JsonObject,
+    content_type: str,
+    user_id: UUID,
+) -> None:
+    """Write an ``@internal`` provider as the server's own code defines it."""
+    fresh = upsert(ProviderRecord).values(
+        room_id=name.room,
+        category=name.category,
+        name=name.name,
+        schema_=schema,
+        content_type=content_type,
+        user_id=user_id,
+    )
+    await session.execute(
+        fresh.on_conflict_do_update(
+            index_elements=[
+                ProviderRecord.room_id,
+                ProviderRecord.category,
+                ProviderRecord.name,
+            ],
+            set_={
+                column: fresh.excluded[column]
+                for column in ("schema", "content_type", "user_id")
+            },
+        )
+    )
+
+
+async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResponse:
+    """Return a provider that ``room`` sees.
+
+    Raises
+    ------
+    ProblemException
+        ``provider-not-found``, also for a malformed name.
+    """
+    try:
+        name = split_full_name(full_name)
+    except ValueError as exc:
+        raise ProviderNotFound.exception(str(exc)) from None
+    row = None
+    if name.room in visible_rooms(room):
+        found = await session.execute(select(*_VIEW).where(_named(name)))
+        row = found.one_or_none()
+    if row is None:
+        raise ProviderNotFound.exception(f"room {room!r} sees no provider {name}")
+    return _view(row)
+
+
+async def list_visible(
+    session: AsyncSession, room: str, page: Page
+) -> tuple[list[ProviderResponse], Listing]:
+    """Return a page of the providers that ``room`` sees."""
+    statement = select(*_VIEW).where(visible_from(ProviderRecord, room))
+    listing = await paginate(session, statement, ProviderRecord, page)
+    return [_view(row) for row in listing.rows], listing
+
+
+async def owned(
+    session: AsyncSession, provider_id: UUID, caller: Caller
+) -> ProviderResponse:
+    """Return a provider that the caller may serve.
+
+    Raises
+    ------
+    ProblemException
+        ``provider-not-found``, or ``forbidden`` for another user's.
+    """
+    found = await session.execute(
+        select(*_VIEW, _owned(caller).label("owned")).where(
+            ProviderRecord.id == provider_id
+        )
+    )
+    row = found.one_or_none()
+    if row is None:
+        raise ProviderNotFound.exception(f"there is no provider {provider_id}")
+    if not row.owned:
+        raise Forbidden.exception(f"provider {provider_id} belongs to another user")
+    return _view(row)
+
+
+async def remove(session: AsyncSession, provider_id: UUID, caller: Caller) -> FullName:
+    """Delete a provider and return its name.
+
+    Raises
+    ------
+    ProblemException
+        ``provider-not-found``, or ``forbidden`` for another user's and the server's.
+    """
+    removed = await session.execute(
+        delete(ProviderRecord)
+        .where(
+            ProviderRecord.id == provider_id,
+            ProviderRecord.room_id != INTERNAL_ROOM,
+            _owned(caller),
+        )
+        .returning(ProviderRecord.room_id, ProviderRecord.category, ProviderRecord.name)
+    )
+    row = removed.one_or_none()
+    if row is None:
+        await owned(session, provider_id, caller)
+        raise Forbidden.exception("the server's own providers stay")
+    return FullName(*row)
