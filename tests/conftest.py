@@ -12,7 +12,8 @@
 `admin`            the same for the superuser (auth's default admin)
 `register(name)`   makes a further user, as `await register("eve")`
 `client`           nobody's: no token
-`app`              the host; set `app.state.joblib_settings` to change settings
+`app`              the host of `docs/host.py`, its lifespan left out; set
+                   `app.state.joblib_settings` to change settings
 `session_maker`    what the host has set; `async with session_maker() as session:`
 `events`           what left over Socket.IO, a list of `Sent(event, data, room)`
 `tsio`             the real `socketio.AsyncServer` that the host emits through
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
+import host
 import httpx
 import jwt
 import makers
@@ -42,7 +44,6 @@ import servers
 import socketio
 import strict
 from fastapi import Depends, FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi_users.db import SQLAlchemyUserDatabase
 from fastapi_users.password import PasswordHelper
 from pwdlib import PasswordHash
@@ -52,13 +53,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from zndraw_auth import (
     AuthSettings,
     Base,
-    UserCreate,
     UserManager,
-    UserRead,
-    auth_backend,
     create_engine_for_url,
     ensure_default_admin,
-    fastapi_users,
     get_user_db,
     get_user_manager,
 )
@@ -66,10 +63,6 @@ from zndraw_auth import (
     User as UserRow,
 )
 from zndraw_auth.settings import get_auth_settings
-
-from zndraw_joblib import router
-from zndraw_joblib.exceptions import ProblemException, problem_exception_handler
-from zndraw_joblib.settings import JobLibSettings
 
 PREFIX = "/v1/joblib"
 PASSWORD = "correct horse battery staple"
@@ -221,17 +214,6 @@ class RecordingManager(socketio.AsyncManager):
         await super().emit(event, data, namespace, room=room, **kwargs)
 
 
-@pytest.fixture
-def tsio() -> socketio.AsyncServer:
-    return socketio.AsyncServer(async_mode="asgi", client_manager=RecordingManager())
-
-
-@pytest.fixture
-def events(tsio: socketio.AsyncServer) -> list[Sent]:
-    """Return what left over Socket.IO so far; it grows, and may be cleared."""
-    return tsio.manager.sent
-
-
 async def cheap_user_manager(
     user_db: Annotated[SQLAlchemyUserDatabase[UserRow, UUID], Depends(get_user_db)],
     settings: Annotated[AuthSettings, Depends(get_auth_settings)],
@@ -242,22 +224,29 @@ async def cheap_user_manager(
 
 
 @pytest.fixture
-def app(session_maker: makers.SessionMaker, tsio: socketio.AsyncServer) -> FastAPI:
-    """Return a host that mounts auth's routers and ours."""
-    app = FastAPI()
+def app(session_maker: makers.SessionMaker) -> FastAPI:
+    """Return the host of `docs/host.py`, over the session maker under test.
+
+    Its lifespan doesn't run: nothing sweeps but what a test sweeps.
+    """
+    app = host.create_app()
     app.state.session_maker = session_maker
     app.state.auth_settings = AUTH_SETTINGS
-    app.state.joblib_settings = JobLibSettings()
-    app.state.tsio = tsio
+    app.state.tsio.manager = RecordingManager()
+    app.state.tsio.manager.set_server(app.state.tsio)
     app.dependency_overrides[get_user_manager] = cheap_user_manager
-    app.include_router(fastapi_users.get_auth_router(auth_backend), prefix="/auth/jwt")
-    app.include_router(
-        fastapi_users.get_register_router(UserRead, UserCreate), prefix="/auth"
-    )
-    app.add_exception_handler(ProblemException, problem_exception_handler)
-    app.add_exception_handler(RequestValidationError, problem_exception_handler)
-    app.include_router(router)
     return app
+
+
+@pytest.fixture
+def tsio(app: FastAPI) -> socketio.AsyncServer:
+    return app.state.tsio
+
+
+@pytest.fixture
+def events(tsio: socketio.AsyncServer) -> list[Sent]:
+    """Return what left over Socket.IO so far; it grows, and may be cleared."""
+    return tsio.manager.sent
 
 
 class User(httpx.AsyncClient):
@@ -330,7 +319,7 @@ async def admin(
 
 
 @pytest.fixture
-async def server(app: FastAPI, tsio: socketio.AsyncServer) -> AsyncIterator[str]:
+async def server(app: FastAPI) -> AsyncIterator[str]:
     """Yield the URL of the host, served over TCP."""
-    async with servers.serve(socketio.ASGIApp(tsio, app)) as url:
+    async with servers.serve(app) as url:
         yield url

@@ -215,7 +215,7 @@ async def test_users_are_told_apart(ada: User, bob: User, admin: User):
 
 
 async def test_browsers_reach_the_server(
-    server: str, tsio: socketio.AsyncServer, toys: APIRouter
+    server: str, tsio: socketio.AsyncServer, toys: APIRouter, ada: User
 ):
     @toys.get("/toy")
     async def toy(session: SessionDep) -> None:
@@ -225,7 +225,7 @@ async def test_browsers_reach_the_server(
         assert (await http.get("/toy")).status_code == 200
     heard: asyncio.Queue[Any] = asyncio.Queue()
     async with socketio.AsyncSimpleClient() as browser:
-        await browser.connect(server)
+        await browser.connect(server, auth={"token": ada.token})
         browser.client.on("jobs_invalidate", heard.put)
         await tsio.emit("jobs_invalidate", {"a": 1}, room=None)
         assert await asyncio.wait_for(heard.get(), 10) == {"a": 1}
