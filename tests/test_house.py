@@ -22,12 +22,12 @@ FLOORS = [
     ["events", "waiting", "results"],
     ["models", "paging"],
     ["workers", "jobs", "tasks", "attempts", "claims", "providers"],
-    ["delivery", "registry", "sweeper"],
+    ["delivery", "relay", "registry", "sweeper"],
     ["dependencies", "door"],
     ["routes"],
 ]
 #: the worker's side, beside the house: it stands on the floors 0 to 2
-CLIENT = ["threads", "transport", "held", "client"]
+CLIENT = ["threads", "transport", "held", "sockets", "submitting", "client"]
 MAX_FUNCTION_LINES = 70
 
 Rule = Callable[[ast.AST], bool]
