@@ -1,0 +1,128 @@
+"""A worker for atomic structures: ``python docs/worker.py http://127.0.0.1:8000``.
+
+It registers an analysis and a modifier in ``@global``, which a superuser may: his
+name and password come from ``WORKER_USER`` and ``WORKER_PASSWORD``.
+"""
+
+import os
+import sys
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.emt import EMT
+from ase.filters import FrechetCellFilter
+from ase.neighborlist import neighbor_list
+from ase.optimize import BFGS
+from pydantic import BaseModel, Field
+
+from zndraw_joblib import Category, ClaimedTask, Extension, JobManager
+
+Vector = tuple[float, float, float]
+
+
+class Structure(BaseModel):
+    """A periodic structure; lengths in Å."""
+
+    symbols: list[str] = Field(min_length=1)
+    positions: list[Vector]
+    cell: tuple[Vector, Vector, Vector]
+
+    @classmethod
+    def from_atoms(cls, atoms: Atoms) -> Self:
+        return cls(
+            symbols=atoms.get_chemical_symbols(),
+            positions=atoms.positions.tolist(),
+            cell=atoms.cell.tolist(),
+        )
+
+    def to_atoms(self) -> Atoms:
+        return Atoms(self.symbols, self.positions, cell=self.cell, pbc=True)
+
+
+class RadialDistribution(Extension):
+    """The radial distribution function g(r) of a periodic structure.
+
+    Each pair counts as a Gaussian of width ``smearing``; lengths in Å.
+    """
+
+    category: ClassVar[Category] = Category.ANALYSIS
+
+    structure: Structure
+    cutoff: float = Field(default=6.0, gt=1.0, le=12.0)
+    smearing: float = Field(default=0.1, ge=0.02, le=0.5)
+
+    def run(self, vis: Any = None, **kwargs: Any) -> dict[str, Any]:
+        atoms = self.structure.to_atoms()
+        distances = neighbor_list("d", atoms, self.cutoff + 4 * self.smearing)
+        r = np.arange(0.5, self.cutoff, 0.01)
+        pairs = np.exp(-0.5 * ((r[:, None] - distances) / self.smearing) ** 2).sum(1)
+        pairs /= self.smearing * np.sqrt(2 * np.pi) * len(atoms)
+        g = pairs / (4 * np.pi * r**2 * len(atoms) / atoms.get_volume())
+        inner = np.arange(1, len(r) - 1)
+        maxima = inner[(g[inner] > g[inner - 1]) & (g[inner] >= g[inner + 1])]
+        maxima = maxima[g[maxima] > 1]
+        if not maxima.size:
+            raise ValueError(f"no neighbours within {self.cutoff} Å")
+        peak = maxima[0]
+        shell = peak + np.argmin(g[peak : np.searchsorted(r, 1.4 * r[peak])])
+        return {
+            "first_peak": round(float(r[peak]), 3),
+            "coordination": round(float((distances < r[shell]).sum() / len(atoms)), 3),
+            "r": r[::5].round(3).tolist(),
+            "g": g[::5].round(4).tolist(),
+        }
+
+
+class Relaxation(Extension):
+    """Positions and cell relaxed with EMT until no force exceeds ``fmax``, in eV/Å.
+
+    Energies are in eV per atom.
+    """
+
+    category: ClassVar[Category] = Category.MODIFIER
+
+    structure: Structure
+    fmax: float = Field(default=0.02, gt=0)
+    max_steps: int = Field(default=100, ge=1, le=1000)
+
+    def run(
+        self, vis: Any = None, task: ClaimedTask | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        atoms = self.structure.to_atoms()
+        atoms.calc = EMT()
+        before = atoms.get_potential_energy() / len(atoms)
+        optimizer = BFGS(FrechetCellFilter(atoms), logfile=None)
+        for _ in optimizer.irun(fmax=self.fmax, steps=self.max_steps):
+            if task is not None:
+                task.raise_if_cancelled()
+                task.progress(optimizer.nsteps / self.max_steps)
+        return {
+            "energy_before": before,
+            "energy_after": atoms.get_potential_energy() / len(atoms),
+            "converged": optimizer.nsteps < self.max_steps,
+            "steps": optimizer.nsteps,
+            "structure": Structure.from_atoms(atoms).model_dump(),
+        }
+
+
+def execute(task: ClaimedTask) -> Any:
+    """Run one task; what it returns becomes the task's ``result``."""
+    return task.extension.run(None, task=task)
+
+
+def main(url: str) -> None:
+    manager = JobManager.connect(
+        url,
+        user=os.environ["WORKER_USER"],
+        password=os.environ["WORKER_PASSWORD"],
+        execute=execute,
+    )
+    with manager:
+        manager.register(RadialDistribution)
+        manager.register(Relaxation)
+        manager.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
