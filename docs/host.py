@@ -20,6 +20,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi_users.password import PasswordHelper
 from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from taskiq import InMemoryBroker
 from taskiq_redis import ListQueueBroker
@@ -40,6 +41,7 @@ from zndraw_auth.users import get_jwt_strategy
 
 import zndraw_joblib as joblib
 from zndraw_joblib.events import jobs_channel, providers_channel, room_channel
+from zndraw_joblib.results import RedisResults
 
 
 def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
@@ -117,6 +119,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await broker.shutdown()
     await http.aclose()
     await state.tsio.shutdown()
+    if state.redis_url:
+        await state.redis.aclose()
     await state.engine.dispose()
 
 
@@ -144,6 +148,9 @@ def create_app() -> FastAPI:
 
         app.state.session_maker = locked_maker
 
+    if app.state.redis_url:
+        app.state.redis = Redis.from_url(app.state.redis_url)
+        app.state.result_backend = RedisResults(app.state.redis)
     app.state.tsio = socket_server(app, app.state.redis_url)
     app.mount("/socket.io", socketio.ASGIApp(app.state.tsio))
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
