@@ -96,6 +96,7 @@ class Progress:
         self.states: dict[str, list[str]] = {}
         self.began = time.monotonic()
         self.shown = ""
+        self.next_line = 0.0
 
     def on_event(self, event: dict[str, Any]) -> None:
         states = self.states.setdefault(event["id"], [])
@@ -105,13 +106,16 @@ class Progress:
 
     def all_ended(self, tasks: list[str]) -> bool:
         counts = Counter(self.states.get(task, STATES[:1])[-1] for task in tasks)
+        ended = sum(counts[state] for state in STATES[3:]) == len(tasks)
         line = "   ".join(f"{state} {counts[state]:2}" for state in STATES[:5])
-        if line != self.shown:
+        live = sys.stdout.isatty()
+        seconds = time.monotonic() - self.began
+        if line != self.shown and (live or ended or seconds >= self.next_line):
             self.shown = line
-            start, end = ("\r", "") if sys.stdout.isatty() else ("", "\n")
-            seconds = time.monotonic() - self.began
+            self.next_line = seconds + 1
+            start, end = ("\r", "") if live else ("", "\n")
             print(f"{start}{seconds:5.1f} s   {line}", end=end, flush=True)
-        return sum(counts[state] for state in STATES[3:5]) == len(tasks)
+        return ended
 
 
 def answers(http: httpx.Client) -> bool:
