@@ -25,7 +25,8 @@
 
 Coroutine tests need no mark (`anyio_mode = "auto"`). A test that uses no `session_maker`,
 directly or through another fixture, says nothing of makers and runs under `plain` alone;
-`@pytest.mark.makers("postgres")` restricts a test to the makers that it names. and connections that a test leaves open fail it.
+`@pytest.mark.makers("postgres")` restricts a test to the makers that it names. Sessions and
+connections that a test leaves open fail it.
 """
 
 import asyncio
