@@ -30,10 +30,10 @@ def split_full_name(full_name: str) -> FullName:
     Raises
     ------
     ValueError
-        When there are fewer than two colons.
+        When there are fewer than two colons, or control characters.
     """
     parts = full_name.split(":", 2)
-    if len(parts) != 3:
+    if len(parts) != 3 or UNPRINTABLE.search(full_name):
         raise ValueError(f"{full_name!r} is not of the form room:category:name")
     return FullName(*parts)
 
