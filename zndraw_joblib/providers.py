@@ -3,10 +3,11 @@
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, and_, case, delete, select, true, update
+from sqlalchemy import ColumnElement, Row, and_, case, delete, select, true
 
 # ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
 # construct for both.
+from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
@@ -28,6 +29,7 @@ _VIEW = (
     ProviderRecord.worker_id,
     ProviderRecord.created_at,
 )
+_NAME = (ProviderRecord.room_id, ProviderRecord.category, ProviderRecord.name)
 
 
 class Registered(NamedTuple):
@@ -54,6 +56,10 @@ def _named(name: FullName) -> ColumnElement[bool]:
     )
 
 
+def _replaced_by(fresh: Insert, *columns: str) -> dict[str, Any]:
+    return {column: fresh.excluded[column] for column in columns}
+
+
 async def register(
     session: AsyncSession,
     name: FullName,
@@ -72,39 +78,32 @@ async def register(
     ProblemException
         ``forbidden`` when the name is another user's.
     """
-    values: dict[str, Any] = {
-        "schema_": schema,
-        "content_type": content_type,
-        "user_id": caller.id,
-        "worker_id": worker_id,
-    }
     new_id = uuid7()
-    made = await session.execute(
-        upsert(ProviderRecord)
-        .values(
-            id=new_id,
-            room_id=name.room,
-            category=name.category,
-            name=name.name,
-            **values,
-        )
-        .on_conflict_do_nothing()
-        .returning(*_VIEW)
+    fresh = upsert(ProviderRecord).values(
+        id=new_id,
+        room_id=name.room,
+        category=name.category,
+        name=name.name,
+        schema_=schema,
+        content_type=content_type,
+        user_id=caller.id,
+        worker_id=worker_id,
     )
-    row = made.one_or_none()
-    if row is not None:
-        return Registered(_view(row), created=True)
     mine = ProviderRecord.user_id == caller.id
-    replaced = await session.execute(
-        update(ProviderRecord)
-        .where(_named(name), _owned(caller))
-        .values(**values, id=case((mine, ProviderRecord.id), else_=new_id))
-        .returning(*_VIEW)
+    registered = await session.execute(
+        fresh.on_conflict_do_update(
+            index_elements=_NAME,
+            set_={
+                **_replaced_by(fresh, "schema", "content_type", "user_id", "worker_id"),
+                "id": case((mine, ProviderRecord.id), else_=uuid7()),
+            },
+            where=_owned(caller),
+        ).returning(*_VIEW)
     )
-    row = replaced.one_or_none()
+    row = registered.one_or_none()
     if row is None:
         raise Forbidden.exception(f"provider {name} belongs to another user")
-    return Registered(_view(row), created=False)
+    return Registered(_view(row), created=row.id == new_id)
 
 
 async def install(
@@ -125,15 +124,8 @@ async def install(
     )
     await session.execute(
         fresh.on_conflict_do_update(
-            index_elements=[
-                ProviderRecord.room_id,
-                ProviderRecord.category,
-                ProviderRecord.name,
-            ],
-            set_={
-                column: fresh.excluded[column]
-                for column in ("schema", "content_type", "user_id")
-            },
+            index_elements=_NAME,
+            set_=_replaced_by(fresh, "schema", "content_type", "user_id"),
         )
     )
 
@@ -206,7 +198,7 @@ async def remove(session: AsyncSession, provider_id: UUID, caller: Caller) -> Fu
             ProviderRecord.room_id != INTERNAL_ROOM,
             _owned(caller),
         )
-        .returning(ProviderRecord.room_id, ProviderRecord.category, ProviderRecord.name)
+        .returning(*_NAME)
     )
     row = removed.one_or_none()
     if row is None:
