@@ -1,31 +1,220 @@
-import anyio
+"""Providers: who may offer data, who sees it, and what becomes of it."""
 
-LISTING = {"category": "filesystem", "name": "files", "schema": {}}
+from typing import Any
+from uuid import uuid4
+
+import anyio
+import pytest
+
+from zndraw_joblib import router
+from zndraw_joblib.dependencies import get_room_access
+from zndraw_joblib.settings import JobLibSettings
+
+FILES = {"category": "filesystem", "name": "files", "schema": {"type": "object"}}
 FULL_NAME = "lab:filesystem:files"
 
 
-async def test_a_read_reaches_the_provider_and_comes_back(ada, bob, events):
-    provider = (await ada.put("/rooms/lab/providers", json=LISTING)).json()
+async def offer(user: Any, room: str = "lab", **changes: Any) -> dict[str, Any]:
+    answer = await user.put(f"/rooms/{room}/providers", json={**FILES, **changes})
+    assert answer.status_code in (200, 201), answer.text
+    return answer.json()
+
+
+async def seen(user: Any, room: str) -> set[str]:
+    answer = await user.get(f"/rooms/{room}/providers")
+    return {item["full_name"] for item in answer.raise_for_status().json()["items"]}
+
+
+def problem(answer: Any) -> tuple[int, str]:
+    """Return status and kind of an error answer."""
+    assert answer.headers["Content-Type"] == "application/problem+json", answer.text
+    return answer.status_code, answer.json()["type"].removeprefix("/v1/problems/")
+
+
+# --- registering ---
+
+
+async def test_a_provider_is_made_then_replaced_by_its_owner(ada, bob, admin, events):
+    made = await ada.put("/rooms/lab/providers", json=FILES)
+    assert made.status_code == 201
+    provider = made.json()
+    assert provider == {
+        "id": provider["id"],
+        "room_id": "lab",
+        "category": "filesystem",
+        "name": "files",
+        "full_name": FULL_NAME,
+        "schema": {"type": "object"},
+        "content_type": "application/json",
+        "worker_id": provider["worker_id"],
+        "created_at": provider["created_at"],
+    }
+    assert [e[:] for e in events] == [("providers_invalidate", {}, "room:lab")]
+    worker = (await ada.post("/workers")).json()["id"]
+    changed = {**FILES, "schema": {}, "content_type": "text/plain", "worker_id": worker}
+    replaced = await ada.put("/rooms/lab/providers", json=changed)
+    assert replaced.status_code == 200
+    want = {**provider, "schema": {}, "content_type": "text/plain", "worker_id": worker}
+    assert replaced.json() == want
+    # it left with its later worker, not with its first
+    await ada.delete(f"/workers/{provider['worker_id']}")
+    assert await seen(ada, "lab") == {FULL_NAME}
+    answer = await bob.put("/rooms/lab/providers", json=FILES)
+    assert problem(answer) == (403, "forbidden")
+    info = await bob.get(f"/rooms/lab/providers/{FULL_NAME}/info")
+    assert info.json() == want
+    taken = await admin.put("/rooms/lab/providers", json=FILES)
+    assert taken.status_code == 200
+    # a new id: what the former owner still uploads is nobody's
+    assert taken.json()["id"] != provider["id"]
+    assert problem(await ada.put("/rooms/lab/providers", json=FILES))[0] == 403
+
+
+async def test_rooms_categories_and_workers_are_checked(app, ada, bob, admin):
+    async def answer_to(user: Any, room: str, **changes: Any) -> tuple[int, str]:
+        body = {**FILES, **changes}
+        return problem(await user.put(f"/rooms/{room}/providers", json=body))
+
+    assert await answer_to(ada, "@global") == (403, "forbidden")
+    assert await answer_to(admin, "@internal") == (403, "forbidden")
+    assert await answer_to(ada, "a@b") == (400, "invalid-room-id")
+    someones = (await bob.post("/workers")).json()["id"]
+    for worker_id in (someones, str(uuid4())):
+        told = await answer_to(ada, "lab", worker_id=worker_id)
+        assert told == (404, "worker-not-found")
+    app.state.joblib_settings = JobLibSettings(allowed_provider_categories=["frames"])
+    assert await answer_to(ada, "lab") == (400, "invalid-category")
+    assert (await ada.get("/rooms/lab/providers")).json()["total"] == 0
+    assert (await ada.get("/workers")).json()["total"] == 1
+    await offer(ada, category="frames")
+    await offer(admin, "@global", category="frames")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"content_type": "json"},
+        {"content_type": "text/html\r\nX-Injected: 1"},
+        {"content_type": "text/html\n"},
+        {"content_type": "text/html;"},
+        {"name": ""},
+        {"name": "a:b"},
+        {"name": "a\nb"},
+        {"name": "a" * 256},
+        {"category": ""},
+        {"schema": {"type": "no such type"}},
+        {"schema": []},
+    ],
+    ids=str,
+)
+async def test_what_no_provider_can_be_is_refused(ada, wrong):
+    answer = await ada.put("/rooms/lab/providers", json={**FILES, **wrong})
+    assert problem(answer)[0] == 422
+    assert (await ada.get("/rooms/lab/providers")).json()["total"] == 0
+    assert (await ada.get("/workers")).json()["total"] == 0
+
+
+async def test_of_eight_registrations_at_once_one_makes_it(ada):
+    worker = (await ada.post("/workers")).json()["id"]
     answers = []
 
-    async def read() -> None:
-        answers.append(
-            await bob.get(f"/rooms/lab/providers/{FULL_NAME}", params={"path": "/"})
-        )
+    async def register() -> None:
+        body = {**FILES, "worker_id": worker}
+        answers.append(await ada.put("/rooms/lab/providers", json=body))
 
-    async with anyio.create_task_group() as readers:
-        readers.start_soon(read)
-        readers.start_soon(read)
-        with anyio.fail_after(10):
-            while not any(sent.event == "provider_request" for sent in events):
-                await anyio.sleep(0.01)
-        (request,) = [sent for sent in events if sent.event == "provider_request"]
-        uploaded = await ada.post(
-            f"/providers/{provider['id']}/results",
-            content=b"[1, 2]",
-            headers={"X-Request-Hash": request.data["request_id"]},
-        )
-        assert uploaded.status_code == 204, uploaded.text
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert [answer.content for answer in answers] == [b"[1, 2]", b"[1, 2]"]
-    assert request.room == f"providers:{FULL_NAME}"
+    async with anyio.create_task_group() as tasks:
+        for _ in range(8):
+            tasks.start_soon(register)
+    assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+
+
+# --- who sees it ---
+
+
+async def test_a_room_sees_its_own_and_the_shared_ones(ada, admin):
+    for user, room in ((ada, "lab"), (ada, "office"), (admin, "@global")):
+        await offer(user, room)
+    lab, office, everywhere = (
+        f"{room}:filesystem:files" for room in ("lab", "office", "@global")
+    )
+    assert await seen(ada, "lab") == {lab, everywhere}
+    assert await seen(ada, "@global") == {everywhere}
+    assert await seen(ada, "@internal") == set()
+    hidden = [("lab", office), ("@global", lab), ("@internal", everywhere)]
+    malformed = [("lab", name) for name in ("lab", "lab:filesystem", "lab:a:b%00")]
+    for room, name in hidden + malformed:
+        for path in (f"{name}/info", name):
+            answer = await ada.get(f"/rooms/{room}/providers/{path}")
+            assert problem(answer) == (404, "provider-not-found"), (room, path)
+
+
+async def test_names_may_hold_slashes_and_be_percent_encoded(ada):
+    provider = await offer(ada, category="a/b", name="c d/é?")
+    for name in ("lab:a/b:c d/é%3F", "lab%3Aa%2Fb%3Ac%20d%2F%C3%A9%3F"):
+        info = await ada.get(f"/rooms/lab/providers/{name}/info")
+        assert info.json()["id"] == provider["id"]
+
+
+async def test_every_route_asks_who_may_enter_the_room(app, ada, bob, admin):
+    provider = await offer(ada)
+    closed_to = set()
+
+    async def may_enter(session: Any, caller: Any, room_id: str) -> bool:
+        return room_id != "lab" or caller.id not in closed_to
+
+    async def get_access() -> Any:
+        return may_enter
+
+    app.dependency_overrides[get_room_access] = get_access
+    closed_to |= {bob.id, ada.id}
+    by_room = [
+        ("GET", "/rooms/lab/providers"),
+        ("PUT", "/rooms/lab/providers"),
+        ("GET", f"/rooms/lab/providers/{FULL_NAME}/info"),
+        ("GET", f"/rooms/lab/providers/{FULL_NAME}"),
+    ]
+    for method, path in by_room:
+        body = FILES if method == "PUT" else None
+        answer = await bob.request(method, path, json=body)
+        assert problem(answer) == (403, "forbidden"), path
+    results = f"/providers/{provider['id']}/results"
+    upload = {"content": b"1", "headers": {"X-Request-Hash": "0" * 64}}
+    answer = await ada.post(results, **upload)
+    assert problem(answer) == (404, "provider-not-found")
+    answer = await ada.delete(f"/providers/{provider['id']}")
+    assert problem(answer) == (404, "provider-not-found")
+    closed_to.clear()
+    assert (await ada.post(results, **upload)).status_code == 204
+    assert (await ada.delete(f"/providers/{provider['id']}")).status_code == 204
+
+
+async def test_no_route_is_open_to_strangers(client):
+    of_providers = [
+        (method, route.path.removeprefix(router.prefix))
+        for route in router.routes
+        if "provider" in route.path
+        for method in route.methods
+    ]
+    assert len(of_providers) == 6
+    for method, path in of_providers:
+        path = path.replace("{provider_name:path}", FULL_NAME)
+        path = path.format(room_id="lab", provider_id=uuid4())
+        assert (await client.request(method, path)).status_code == 401, path
+
+
+# --- going away ---
+
+
+async def test_a_provider_goes_at_its_owners_or_a_superusers_word(
+    ada, bob, admin, events
+):
+    for user in (ada, admin):
+        provider = await offer(ada)
+        path = f"/providers/{provider['id']}"
+        assert problem(await bob.delete(path)) == (403, "forbidden")
+        events.clear()
+        assert (await user.delete(path)).status_code == 204
+        assert [e[:] for e in events] == [("providers_invalidate", {}, "room:lab")]
+        assert await seen(ada, "lab") == set()
+        assert problem(await user.delete(path)) == (404, "provider-not-found")

@@ -36,6 +36,7 @@ from zndraw_joblib.exceptions import (
     Forbidden,
     InternalJobNotConfigured,
     InvalidCategory,
+    ProviderNotFound,
     TaskNotFound,
 )
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
@@ -549,6 +550,7 @@ async def upload_result(
     caller: WaitingCaller,
     session_maker: Sessions,
     settings: Settings,
+    may_enter: Access,
     results: Results,
     outbox: OutboxDep,
     request: Request,
@@ -558,6 +560,8 @@ async def upload_result(
     """Answer a request that was sent to a provider."""
     async with session_maker() as session:
         provider = await providers.owned(session, provider_id, caller)
+        if not await may_enter(session, caller, provider.room_id):
+            raise ProviderNotFound.exception(f"there is no provider {provider_id}")
     failed = x_result_status == "error"
     data = await relay.take(request.stream(), failed, settings)
     digest = x_request_hash.lower()
@@ -569,9 +573,15 @@ async def upload_result(
 
 @router.delete("/providers/{provider_id}", status_code=status.HTTP_204_NO_CONTENT)
 async def delete_provider(
-    provider_id: UUID, caller: CurrentCaller, session: SessionDep, outbox: OutboxDep
+    provider_id: UUID,
+    caller: CurrentCaller,
+    session: SessionDep,
+    may_enter: Access,
+    outbox: OutboxDep,
 ) -> None:
     """Withdraw a provider."""
     name = await providers.remove(session, provider_id, caller)
+    if not await may_enter(session, caller, name.room):
+        raise ProviderNotFound.exception(f"there is no provider {provider_id}")
     await session.commit()
     outbox.providers_gone([name])
