@@ -50,6 +50,7 @@ from zndraw_joblib.models import (
     in_states,
     noise,
     now,
+    number,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
 from zndraw_joblib.schemas import (
@@ -313,7 +314,7 @@ async def lose_orphans(
             Task.worker_id.is_not(None),
             ~exists().where(Worker.id == Task.worker_id),
         )
-        .limit(limit)
+        .limit(number(limit))
         .with_for_update(of=Task, skip_locked=True)
     )
     return await fail(
@@ -335,7 +336,7 @@ def _overdue(
             whose,
             in_states(frozenset({status})),
         )
-        .limit(limit)
+        .limit(number(limit))
         .with_for_update(of=Task, skip_locked=True)
     )
 
@@ -469,7 +470,7 @@ async def fail_stuck(
             Task.worker_id.is_(None),
             func.coalesce(Task.started_at, Task.claimed_at) < oldest,
         )
-        .limit(limit)
+        .limit(number(limit))
         .with_for_update(of=Task, skip_locked=True)
     )
     return await fail(

@@ -1,7 +1,8 @@
 """Claims: what a worker is given, and what its heartbeats say of it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
@@ -10,15 +11,20 @@ from sqlalchemy import (
     Select,
     String,
     and_,
+    bindparam,
     case,
+    cast,
     exists,
     func,
     literal,
     or_,
     select,
+    true,
+    union_all,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import workers
 from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
@@ -29,11 +35,11 @@ from zndraw_joblib.models import (
     due,
     held,
     now,
+    number,
     queued,
 )
 from zndraw_joblib.names import FullName
 from zndraw_joblib.schemas import (
-    MAX_INT,
     TaskHeartbeat,
     TaskResponse,
 )
@@ -74,7 +80,7 @@ async def promote(session: AsyncSession, worker_id: UUID) -> None:
     ready = (
         _due(worker_id)
         .order_by(Task.available_at)
-        .limit(PROMOTION)
+        .limit(number(PROMOTION))
         .with_for_update(skip_locked=True)
     )
     await session.execute(
@@ -82,30 +88,71 @@ async def promote(session: AsyncSession, worker_id: UUID) -> None:
     )
 
 
-def _oldest(worker_id: UUID, limit: int) -> Select[tuple[UUID]]:
-    # A worker's queue is the merge of its jobs' queues. No index holds it in order, so
-    # each job's queue is read only as far as this claim could reach into it: a plain
-    # ORDER BY ... LIMIT over the join would sort every waiting task.
-    reach = (
-        select(ahead.queue_order)
-        .where(ahead.job_id == WorkerJobLink.job_id, queued(ahead))
-        .order_by(ahead.queue_order)
-        .offset(limit - 1 + CONTENTION)
-        .limit(1)
-        .correlate(WorkerJobLink)
-        .scalar_subquery()
+def _claimed_before(task: Any) -> ColumnElement[bool]:
+    return and_(
+        task.worker_id == bindparam("worker"),
+        held(task),
+        task.claim_key == bindparam("key"),
+    )
+
+
+def _serves(worker_id: UUID) -> ColumnElement[str]:
+    ids = func.aggregate_strings(cast(WorkerJobLink.job_id, String), ",")
+    served = select(ids).where(WorkerJobLink.worker_id == worker_id)
+    return served.scalar_subquery().label("jobs")
+
+
+def _heads(jobs: int, limit: int) -> Select[Any]:
+    # A worker's queue is the merge of its jobs' queues, and no index holds it in order.
+    # So each queue is read on its own, and only as far as this claim could reach: an
+    # ORDER BY ... LIMIT over the join would sort every waiting task. One branch a job,
+    # not a correlated LIMIT: SQLite has no LATERAL, and without it PostgreSQL, which
+    # can't know how short the reach is, prefers to read the whole table.
+    heads = [
+        select(Task.id, Task.queue_order)
+        .where(Task.job_id == bindparam(f"job_{job}", type_=Task.job_id.type), queued())
+        .order_by(Task.queue_order)
+        .limit(number(limit + CONTENTION))
+        .subquery()
+        for job in range(jobs)
+    ]
+    merged = union_all(*(select(head) for head in heads)).subquery()
+    return (
+        select(merged.c.id)
+        .order_by(merged.c.queue_order, merged.c.id)
+        .limit(number(limit + CONTENTION))
+    )
+
+
+@lru_cache(maxsize=256)
+def _claiming(jobs: int, limit: int, keyed: bool) -> ReturningUpdate[Any]:
+    # built once for each shape: what is left of a claim is filling in the ids
+    head = _heads(jobs, limit).subquery()
+    oldest = (
+        select(Task.id)
+        .join(head, head.c.id == Task.id)
+        .where(queued(), ~exists().where(_claimed_before(ahead)) if keyed else true())
+        .order_by(Task.queue_order, Task.id)
+        .limit(number(limit))
+        .with_for_update(of=Task, skip_locked=True)
     )
     return (
-        select(Task.id)
-        .join(WorkerJobLink, WorkerJobLink.job_id == Task.job_id)
-        .where(
-            WorkerJobLink.worker_id == worker_id,
-            queued(),
-            Task.queue_order <= func.coalesce(reach, MAX_INT),
+        update(Task)
+        .where(Task.id.in_(oldest))
+        .values(
+            {
+                Task.status: TaskStatus.CLAIMED,
+                Task.worker_id: bindparam("worker"),
+                Task.holder_id: bindparam("holder"),
+                Task.attempt: Task.attempt + 1,
+                Task.claimed_at: now(),
+                Task.claim_key: bindparam("key"),
+                Task.deadline_at: now(of_job(Job.start_timeout_seconds)),
+                Task.progress: None,
+                Task.progress_message: None,
+            }
         )
-        .order_by(Task.queue_order, Task.id)
-        .limit(limit)
-        .with_for_update(of=Task, skip_locked=True)
+        .returning(Task.queue_order, *VIEW)
     )
 
 
@@ -146,49 +193,31 @@ async def claim(
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
     worker = await workers.touch(
-        session, worker_id, caller, exists(_due(worker_id)).label("has_due")
+        session,
+        worker_id,
+        caller,
+        _serves(worker_id),
+        exists(_due(worker_id)).label("due"),
     )
-    if worker.state == WorkerState.DRAINING:
+    jobs = worker.jobs.split(",") if worker.jobs else []
+    if worker.state == WorkerState.DRAINING or not jobs:
         return []
-    if worker.has_due:
+    if worker.due:
         await promote(session, worker_id)
-    claimable: ColumnElement[bool] = Task.id.in_(_oldest(worker_id, limit))
-    if key is not None:
-        claimable = and_(claimable, ~_claimed_under(worker_id, key).exists())
     claimed = await session.execute(
-        update(Task)
-        .where(claimable)
-        .values(
-            {
-                Task.status: TaskStatus.CLAIMED,
-                Task.worker_id: worker_id,
-                Task.holder_id: caller.id,
-                Task.attempt: Task.attempt + 1,
-                Task.claimed_at: now(),
-                Task.claim_key: key,
-                Task.deadline_at: now(of_job(Job.start_timeout_seconds)),
-                Task.progress: None,
-                Task.progress_message: None,
-            }
-        )
-        .returning(Task.queue_order, *VIEW)
+        _claiming(len(jobs), limit, key is not None),
+        {f"job_{n}": UUID(job) for n, job in enumerate(jobs)}
+        | {"worker": worker_id, "holder": caller.id, "key": key},
     )
     rows = claimed.all()
     if not rows and key is not None:
-        again = select(Task.queue_order, *VIEW).where(
-            Task.id.in_(_claimed_under(worker_id, key))
-        )
-        rows = (await session.execute(again)).all()
+        again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
+        found = await session.execute(again, {"worker": worker_id, "key": key})
+        rows = found.all()
     return [
         read_view(row)
         for row in sorted(rows, key=lambda row: (row.queue_order, row.id))
     ]
-
-
-def _claimed_under(worker_id: UUID, key: str) -> Select[tuple[UUID]]:
-    return select(ahead.id).where(
-        ahead.worker_id == worker_id, held(ahead), ahead.claim_key == key
-    )
 
 
 class Beat(NamedTuple):

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Float,
     ForeignKey,
     Index,
+    Integer,
     String,
     Text,
     TypeDecorator,
@@ -54,33 +55,42 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
-    """The database's clock, ``offset`` seconds from now.
+    """The database's clock, some seconds from now.
 
     Replicas compare their times with each other's rows: only the clock that they
     share can say whether a worker is silent. Renders the statement's start, so that an
     index can serve the comparison.
+
+    Parameters
+    ----------
+    offset : float or ColumnElement, optional
+        Seconds, negative for the past.
     """
 
     type = UtcDateTime()
     inherit_cache = True
 
-    def __init__(self, offset: float | ColumnElement[Any] = 0.0) -> None:
+    def __init__(self, *offset: float | ColumnElement[Any]) -> None:
         super().__init__(
-            literal(offset, Float) if isinstance(offset, (int, float)) else offset
+            *(literal(o, Float) if isinstance(o, (int, float)) else o for o in offset)
         )
 
 
 @compiles(now)
 def _standard_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
     seconds = compiler.process(element.clauses, **kw)
-    return f"(statement_timestamp() + make_interval(secs => {seconds}))"
+    # without an offset nothing but the clock: a parameter would keep the planner from
+    # seeing that hardly a row is due
+    later = f" + make_interval(secs => {seconds})" if seconds else ""
+    return f"(statement_timestamp(){later})"
 
 
 @compiles(now, "sqlite")
 def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
     seconds = compiler.process(element.clauses, **kw)
+    later = f", ({seconds}) || ' seconds'" if seconds else ""
     # '000': as many digits as DateTime writes, since SQLite compares times as text
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', ({seconds}) || ' seconds')"
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{later})"
 
 
 class noise(FunctionElement[float]):  # noqa: N801
@@ -107,6 +117,14 @@ def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
     condition; a bound parameter can't.
     """
     return literal_column(f"'{status.name}'", Task.status.type)
+
+
+def number(value: int) -> ColumnElement[int]:
+    """Return ``value`` as a literal in the SQL text, for LIMIT and OFFSET.
+
+    A planner that meets a parameter there guesses a tenth of the table.
+    """
+    return literal_column(str(int(value)), Integer)
 
 
 class Job(Base):

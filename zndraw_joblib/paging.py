@@ -12,6 +12,8 @@ from uuid import UUID
 from sqlalchemy import Row, Select, func, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from zndraw_joblib.models import number
+
 
 @dataclass(frozen=True)
 class Cursor:
@@ -97,7 +99,7 @@ async def paginate(
         newest_first = newest_first.offset(page.offset)
     if page.limit == 0:
         return Listing([], total, None)
-    rows = (await session.execute(newest_first.limit(page.limit + 1))).all()
+    rows = (await session.execute(newest_first.limit(number(page.limit + 1)))).all()
     shown = rows[: page.limit]
     more = len(rows) > page.limit
     last = Cursor(shown[-1].created_at, shown[-1].id, total) if more else None

@@ -18,7 +18,7 @@ from zndraw_joblib.delivery import (
     deliver,
 )
 from zndraw_joblib.events import Dispatch, Emitter, Outbox
-from zndraw_joblib.models import Job, Worker, silent_for
+from zndraw_joblib.models import Job, Worker, number, silent_for
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
 
@@ -88,7 +88,7 @@ async def cleanup_stale_workers(
         chosen = (
             select(Worker.id)
             .where(silent_for(settings.worker_timeout_seconds))
-            .limit(WORKERS_A_BATCH)
+            .limit(number(WORKERS_A_BATCH))
             .with_for_update(skip_locked=True)
         )
         gone = await workers.retire_where(session, chosen)

@@ -37,6 +37,7 @@ from zndraw_joblib.models import (
     Job,
     Task,
     now,
+    number,
     queued,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
@@ -100,7 +101,7 @@ def position(job_id: Any, order: Any, settings: JobLibSettings) -> ColumnElement
     before = (
         select(literal_column("1"))
         .where(ahead.job_id == job_id, queued(ahead), ahead.queue_order < order)
-        .limit(settings.queue_position_max - 1)
+        .limit(number(settings.queue_position_max - 1))
         .correlate_except(ahead)
         .subquery()
     )
