@@ -131,13 +131,16 @@ def _failed(
     }
 
 
-def _reported(report: TaskUpdateRequest, settings: JobLibSettings) -> dict[Any, Any]:
+def _reported(
+    report: TaskUpdateRequest, key: str | None, settings: JobLibSettings
+) -> dict[Any, Any]:
     match report.status:
         case TaskStatus.RUNNING:
             return {
                 Task.status: report.status,
                 Task.started_at: now(),
                 Task.deadline_at: now(of_job(Job.timeout_seconds)),
+                Task.claim_key: func.coalesce(key, Task.claim_key),
             }
         case TaskStatus.FAILED:
             return _failed(
@@ -169,6 +172,8 @@ async def report(
     caller: Caller,
     request: TaskUpdateRequest,
     settings: JobLibSettings,
+    *,
+    key: str | None = None,
 ) -> Reported:
     """Move a task to the reported state, if it is the caller's to move.
 
@@ -184,6 +189,9 @@ async def report(
         The report; with ``attempt`` it counts for that attempt only.
     settings : JobLibSettings
         The host's.
+    key : str, optional
+        An idempotency key: of two deliveries of one task, each with a key of its own,
+        one may start it.
 
     Raises
     ------
@@ -209,14 +217,14 @@ async def report(
             _may_report(caller, request.status),
             true() if request.attempt is None else Task.attempt == request.attempt,
         )
-        .values(_reported(request, settings))
+        .values(_reported(request, key, settings))
         .returning(*VIEW)
     )
     changed = await read_changed(session, moved, settings)
     if changed:
         return Reported(changed[0], changed=True)
     return Reported(
-        await _standing(session, task_id, caller, request, settings), changed=False
+        await _standing(session, task_id, caller, request, key), changed=False
     )
 
 
@@ -233,28 +241,30 @@ async def _standing(
     task_id: UUID,
     caller: Caller,
     request: TaskUpdateRequest,
-    settings: JobLibSettings,
+    key: str | None,
 ) -> TaskResponse:
     # nothing moved: only now is it worth a read to tell why
     found = await session.execute(
         select(
             _may_report(caller, request.status).label("entitled"),
+            Task.claim_key,
             *VIEW,
         ).where(Task.id == task_id)
     )
     row = found.one_or_none()
     if row is None:
         raise TaskNotFound.exception(f"there is no task {task_id}")
-    fenced_out = request.attempt is not None and (
-        row.attempt != request.attempt or row.status not in HELD
-    )
     current = request.attempt is None or row.attempt == request.attempt
-    if row.entitled and row.status == request.status and current:
+    taken = request.status is TaskStatus.RUNNING and (
+        key is not None and row.claim_key not in (None, key)
+    )
+    if row.entitled and row.status == request.status and current and not taken:
         return read_view(row)
-    if fenced_out:
+    fenced_out = request.attempt is not None and row.status not in HELD
+    if fenced_out or not current or (taken and row.entitled):
         raise LeaseLost.exception(
-            f"attempt {request.attempt} of task {task_id} is over: it is "
-            f"{row.status.value} in attempt {row.attempt}",
+            f"task {task_id} is {row.status.value} in attempt {row.attempt}, "
+            "and not under this lease",
             task_status=row.status.value,
             attempt=row.attempt,
         )

@@ -156,6 +156,21 @@ def _claiming(jobs: int, limit: int, keyed: bool) -> ReturningUpdate[Any]:
     )
 
 
+class Claim(NamedTuple):
+    """What a claim brought.
+
+    Attributes
+    ----------
+    tasks : list of TaskResponse
+        Higher priority first, then oldest first.
+    done : bool
+        The worker drains: there is nothing to wait for.
+    """
+
+    tasks: list[TaskResponse]
+    done: bool = False
+
+
 async def claim(
     session: AsyncSession,
     worker_id: UUID,
@@ -164,7 +179,7 @@ async def claim(
     *,
     limit: int,
     key: str | None = None,
-) -> list[TaskResponse]:
+) -> Claim:
     """Give a worker the oldest tasks of its jobs; a draining one gets nothing.
 
     Parameters
@@ -182,11 +197,6 @@ async def claim(
     key : str, optional
         The claim's idempotency key: what it brought once, it brings again.
 
-    Returns
-    -------
-    list of TaskResponse
-        Higher priority first, then oldest first.
-
     Raises
     ------
     ProblemException
@@ -201,7 +211,7 @@ async def claim(
     )
     jobs = worker.jobs.split(",") if worker.jobs else []
     if worker.state == WorkerState.DRAINING or not jobs:
-        return []
+        return Claim([], done=worker.state == WorkerState.DRAINING)
     if worker.due:
         await promote(session, worker_id)
     claimed = await session.execute(
@@ -214,10 +224,8 @@ async def claim(
         again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
         found = await session.execute(again, {"worker": worker_id, "key": key})
         rows = found.all()
-    return [
-        read_view(row)
-        for row in sorted(rows, key=lambda row: (row.queue_order, row.id))
-    ]
+    oldest_first = sorted(rows, key=lambda row: (row.queue_order, row.id))
+    return Claim([read_view(row) for row in oldest_first])
 
 
 class Beat(NamedTuple):

@@ -233,7 +233,7 @@ class Outbox:
     providers_removed : list of FullName
         Providers that went away, for the host's hook.
     ended : list of str
-        Keys of tasks that ended: whoever waits for one is to look.
+        Keys of what ended, tasks and workers: whoever waits for one is to look.
     queued : list of str
         Keys of jobs, one for each task that can be claimed: one claim is to look.
     """
@@ -293,6 +293,11 @@ class TaskView(TaskLike, Protocol):
 def task_key(task_id: Any) -> str:
     """Return the key under which requests of this process wait for a task's end."""
     return f"task:{task_id}"
+
+
+def worker_key(worker_id: Any) -> str:
+    """Return the key under which a worker's waiting claims hear that it drains."""
+    return f"worker:{worker_id}"
 
 
 def job_key(job_name: str) -> str:

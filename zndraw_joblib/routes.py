@@ -31,7 +31,7 @@ from zndraw_joblib.dependencies import (
     request_hash,
 )
 from zndraw_joblib.door import Door
-from zndraw_joblib.events import Dispatch, job_key, task_key
+from zndraw_joblib.events import Dispatch, job_key, task_key, worker_key
 from zndraw_joblib.exceptions import (
     Forbidden,
     InternalJobNotConfigured,
@@ -126,6 +126,7 @@ async def heartbeat(
     if update.state is not None:
         row = await workers.set_state(session, worker_id, caller, update.state)
         await session.commit()
+        outbox.ended.append(worker_key(worker_id))
         return HeartbeatResponse(**row._mapping, desired_state=row.state)
     row = await workers.touch(session, worker_id, caller)
     beat = claims.NOTHING
@@ -342,11 +343,12 @@ async def claim_tasks(
     keys: list[str] = []
     if applied:
         async with session_maker() as session:
-            keys = [job_key(n) for n in await claims.served(session, body.worker_id)]
+            served = await claims.served(session, body.worker_id)
+        keys = [worker_key(body.worker_id), *map(job_key, served)]
     with waiting_for(keys) as waiter:
         while True:
             async with session_maker() as session:
-                claimed = await claims.claim(
+                claim = await claims.claim(
                     session,
                     body.worker_id,
                     caller,
@@ -356,12 +358,17 @@ async def claim_tasks(
                 )
                 await session.commit()
             left = deadline - anyio.current_time()
-            if claimed or left <= 0 or await request.is_disconnected():
+            if (
+                claim.tasks
+                or claim.done
+                or left <= 0
+                or await request.is_disconnected()
+            ):
                 break
             await waiter.wait(min(left, settings.recheck_seconds))
-    for task in claimed:
+    for task in claim.tasks:
         outbox.task_changed(task)
-    return TaskClaimResponse(task=next(iter(claimed), None), tasks=claimed)
+    return TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
 
 
 def _applied(wait: float | None, response: Response) -> float:
@@ -405,9 +412,12 @@ async def report_task(
     session: SessionDep,
     settings: Settings,
     outbox: OutboxDep,
+    idempotency_key: IdempotencyKey,
 ) -> TaskResponse:
     """Report what became of a task, or cancel it."""
-    reported = await attempts.report(session, task_id, caller, body, settings)
+    reported = await attempts.report(
+        session, task_id, caller, body, settings, key=idempotency_key
+    )
     await session.commit()
     if reported.changed:
         outbox.task_changed(reported.task)
@@ -525,7 +535,8 @@ async def read_provider(
     params = query_params(request.query_params.multi_items())
     digest = request_hash(params)
     seconds = settings.provider_long_poll_default_seconds if wait is None else wait
-    async with relay.reachable():
+    patience = seconds + 2 * settings.dispatch_timeout_seconds
+    async with relay.reachable(patience):
         data = await relay.cached(provider, digest, results)
         if data is None:
             send = relay.sender(provider, params, digest, tsio, registry)
@@ -558,14 +569,22 @@ async def upload_result(
     x_result_status: Annotated[Literal["ok", "error"], Header()] = "ok",
 ) -> None:
     """Answer a request that was sent to a provider."""
-    async with session_maker() as session:
-        provider = await providers.owned(session, provider_id, caller)
-        if not await may_enter(session, caller, provider.room_id):
-            raise ProviderNotFound.exception(f"there is no provider {provider_id}")
+
+    async def look() -> ProviderResponse:
+        async with session_maker() as session:
+            provider = await providers.owned(session, provider_id, caller)
+            if not await may_enter(session, caller, provider.room_id):
+                raise ProviderNotFound.exception(f"there is no provider {provider_id}")
+            return provider
+
+    await look()
     failed = x_result_status == "error"
     data = await relay.take(request.stream(), failed, settings)
     digest = x_request_hash.lower()
-    async with relay.reachable():
+    # again: it may have gone while the body came in
+    provider = await look()
+    # no reader waits longer
+    async with relay.reachable(settings.provider_long_poll_max_seconds):
         await relay.answer(provider, digest, data, failed, results, settings)
     if not failed:
         outbox.result_ready(provider.full_name, digest, provider.room_id)
