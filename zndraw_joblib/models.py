@@ -349,6 +349,13 @@ _index(
 _index("ix_task_held", Task.worker_id, where=held())
 # attempts for the sweeper to end
 _index("ix_task_deadline", Task.deadline_at, where=Task.deadline_at.is_not(None))
+# ended tasks, for the purge
+_index(
+    "ix_task_completed",
+    Task.status,
+    Task.completed_at,
+    where=Task.completed_at.is_not(None),
+)
 # one task for one Idempotency-Key
 _index(
     "uq_task_idempotency_key",

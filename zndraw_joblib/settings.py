@@ -3,8 +3,10 @@
 from functools import lru_cache
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 
 
 class JobLibSettings(BaseSettings):
@@ -53,6 +55,10 @@ class JobLibSettings(BaseSettings):
     retry_delay_max_seconds: PositiveFloat = Field(
         default=3600, description="Cap of the doubling backoff between attempts."
     )
+    task_retention_seconds: dict[TaskStatus, PositiveFloat] = Field(
+        default={},
+        description="How long ended tasks are kept, by state, as JSON; else for ever.",
+    )
     allowed_provider_categories: list[str] | None = Field(
         default=None, description="Categories of providers; `None` admits any."
     )
@@ -71,6 +77,13 @@ class JobLibSettings(BaseSettings):
     provider_long_poll_max_seconds: PositiveFloat = Field(
         default=30, description="Upper bound of `Prefer: wait` on provider reads."
     )
+
+    @field_validator("task_retention_seconds")
+    @classmethod
+    def _only_ended(cls, kept: dict[TaskStatus, float]) -> dict[TaskStatus, float]:
+        if alive := kept.keys() - TERMINAL:
+            raise ValueError(f"only ended tasks are purged, not {sorted(alive)}")
+        return kept
 
 
 @lru_cache

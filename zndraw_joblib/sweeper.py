@@ -6,10 +6,10 @@ from functools import partial
 from uuid import UUID
 
 import anyio
-from sqlalchemy import select
+from sqlalchemy import select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import attempts, jobs, workers
+from zndraw_joblib import attempts, jobs, tasks, workers
 from zndraw_joblib.delivery import (
     Dispatcher,
     Exits,
@@ -18,6 +18,7 @@ from zndraw_joblib.delivery import (
     deliver,
 )
 from zndraw_joblib.events import Dispatch, Emitter, Outbox
+from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.models import Job, Worker, number, silent_for
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
@@ -220,6 +221,70 @@ async def cleanup_stuck_internal_tasks(
     return ended
 
 
+async def cleanup_idle_jobs(
+    session_maker: SessionMaker,
+    settings: JobLibSettings | None = None,
+    tsio: Emitter | None = None,
+) -> int:
+    """Soft-delete jobs that lost their last waiting task after their last worker.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens the session.
+    settings : JobLibSettings, optional
+        Without it, those of the environment.
+    tsio : socketio.AsyncServer or a wrapper of one, optional
+        Where events go.
+
+    Returns
+    -------
+    int
+        How many jobs this call deleted.
+    """
+    outbox = Outbox()
+    async with session_maker() as session:
+        idle = await jobs.delete_idle(session, true())
+        await session.commit()
+    outbox.jobs_changed({name.room for name in idle})
+    await deliver(outbox, Exits(session_maker, settings or get_settings(), tsio))
+    return len(idle)
+
+
+async def purge_tasks(
+    session_maker: SessionMaker, settings: JobLibSettings | None = None
+) -> int:
+    """Delete ended tasks that ``task_retention_seconds`` no longer keeps.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens one session a batch.
+    settings : JobLibSettings, optional
+        Without it, those of the environment.
+
+    Returns
+    -------
+    int
+        How many tasks this call deleted.
+    """
+    settings = settings or get_settings()
+    exits = Exits(session_maker, settings)
+    total = 0
+    for status, kept in settings.task_retention_seconds.items():
+
+        async def outlived(
+            session: AsyncSession,
+            outbox: Outbox,
+            status: TaskStatus = status,
+            kept: float = kept,
+        ) -> int:
+            return await tasks.purge(session, status, kept, TASKS_A_BATCH)
+
+        total += await _in_batches(outlived, TASKS_A_BATCH, exits)
+    return total
+
+
 async def run_sweeper(
     session_maker: SessionMaker,
     settings: JobLibSettings | None = None,
@@ -249,6 +314,8 @@ async def run_sweeper(
         ),
         partial(cleanup_overdue_attempts, session_maker, settings, tsio),
         partial(cleanup_stuck_internal_tasks, session_maker, settings, tsio, registry),
+        partial(cleanup_idle_jobs, session_maker, settings, tsio),
+        partial(purge_tasks, session_maker, settings),
     )
     while True:
         for sweep in passes:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Row,
     Select,
     case,
+    delete,
     func,
     literal,
     literal_column,
@@ -36,6 +37,7 @@ from zndraw_joblib.lifecycle import (
 from zndraw_joblib.models import (
     Job,
     Task,
+    constant,
     now,
     number,
     queued,
@@ -327,3 +329,26 @@ async def list_tasks(
         statement = statement.where(Task.status == status)
     listing = await paginate(session, statement, Task, page)
     return [read_view(row) for row in listing.rows], listing
+
+
+async def purge(
+    session: AsyncSession, status: TaskStatus, kept_seconds: float, limit: int
+) -> int:
+    """Delete at most ``limit`` tasks that ended in ``status`` too long ago.
+
+    Returns
+    -------
+    int
+        How many were deleted.
+    """
+    outlived = (
+        select(Task.id)
+        .where(Task.status == constant(status), Task.completed_at < now(-kept_seconds))
+        .order_by(Task.completed_at)
+        .limit(number(limit))
+        .with_for_update(skip_locked=True)
+    )
+    purged = await session.scalars(
+        delete(Task).where(Task.id.in_(outlived)).returning(Task.id)
+    )
+    return len(purged.all())
