@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections import Counter
 from typing import Any, ClassVar
-from uuid import UUID, uuid5
+from uuid import UUID, uuid4, uuid5
 
 import httpx
 from taskiq import AsyncBroker
@@ -57,16 +57,22 @@ def make_executor(http: httpx.AsyncClient, settings: AuthSettings) -> InternalEx
     async def execute(
         extension: type[Any], payload: dict[str, Any], room_id: str, task_id: str
     ) -> None:
+        # one key a delivery: of two deliveries of one task, one may start it
+        delivery = str(uuid4())
+
         async def report(**body: Any) -> httpx.Response:
             token = await strategy.write_token(User(id=SERVICE_ID))
             return await http.patch(
                 f"/v1/joblib/tasks/{task_id}",
                 json=body,
-                headers={"Authorization": f"Bearer {token}"},
+                headers={
+                    "Authorization": f"Bearer {token}",
+                    "Idempotency-Key": delivery,
+                },
             )
 
         if (await report(status="running")).status_code == 409:
-            return  # cancelled meanwhile
+            return  # cancelled meanwhile, or delivered twice
         try:
             result = await asyncio.to_thread(extension(**payload).run, None)
             (await report(status="completed", result=result)).raise_for_status()
