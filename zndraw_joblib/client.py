@@ -61,7 +61,8 @@ BUSY_BEAT_SECONDS = 0.5
 PROVIDER_THREADS = 4
 # How long a claim may still be answered when the worker leaves. What it brings later
 # can't be handed back: it ends with the worker.
-LAST_CLAIM_SECONDS = 2.0
+LAST_CLAIM_SECONDS = 1.0
+LAST_THREAD_SECONDS = 2.0
 LAST_REQUEST_SECONDS = 5.0
 LAST_RETRIES = 3
 AT_ONCE_SECONDS = 1.0
@@ -442,7 +443,7 @@ class JobManager(Claimant):
             self._worker_id = None
             self._jobs.clear()
             self._sources.clear()
-        deadline = time.monotonic() + LAST_CLAIM_SECONDS
+        deadline = time.monotonic() + LAST_THREAD_SECONDS
         for thread in self._own_threads():
             thread.join(max(0.0, deadline - time.monotonic()))
         if self._own_socket is not None:

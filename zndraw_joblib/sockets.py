@@ -12,7 +12,8 @@ from zndraw_joblib.transport import CONNECT_SECONDS, HostApi
 
 log = logging.getLogger(__name__)
 
-LONGEST_PAUSE_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 300.0
+CLOSE_SECONDS = 2.0
 
 
 class Socket:
@@ -68,6 +69,7 @@ class OwnSocket(Socket):
         super().__init__(None)
         self._api = api
         self._closed = threading.Event()
+        self._opening: threading.Thread | None = None
         if find_spec("websocket") and find_spec("requests"):
             # signals are for the program to handle
             self.tsio = import_module("socketio").Client(handle_sigint=False)
@@ -75,14 +77,16 @@ class OwnSocket(Socket):
     def open(self) -> None:
         """Begin to connect, in a thread of its own."""
         if self.tsio is not None:
-            threading.Thread(
+            self._opening = threading.Thread(
                 target=self._connect, name="zndraw-socket", daemon=True
-            ).start()
+            )
+            self._opening.start()
 
     def close(self) -> None:
         """Disconnect, and connect no more."""
         self._closed.set()
-        if self.tsio is not None:
+        if self._opening is not None:
+            self._opening.join(CLOSE_SECONDS)
             self.tsio.shutdown()
 
     def _connect(self) -> None:

@@ -1,0 +1,866 @@
+"""The worker's side against the real host over TCP, with faults put in between."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import anyio
+import numpy as np
+import pytest
+import servers
+from anyio.to_thread import run_sync
+from conftest import AUTH_SETTINGS, PASSWORD, PREFIX
+from pydantic import field_validator
+
+from zndraw_joblib.client import (
+    Category,
+    ClaimedTask,
+    Extension,
+    JobManager,
+    TaskCancelled,
+    TaskFailed,
+)
+from zndraw_joblib.schemas import JobPolicy
+from zndraw_joblib.transport import HostApi
+
+# it is the client that is tested: the routes are, under every maker, elsewhere
+pytestmark = pytest.mark.makers("plain")
+
+ROOM = "lab"
+HANG = 30
+
+
+class Work(Extension):
+    """A job whose execution the test decides on."""
+
+    category: ClassVar[Category] = Category.ANALYSIS
+    what: str = ""
+
+    @field_validator("what")
+    @classmethod
+    def check(cls, what: str) -> str:
+        # the schema can't say so, and the host lets it in
+        if what == "unfit":
+            raise SystemExit("not even a validator ends the worker")
+        return what
+
+    def run(self, vis: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+JOB = f"@global:analysis:{Work.__name__}"
+
+
+class Meddler:
+    """Stands before the host: notes every request, and does what a test wants."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.requests: list[tuple[str, str]] = []
+        self.bodies: list[Any] = []
+        #: called with method, path and the answer's body; a status loses the answer
+        self.lose: Callable[[str, str, bytes], int | None] = lambda *_: None
+        #: called with method and path; a status keeps the request from the host
+        self.refuse: Callable[[str, str], int | None] = lambda *_: None
+        self.forget_prefer = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
+            await self.app(scope, receive, send)
+            return
+        method, path = scope["method"], scope["path"].removeprefix(PREFIX)
+        self.requests.append((method, path))
+        if status := self.refuse(method, path):
+            await self.answer(send, status)
+            return
+        if self.forget_prefer:
+            headers = [h for h in scope["headers"] if h[0] != b"prefer"]
+            scope = {**scope, "headers": headers}
+        answer: list[Any] = []
+
+        async def take() -> Any:
+            message = await receive()
+            if message.get("body"):
+                self.bodies.append(json.loads(message["body"]))
+            return message
+
+        async def keep(message: Any) -> None:
+            answer.append(message)
+
+        await self.app(scope, take, keep)
+        body = b"".join(message.get("body", b"") for message in answer)
+        lost = self.lose(method, path, body)
+        if asyncio.iscoroutine(lost):
+            lost = await lost
+        if lost:
+            await self.answer(send, lost)
+            return
+        for message in answer:
+            await send(message)
+
+    async def answer(self, send: Any, status: int) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def count(self, method: str, path: str) -> int:
+        return self.requests.count((method, path))
+
+
+@pytest.fixture
+def meddler(app: Any) -> Meddler:
+    return Meddler(app)
+
+
+@pytest.fixture
+async def url(meddler: Meddler) -> AsyncIterator[str]:
+    async with servers.serve(meddler) as url:
+        yield url
+
+
+MakeManager = Callable[..., JobManager]
+
+
+@pytest.fixture
+async def make(url: str, admin: Any) -> AsyncIterator[MakeManager]:
+    """Return a function that makes managers; they have no Socket.IO."""
+    made: list[JobManager] = []
+
+    def make(**options: Any) -> JobManager:
+        manager = JobManager(HostApi(url, token=admin.token), **options)
+        made.append(manager)
+        return manager
+
+    yield make
+    for manager in made:
+        await run_sync(manager.disconnect)
+        manager.api.close()
+
+
+async def submit(user: Any, what: str = "", room: str = ROOM) -> str:
+    answer = await user.post(
+        f"/rooms/{room}/tasks/{JOB}", json={"payload": {"what": what}}
+    )
+    return answer.raise_for_status().json()["id"]
+
+
+async def ended(user: Any, task_id: str) -> dict[str, Any]:
+    with anyio.fail_after(HANG):
+        while True:
+            answer = await user.get(f"/tasks/{task_id}", headers={"Prefer": "wait=5"})
+            task = answer.raise_for_status().json()
+            if task["status"] in ("completed", "failed", "cancelled"):
+                return task
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    with anyio.fail_after(HANG):
+        while not condition():
+            await anyio.sleep(0.01)
+
+
+async def workers(user: Any) -> list[str]:
+    return [w["id"] for w in (await user.get("/workers")).json()["items"]]
+
+
+# --- running tasks ---
+
+
+async def test_whatever_a_task_does_the_next_one_is_run(make: MakeManager, ada: Any):
+    def execute(task: ClaimedTask) -> Any:
+        assert task.run_kwargs == {"gpu": 1}
+        match task.extension.what:
+            case "raise":
+                raise ValueError("a lone surrogate \ud800, and \0")
+            case "exit":
+                sys.exit(3)
+            case "interrupt":
+                raise KeyboardInterrupt
+            case "object":
+                return object()
+            case "nan":
+                return {"energy": float("nan")}
+            case "large":
+                return "x" * 2_000_000
+            case "arrays":
+                return {"r": np.arange(2), "e": np.float32(0.5), "shape": (1, 2)}
+        return None
+
+    manager = make(execute=execute)
+    await run_sync(lambda: manager.register(Work, run_kwargs={"gpu": 1}))
+    wrong = {
+        "unfit": "SystemExit: not even a validator ends the worker",
+        "raise": "ValueError: a lone surrogate ?, and \ufffd",
+        "exit": "SystemExit: 3",
+        "interrupt": "KeyboardInterrupt",
+        "object": "ValueError: the result can't be kept as JSON: object is not JSON",
+        "nan": "ValueError: the result can't be kept as JSON: "
+        "Out of range float values are not JSON compliant",
+        "large": "the host refused the result: ",
+    }
+    tasks = {what: await submit(ada, what) for what in (*wrong, "arrays", "")}
+    for what, error in wrong.items():
+        task = await ended(ada, tasks[what])
+        assert (task["status"], task["attempt"]) == ("failed", 1), what
+        assert task["error"].startswith(error)
+    arrays = await ended(ada, tasks["arrays"])
+    assert arrays["result"] == {"r": [0, 1], "e": 0.5, "shape": [1, 2]}
+    assert (await ended(ada, tasks[""]))["status"] == "completed"
+
+
+async def test_a_task_of_an_unknown_job_is_failed(
+    make: MakeManager, ada: Any, admin: Any
+):
+    manager = make(execute=lambda task: None)
+    await run_sync(manager.register, Work)
+    stranger = {
+        "category": "analysis",
+        "name": "Else",
+        "worker_id": str(manager.worker_id),
+    }
+    await admin.put("/rooms/@global/jobs", json={**stranger, "max_attempts": 5})
+    answer = await ada.post(f"/rooms/{ROOM}/tasks/@global:analysis:Else", json={})
+    task = await ended(ada, answer.json()["id"])
+    assert task["error"] == "this worker does not serve @global:analysis:Else"
+    assert task["attempt"] == 1
+    assert (await ended(ada, await submit(ada)))["status"] == "completed"
+
+
+async def test_concurrency(make: MakeManager, ada: Any):
+    together = threading.Barrier(3)
+
+    def execute(task: ClaimedTask) -> None:
+        together.wait(HANG)
+
+    manager = make(execute=execute, concurrency=3)
+    await run_sync(manager.register, Work)
+    tasks = [await submit(ada) for _ in range(6)]
+    assert {(await ended(ada, task))["status"] for task in tasks} == {"completed"}
+
+
+async def test_policy_of_a_job(make: MakeManager, ada: Any):
+    attempts: list[int | None] = []
+
+    def execute(task: ClaimedTask) -> None:
+        attempts.append(task.attempt)
+        if len(attempts) < 3:
+            raise ValueError("not yet")
+
+    manager = make(execute=execute)
+    register = manager.register(policy=JobPolicy(max_attempts=3))
+    assert await run_sync(register, Work) is Work
+    assert (await ended(ada, await submit(ada)))["status"] == "completed"
+    assert attempts == [1, 2, 3]
+
+
+# --- cancels and progress ---
+
+
+async def test_a_cancel_stops_the_running_task_without_websocket(
+    make: MakeManager, ada: Any
+):
+    running, stopped = threading.Event(), threading.Event()
+
+    def execute(task: ClaimedTask) -> None:
+        if not task.extension.what:
+            return
+        running.set()
+        try:
+            for _ in range(100 * HANG):
+                task.raise_if_cancelled()
+                time.sleep(0.01)
+        except TaskCancelled:
+            stopped.set()
+            raise
+
+    manager = make(execute=execute)
+    await run_sync(manager.register, Work)
+    task = await submit(ada, "long")
+    await until(running.is_set)
+    await ada.patch(f"/tasks/{task}", json={"status": "cancelled"})
+    await until(stopped.is_set)
+    assert (await ended(ada, await submit(ada)))["status"] == "completed"
+    assert (await ended(ada, task))["status"] == "cancelled"
+
+
+async def test_a_cancelled_claim_is_not_run(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    ran: list[str] = []
+    manager = make(execute=lambda task: ran.append(task.task_id))
+    cancelled = anyio.Event()
+
+    async def cancel_claimed(body: bytes) -> None:
+        for task in json.loads(body)["tasks"]:
+            await ada.patch(f"/tasks/{task['id']}", json={"status": "cancelled"})
+            cancelled.set()
+
+    meddler.lose = lambda method, path, body: (
+        cancel_claimed(body)
+        if path == "/tasks/claim" and not cancelled.is_set()
+        else None
+    )
+    await run_sync(manager.register, Work)
+    first = await submit(ada)
+    with anyio.fail_after(HANG):
+        await cancelled.wait()
+    second = await submit(ada)
+    await ended(ada, second)
+    assert ran == [second]
+    assert (await ended(ada, first))["status"] == "cancelled"
+
+
+async def test_progress_is_coalesced(make: MakeManager, ada: Any, meddler: Meddler):
+    told: list[int] = []
+
+    def progress_told() -> list[dict[str, Any]]:
+        beats = [t for b in list(meddler.bodies) for t in b.get("tasks", [])]
+        return [task for task in beats if "progress" in task]
+
+    def execute(task: ClaimedTask) -> None:
+        while len(progress_told()) < 2 and len(told) < 1000 * HANG:
+            told.append(1)
+            # out of bounds and unprintable: the heartbeat must get through
+            task.progress(len(told) / 100, f"step\n{len(told)}\x00")
+            time.sleep(0.001)
+        task.progress(0.75)
+
+    manager = make(execute=execute)
+    await run_sync(manager.register, Work)
+    task = await ended(ada, await submit(ada))
+    assert task["status"] == "completed"
+    sent = progress_told()
+    assert 2 <= len(sent) <= 4 < len(told)
+    assert all(0 < t["progress"] <= 1 for t in sent)
+    assert task["progress_message"].startswith("step ")
+
+
+# --- faults ---
+
+
+async def test_lost_answers_lose_no_task_and_run_none_twice(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    ran: list[str] = []
+    lost: dict[tuple[str, str], int] = {}
+
+    def lose(method: str, path: str, body: bytes) -> int | None:
+        if path == "/tasks/claim" and b'"task":null' in body:
+            return None
+        status = json.loads(body).get("status", "") if body else ""
+        lost[path, status] = lost.get((path, status), 0) + 1
+        return 502 if method != "GET" and lost[path, status] == 1 else None
+
+    meddler.lose = lose
+    manager = make(execute=lambda task: ran.append(task.task_id))
+    await run_sync(manager.register, Work)
+    submitter = make()
+    first = await run_sync(submitter.submit, Work(), ROOM)
+    second = await run_sync(submitter.submit, Work(), ROOM)
+    finished = await run_sync(submitter.wait_all, [first, second])
+    assert [(t.status.value, t.attempt) for t in finished] == [("completed", 1)] * 2
+    assert ran == [first, second]
+    total = (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"]
+    assert total == 2, "a submission whose answer got lost was made twice"
+
+
+async def test_a_report_outlives_a_restart(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    refused: list[str] = []
+
+    def refuse(method: str, path: str) -> int | None:
+        # as a proxy does whose host is away: it answers in its own ways
+        if method == "PATCH" and path.startswith("/tasks/") and len(refused) < 4:
+            refused.append(path)
+            return (503, 404, 502, 500)[len(refused) - 1]
+        return None
+
+    meddler.refuse = refuse
+    manager = make(execute=lambda task: "kept")
+    await run_sync(manager.register, Work)
+    task = await ended(ada, await submit(ada))
+    assert (task["result"], len(refused)) == ("kept", 4)
+
+
+async def test_a_host_that_stays_away_is_given_up(make: MakeManager, meddler: Meddler):
+    meddler.refuse = lambda *_: 503
+    with pytest.raises(ConnectionError):
+        await run_sync(make(max_startup_retries=1).register, Work)
+    assert meddler.count("POST", "/workers") == 2
+    meddler.refuse = lambda *_: None
+    manager = make(
+        execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=0.5
+    )
+    await run_sync(manager.register, Work)
+    meddler.refuse = lambda *_: 503
+    with pytest.raises(ConnectionError):
+        await run_sync(manager.wait)
+
+
+async def test_a_worker_that_was_taken_for_dead_registers_again(
+    make: MakeManager, ada: Any, admin: Any
+):
+    running = threading.Event()
+    stopped: list[bool] = []
+
+    def execute(task: ClaimedTask) -> None:
+        if task.extension.what:
+            running.set()
+            until = time.monotonic() + HANG
+            while not task.cancelled and time.monotonic() < until:
+                time.sleep(0.01)
+            stopped.append(task.cancelled)
+
+    manager = make(execute=execute)
+    await run_sync(manager.register, Work)
+    first = manager.worker_id
+    lost = await submit(ada, "long")
+    await until(running.is_set)
+    (await admin.delete(f"/workers/{first}")).raise_for_status()
+    await until(lambda: stopped and manager.worker_id != first)
+    assert (await ended(ada, await submit(ada)))["status"] == "completed"
+    assert stopped == [True]
+    assert (await ended(ada, lost))["error"] == "Worker disconnected"
+    assert await workers(admin) == [str(manager.worker_id)] != [str(first)]
+
+
+async def test_a_refused_token_is_asked_for_anew(
+    make: MakeManager, url: str, app: Any, register: Any
+):
+    manager = JobManager.connect(
+        url,
+        user=AUTH_SETTINGS.default_admin_email,
+        password=PASSWORD,
+        execute=lambda task: "done",
+    )
+    stuck = make(execute=lambda task: None, heartbeat_interval=0.1)
+    await run_sync(manager.register, Work)
+    await run_sync(stuck.register, Work)
+    # every token given out so far is void
+    secret = "another key of the tests, long enough too"
+    app.state.auth_settings = AUTH_SETTINGS.model_copy(
+        update={"secret_key": AUTH_SETTINGS.secret_key.__class__(secret)}
+    )
+    eve = await register("eve")
+    with pytest.raises(PermissionError):
+        await run_sync(stuck.wait)
+    assert (await ended(eve, await submit(eve)))["result"] == "done"
+    await run_sync(manager.disconnect)
+
+
+async def test_wrong_credentials(url: str):
+    manager = JobManager.connect(url, user="nobody@example.org", password="wrong")
+    with pytest.raises(PermissionError):
+        await run_sync(manager.register, Work)
+    with pytest.raises(ValueError, match="give a token"):
+        JobManager.connect(url, user="nobody@example.org")
+    await run_sync(manager.disconnect)
+
+
+# --- how it asks ---
+
+
+async def test_at_rest_there_is_one_request_that_waits(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    manager = make(execute=lambda task: None, polling_interval=0.01)
+    await run_sync(manager.register, Work)
+    await anyio.sleep(1)
+    worker = str(manager.worker_id)
+    asked = [("POST", "/workers"), ("PUT", "/rooms/@global/jobs")]
+    assert meddler.requests == [*asked, ("POST", "/tasks/claim")]
+    assert meddler.bodies[1:] == [{"worker_id": worker}]
+
+
+async def test_a_host_that_does_not_wait_is_polled(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    meddler.forget_prefer = True
+    manager = make(execute=lambda task: None, polling_interval=0.2)
+    await run_sync(manager.register, Work)
+    await anyio.sleep(1)
+    assert 2 <= meddler.count("POST", "/tasks/claim") <= 7
+    assert (await ended(ada, await submit(ada)))["status"] == "completed"
+
+
+async def test_task_available_wakes_a_worker_that_polls(
+    url: str, admin: Any, ada: Any, meddler: Meddler
+):
+    meddler.forget_prefer = True
+    manager = JobManager.connect(
+        url, token=admin.token, execute=lambda task: None, polling_interval=10 * HANG
+    )
+    await run_sync(manager.register, Work)
+    await until(lambda: manager.tsio.connected)
+    assert (await ended(ada, await submit(ada)))["status"] == "completed"
+    await run_sync(manager.disconnect)
+
+
+# --- Socket.IO ---
+
+
+class Relay:
+    """A TCP relay whose connections can be cut."""
+
+    def __init__(self, url: str) -> None:
+        self.upstream = urlsplit(url)
+        self.writers: set[asyncio.StreamWriter] = set()
+
+    async def pipe(self, reader: Any, writer: Any) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def serve(self, reader: Any, writer: Any) -> None:
+        host, port = self.upstream.hostname, self.upstream.port
+        there, back = await asyncio.open_connection(host, port)
+        self.writers |= {writer, back}
+        await asyncio.gather(self.pipe(reader, back), self.pipe(there, writer))
+
+    def cut(self) -> None:
+        for writer in self.writers:
+            writer.transport.abort()
+        self.writers.clear()
+
+
+@asynccontextmanager
+async def relay(url: str) -> AsyncIterator[tuple[str, Relay]]:
+    between = Relay(url)
+    server = await asyncio.start_server(between.serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", between
+        between.cut()
+
+
+async def test_rooms_are_joined_again_after_a_reconnect(
+    url: str, admin: Any, ada: Any, tsio: Any
+):
+    def listeners() -> list[str]:
+        rooms = tsio.manager.rooms.get("/", {})
+        return list(rooms.get(f"jobs:{JOB}", {}))
+
+    async with relay(url) as (relayed, between):
+        manager = JobManager.connect(
+            relayed, token=admin.token, execute=lambda task: None
+        )
+        await run_sync(manager.register, Work)
+        await until(listeners)
+        first = listeners()
+        between.cut()
+        await until(lambda: set(listeners()) - set(first))
+        assert (await ended(ada, await submit(ada)))["status"] == "completed"
+        await run_sync(manager.disconnect)
+    await until(lambda: not listeners())
+
+
+async def test_a_cancel_is_heard_at_once(url: str, admin: Any, ada: Any):
+    heard = threading.Event()
+
+    class Client:
+        """What a program may wrap a `socketio.Client` with."""
+
+        def __init__(self) -> None:
+            self.handlers = {"/": {"task_status_event": self.own}}
+            self.said: list[str] = []
+
+        def own(self, data: Any) -> None:
+            heard.set()
+
+        def on(self, event: str, handler: Any) -> None:
+            self.handlers["/"][event] = handler
+
+        def emit(self, event: str, data: Any) -> None:
+            self.said.append(event)
+
+    client = Client()
+    manager = JobManager(HostApi(url, token=admin.token), client)
+    await run_sync(manager.register, Work)
+    task_id = await submit(ada)
+    task = await run_sync(manager.claim)
+    tell = client.handlers["/"]["task_status_event"]
+    tell({"id": task_id, "status": "cancelled", "attempt": 7})
+    assert not task.cancelled, "another attempt was cancelled"
+    tell({"id": task_id, "status": "cancelled", "attempt": 1})
+    assert task.cancelled
+    assert heard.is_set(), "the program's own handler is no longer called"
+    await run_sync(manager.disconnect)
+    manager.api.close()
+    assert client.said == ["join_job_room", "leave_job_room"]
+
+
+# --- task by task ---
+
+
+async def test_a_program_claims_by_itself(make: MakeManager, ada: Any):
+    manager = make()
+    await run_sync(manager.register, Work)
+    assert await run_sync(manager.claim) is None
+    good, bad, gone, away = [await submit(ada, what) for what in ("g", "b", "x", "a")]
+    unfit = await submit(ada, "unfit")
+    stop = threading.Event()
+
+    def work() -> None:
+        for task in manager.listen(polling_interval=0.1, stop_event=stop):
+            manager.start(task)
+            match task.extension.what:
+                case "g":
+                    manager.complete(task, {"n": 1})
+                case "b":
+                    manager.fail(task, "why")
+                case "x":
+                    manager.cancel(task)
+                case "a":
+                    manager.fail_by_id(task.task_id, "by id")
+                    with pytest.raises(ValueError, match="attempt 1"):
+                        manager.complete(task)
+                    assert task.cancelled
+                    stop.set()
+
+    await run_sync(work)
+    assert (await ended(ada, good))["result"] == {"n": 1}
+    assert (await ended(ada, bad))["error"] == "why"
+    assert (await ended(ada, gone))["status"] == "cancelled"
+    assert (await ended(ada, away))["error"] == "by id"
+    # a task that can't be run is failed at the next look
+    assert await run_sync(manager.claim) is None
+    assert "SystemExit" in (await ended(ada, unfit))["error"]
+
+
+async def test_a_heartbeat_tells_what_to_stop(
+    make: MakeManager, ada: Any, admin: Any, meddler: Meddler
+):
+    manager = make()
+    await run_sync(manager.register, Work)
+    ids = [await submit(ada) for _ in range(3)]
+    tasks = [await run_sync(manager.claim) for _ in ids]
+    assert [task.task_id for task in tasks] == ids
+    await ada.patch(f"/tasks/{ids[0]}", json={"status": "cancelled"})
+    await admin.patch(f"/tasks/{ids[1]}", json={"status": "failed"})
+    await run_sync(manager.heartbeat)
+    assert [task.cancelled for task in tasks] == [True, True, False]
+    with pytest.raises(TaskCancelled):
+        tasks[0].raise_if_cancelled()
+
+
+async def test_submitting_and_waiting(make: MakeManager, ada: Any, url: str):
+    worker = make(execute=lambda task: {"what": task.extension.what})
+    await run_sync(worker.register, Work)
+    submitter = JobManager.connect(url, token=ada.token)
+
+    def run() -> None:
+        first = submitter.submit(Work(what="1"), ROOM, idempotency_key="k", priority=3)
+        assert (
+            submitter.submit(Work(what="1"), ROOM, idempotency_key="k", priority=3)
+            == first
+        )
+        task = submitter.wait_for(first, HANG)
+        assert (task.result, task.priority) == ({"what": "1"}, 3)
+        late = submitter.submit(Work(), ROOM, delay_seconds=3600)
+        with pytest.raises(TimeoutError, match="still pending"):
+            submitter.wait_for(late, 0.2)
+        broken = submitter.submit(Work.model_construct(what="unfit"), ROOM)
+        with pytest.raises(TaskFailed, match="not even a validator") as failed:
+            submitter.wait_for(broken)
+        assert str(failed.value.task.id) == broken
+        assert [t.status.value for t in submitter.wait_all([first, broken])] == [
+            "completed",
+            "failed",
+        ]
+        with pytest.raises(KeyError):
+            submitter.submit(Work(), ROOM, job_room="elsewhere")
+        with pytest.raises(PermissionError):
+            submitter.register(Work)
+        submitter.disconnect()
+
+    await run_sync(run)
+
+
+async def test_what_is_registered_can_be_looked_up(make: MakeManager):
+    manager = make()
+    await run_sync(lambda: manager.register(Work, room="a", run_kwargs={"x": 1}))
+    await run_sync(manager.register, Work)
+    assert list(manager) == [f"a:analysis:{Work.__name__}", JOB]
+    assert (manager[JOB], len(manager), "a:b:c" in manager) == (Work, 2, False)
+    assert manager.get_run_kwargs(f"a:analysis:{Work.__name__}") == {"x": 1}
+    with pytest.raises(KeyError):
+        manager.get_run_kwargs("a:b:c")
+
+    class Other(Work):
+        category = "nowhere"
+
+    with pytest.raises(ValueError, match="nowhere"):
+        await run_sync(manager.register, Other)
+    assert len(manager) == 2
+
+
+# --- the end ---
+
+
+async def test_a_draining_worker_gets_nothing_until_it_is_active(
+    make: MakeManager, ada: Any, admin: Any, meddler: Meddler
+):
+    manager = make(
+        execute=lambda task: None, heartbeat_interval=0.1, polling_interval=0.1
+    )
+    await run_sync(manager.register, Work)
+    worker = f"/workers/{manager.worker_id}"
+    await admin.patch(worker, json={"state": "draining"})
+    await until(lambda: manager._draining)
+    task = await submit(ada)
+    await anyio.sleep(0.5)
+    assert (await ada.get(f"/tasks/{task}")).json()["status"] == "pending"
+    await admin.patch(worker, json={"state": "active"})
+    assert (await ended(ada, task))["status"] == "completed"
+
+
+async def test_what_was_claimed_and_not_started_is_handed_back(
+    make: MakeManager, ada: Any, admin: Any, meddler: Meddler
+):
+    ran: list[str] = []
+    manager = make(execute=lambda task: ran.append(task.task_id))
+    claimed = anyio.Event()
+
+    async def hold_back(body: bytes) -> None:
+        claimed.set()
+        # the answer travels while the worker begins to leave
+        await until(lambda: {"state": "draining"} in meddler.bodies)
+
+    meddler.lose = lambda method, path, body: (
+        hold_back(body) if path == "/tasks/claim" and b'"tasks":[{' in body else None
+    )
+    await run_sync(manager.register, Work)
+    task_id = await submit(ada)
+    with anyio.fail_after(HANG):
+        await claimed.wait()
+    await run_sync(manager.disconnect)
+    task = (await ada.get(f"/tasks/{task_id}")).json()
+    assert (task["status"], task["errors"], ran) == ("pending", [], [])
+    assert await workers(admin) == []
+
+
+async def test_disconnect_is_for_any_thread_and_any_number_of_times(
+    make: MakeManager, ada: Any, admin: Any
+):
+    done: list[str] = []
+
+    def execute(task: ClaimedTask) -> str:
+        # it can't be done before this task is
+        manager.disconnect()
+        time.sleep(0.3)
+        done.append("task")
+        return "kept"
+
+    before = set(threading.enumerate())
+    manager = make(execute=execute, concurrency=2)
+    await run_sync(manager.register, Work)
+    task = await submit(ada)
+    await run_sync(manager.wait)
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(run_sync, manager.disconnect)
+    assert done == ["task"]
+    assert (await ended(ada, task))["result"] == "kept"
+    assert await workers(admin) == []
+    left = [t.name for t in set(threading.enumerate()) - before]
+    assert not [name for name in left if name.startswith("zndraw")]
+    assert (manager.worker_id, len(manager)) == (None, 0)
+    with pytest.raises(RuntimeError):
+        await run_sync(manager.register, Work)
+
+
+PROGRAM = """
+import multiprocessing, sys, time
+from conftest import *
+from test_client import Work
+from zndraw_joblib.client import JobManager
+
+def execute(task):
+    print("running", flush=True)
+    if task.extension.what == "fork":
+        # its processes are ended with SIGTERM, which they must not take for ours
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            pool.apply_async(time.sleep, (60,))
+            time.sleep(0.2)
+    end = time.monotonic() + (60 if task.extension.what == "deaf" else 1)
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    return "done"
+
+with JobManager.connect(sys.argv[1], token=sys.argv[2], execute=execute) as manager:
+    manager.register(Work)
+    manager.wait()
+print("left", flush=True)
+"""
+
+
+@pytest.fixture
+def program(url: str, admin: Any) -> Iterator[subprocess.Popen[str]]:
+    """Yield a worker in a process of its own."""
+    here = os.path.dirname(__file__)
+    paths = os.pathsep.join([here, os.path.join(here, "..", "docs")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, url, admin.token],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+async def served(ada: Any) -> None:
+    with anyio.fail_after(HANG):
+        while not (await ada.get(f"/rooms/{ROOM}/jobs")).json()["items"]:
+            await anyio.sleep(0.02)
+
+
+async def heard(program: subprocess.Popen[str]) -> str:
+    with anyio.fail_after(HANG):
+        return (await run_sync(program.stdout.readline)).strip()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_the_running_task_finish(
+    program: Any, ada: Any, admin: Any, signum: int
+):
+    await served(ada)
+    running, waiting = await submit(ada, "fork"), await submit(ada)
+    assert await heard(program) == "running"
+    await anyio.sleep(0.5)
+    assert await workers(admin), "a fork of the worker's process ended the worker"
+    program.send_signal(signum)
+    assert await heard(program) == "left"
+    assert await run_sync(program.wait, HANG) == 0
+    assert (await ended(ada, running))["result"] == "done"
+    assert (await ada.get(f"/tasks/{waiting}")).json()["status"] == "pending"
+    assert await workers(admin) == []
+
+
+async def test_a_second_signal_ends_at_once(program: Any, ada: Any, admin: Any):
+    await served(ada)
+    task = await submit(ada, "deaf")
+    assert await heard(program) == "running"
+    program.send_signal(signal.SIGTERM)
+    await anyio.sleep(0.5)
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert await heard(program) == "left"
+    assert await run_sync(program.wait, HANG) == 0
+    assert (await ended(ada, task))["error"] == "Worker disconnected"
+    assert await workers(admin) == []
