@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import zndraw_joblib
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zndraw_joblib"
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
@@ -262,3 +264,15 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             # blank lines in front, so that a traceback tells the page's own line
             before = "\n" * text.count("\n", 0, block.start("code"))
             exec(compile(before + block["code"], page, "exec"), namespace)
+
+
+def test_type_checkers_see_what_is_handed_on():
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    seen = {
+        (node.module, name.asname)
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    handed_on = zndraw_joblib._MODULE_OF
+    assert seen == {(f"zndraw_joblib.{m}", n) for n, m in handed_on.items()}

@@ -37,7 +37,9 @@ async def test_only_what_outlived_its_state_goes(admin, session_maker):
     assert {str(task) for task in left} == set(ended.values()) - {ended["completed"]}
 
 
-async def test_a_job_goes_with_its_last_waiting_task(admin, session_maker, tsio, events):
+async def test_a_job_goes_with_its_last_waiting_task(
+    admin, session_maker, tsio, events
+):
     job = {"category": "modifiers", "name": "Rotate"}
     worker = (await admin.put("/rooms/lab/jobs", json=job)).json()["worker_id"]
     path = "lab:modifiers:Rotate"

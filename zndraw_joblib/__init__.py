@@ -1,4 +1,4 @@
-"""Jobs, workers and tasks for a FastAPI host."""
+"""Jobs, workers and tasks for a FastAPI host; type checkers read ``__init__.pyi``."""
 
 from importlib import import_module
 from typing import Any
@@ -14,6 +14,7 @@ _MODULE_OF = {
     "FrozenEvent": "events",
     "InternalExecutor": "registry",
     "InternalJobNotConfigured": "exceptions",
+    "InternalProviderExecutor": "registry",
     "InternalRegistry": "registry",
     "InvalidCategory": "exceptions",
     "InvalidRoomId": "exceptions",
@@ -22,6 +23,7 @@ _MODULE_OF = {
     "JobLibSettings": "settings",
     "JobManager": "client",
     "JobNotFound": "exceptions",
+    "JobPolicy": "schemas",
     "JobsInvalidate": "events",
     "JoinJobRoom": "events",
     "JoinProviderRoom": "events",
@@ -41,6 +43,8 @@ _MODULE_OF = {
     "SchemaConflict": "exceptions",
     "Task": "models",
     "TaskAvailable": "events",
+    "TaskCancelled": "client",
+    "TaskFailed": "client",
     "TaskNotFound": "exceptions",
     "TaskStatus": "lifecycle",
     "TaskStatusEvent": "events",
@@ -48,6 +52,8 @@ _MODULE_OF = {
     "WorkerJobLink": "models",
     "WorkerNotFound": "exceptions",
     "build_task_status_emission": "events",
+    "cleanup_idle_jobs": "sweeper",
+    "cleanup_overdue_attempts": "sweeper",
     "cleanup_stale_workers": "sweeper",
     "cleanup_stuck_internal_tasks": "sweeper",
     "cleanup_worker": "sweeper",
@@ -59,6 +65,7 @@ _MODULE_OF = {
     "get_room_access": "dependencies",
     "get_tsio": "dependencies",
     "problem_exception_handler": "exceptions",
+    "purge_tasks": "sweeper",
     "register_internal_jobs": "registry",
     "register_internal_providers": "registry",
     "register_internal_tasks": "registry",
