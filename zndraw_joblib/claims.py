@@ -17,9 +17,9 @@ from sqlalchemy import (
     exists,
     func,
     literal,
-    or_,
     select,
     true,
+    tuple_,
     union_all,
     update,
 )
@@ -246,9 +246,6 @@ class Beat(NamedTuple):
     progressed: list[TaskResponse]
 
 
-NOTHING = Beat([], [], [])
-
-
 async def beat(
     session: AsyncSession,
     worker_id: UUID,
@@ -260,32 +257,20 @@ async def beat(
     told = [t for t in reported if t.progress is not None or t.message is not None]
     progressed: list[TaskResponse] = []
     if told:
+        fractions = ((Task.id == t.id, literal(t.progress, Float)) for t in told)
+        messages = ((Task.id == t.id, literal(t.message, String)) for t in told)
         stored = await session.execute(
             update(Task)
             .where(
                 held(),
                 Task.worker_id == worker_id,
-                or_(*(and_(Task.id == t.id, Task.attempt == t.attempt) for t in told)),
+                tuple_(Task.id, Task.attempt).in_([(t.id, t.attempt) for t in told]),
             )
             .values(
                 {
-                    Task.progress: func.coalesce(
-                        case(
-                            *(
-                                (Task.id == t.id, literal(t.progress, Float))
-                                for t in told
-                            )
-                        ),
-                        Task.progress,
-                    ),
+                    Task.progress: func.coalesce(case(*fractions), Task.progress),
                     Task.progress_message: func.coalesce(
-                        case(
-                            *(
-                                (Task.id == t.id, literal(t.message, String))
-                                for t in told
-                            )
-                        ),
-                        Task.progress_message,
+                        case(*messages), Task.progress_message
                     ),
                 }
             )

@@ -8,9 +8,9 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Header, Query, Request
+from fastapi import Depends, Header, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
@@ -19,12 +19,14 @@ from zndraw_joblib.delivery import Exits, ProvidersRemoved, SessionMaker, delive
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
 from zndraw_joblib.names import UNPRINTABLE, check_room
-from zndraw_joblib.paging import Cursor, Page
+from zndraw_joblib.paging import Cursor, Listing, Page
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
-from zndraw_joblib.schemas import MAX_INT, MAX_PAGE
+from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, PaginatedResponse
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.workers import Caller
+
+T = TypeVar("T")
 
 # --- what a host can override ---
 
@@ -206,22 +208,48 @@ async def _writable_room(
 WritableRoom = Annotated[str, Depends(_writable_room)]
 
 
-async def _page(
+class Pager:
+    """The page that a listing is asked for, and how it is shown."""
+
+    def __init__(self, page: Page, request: Request, response: Response) -> None:
+        self.page = page
+        self._url = request.url
+        self._response = response
+
+    def show(self, listing: Listing, items: list[T]) -> PaginatedResponse[T]:
+        """Return the page, with a link to the next one (RFC 8288)."""
+        if listing.next is not None:
+            url = self._url.remove_query_params("offset").include_query_params(
+                cursor=listing.next.encode()
+            )
+            self._response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
+        return PaginatedResponse(
+            items=items,
+            total=listing.total,
+            limit=self.page.limit,
+            offset=self.page.offset,
+        )
+
+
+async def _pager(
+    request: Request,
+    response: Response,
     limit: Annotated[int, Query(ge=0, le=MAX_PAGE)] = 50,
     offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0,
     cursor: Annotated[
         str | None, Query(description='From `Link: rel="next"`.', max_length=500)
     ] = None,
-) -> Page:
+) -> Pager:
     try:
-        return Page(limit, offset, Cursor.decode(cursor) if cursor else None)
+        last = Cursor.decode(cursor) if cursor else None
     except ValueError as exc:
         raise InvalidRequest.exception(
             errors=[{"pointer": "/query/cursor", "detail": str(exc)}]
         ) from None
+    return Pager(Page(limit, offset, last), request, response)
 
 
-PageDep = Annotated[Page, Depends(_page)]
+PagerDep = Annotated[Pager, Depends(_pager)]
 
 
 async def _idempotency_key(

@@ -1,6 +1,6 @@
 """The HTTP surface: what is asked for, who may ask, and which step answers."""
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 from uuid import UUID
 
 import anyio
@@ -14,7 +14,7 @@ from zndraw_joblib.dependencies import (
     IdempotencyKey,
     InternalProviders,
     OutboxDep,
-    PageDep,
+    PagerDep,
     PreferredProviderWait,
     PreferredWait,
     ReadableRoom,
@@ -41,7 +41,6 @@ from zndraw_joblib.exceptions import (
 )
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.names import GLOBAL_ROOM, INTERNAL_ROOM, SPECIAL_ROOMS, FullName
-from zndraw_joblib.paging import Listing, Page
 from zndraw_joblib.schemas import (
     HeartbeatResponse,
     JobPolicy,
@@ -63,7 +62,6 @@ from zndraw_joblib.schemas import (
 from zndraw_joblib.sweeper import retire
 from zndraw_joblib.waiting import waiting_for
 
-T = TypeVar("T")
 StatusFilter = Annotated[TaskStatus | None, Query(alias="status")]
 
 router = APIRouter(
@@ -72,19 +70,6 @@ router = APIRouter(
     route_class=Door,
     dependencies=[Depends(outbox)],
 )
-
-
-def _page(
-    listing: Listing, items: list[T], page: Page, request: Request, response: Response
-) -> PaginatedResponse[T]:
-    if listing.next is not None:
-        url = request.url.remove_query_params("offset").include_query_params(
-            cursor=listing.next.encode()
-        )
-        response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
-    return PaginatedResponse(
-        items=items, total=listing.total, limit=page.limit, offset=page.offset
-    )
 
 
 # --- workers ---
@@ -102,14 +87,12 @@ async def create_worker(caller: CurrentCaller, session: SessionDep) -> WorkerRes
 async def list_workers(
     caller: CurrentCaller,
     session: SessionDep,
-    page: PageDep,
-    request: Request,
-    response: Response,
+    pager: PagerDep,
 ) -> PaginatedResponse[WorkerSummary]:
     """List all workers."""
-    listing = await workers.list_all(session, page)
+    listing = await workers.list_all(session, pager.page)
     items = [WorkerSummary(**row._mapping) for row in listing.rows]
-    return _page(listing, items, page, request, response)
+    return pager.show(listing, items)
 
 
 @router.patch("/workers/{worker_id}")
@@ -122,24 +105,21 @@ async def heartbeat(
     body: WorkerUpdateRequest | None = None,
 ) -> HeartbeatResponse:
     """Take a sign of life, with what the worker's tasks are at."""
-    update = body or WorkerUpdateRequest()
-    if update.state is not None:
-        row = await workers.set_state(session, worker_id, caller, update.state)
-        await session.commit()
+    beat = body or WorkerUpdateRequest()
+    if beat.state is None:
+        worker = await workers.touch(session, worker_id, caller)
+    else:
+        worker = await workers.set_state(session, worker_id, caller, beat.state)
         outbox.ended.append(worker_key(worker_id))
-        return HeartbeatResponse(**row._mapping, desired_state=row.state)
-    row = await workers.touch(session, worker_id, caller)
-    beat = claims.NOTHING
-    if update.tasks:
-        beat = await claims.beat(session, worker_id, update.tasks, settings)
+    heard = await claims.beat(session, worker_id, beat.tasks, settings)
     await session.commit()
-    for task in beat.progressed:
+    for task in heard.progressed:
         outbox.task_changed(task)
     return HeartbeatResponse(
-        **row._mapping,
-        cancelled=beat.cancelled,
-        lost=beat.lost,
-        desired_state=row.state,
+        **worker._mapping,
+        cancelled=heard.cancelled,
+        lost=heard.lost,
+        desired_state=worker.state,
     )
 
 
@@ -161,14 +141,12 @@ async def delete_worker(
 async def list_room_workers(
     room: ReadableRoom,
     session: SessionDep,
-    page: PageDep,
-    request: Request,
-    response: Response,
+    pager: PagerDep,
 ) -> PaginatedResponse[WorkerSummary]:
     """List the workers of the jobs that the room sees."""
-    listing = await workers.list_serving(session, room, page)
+    listing = await workers.list_serving(session, room, pager.page)
     items = [WorkerSummary(**row._mapping) for row in listing.rows]
-    return _page(listing, items, page, request, response)
+    return pager.show(listing, items)
 
 
 # --- jobs ---
@@ -218,15 +196,13 @@ async def list_jobs(
     room: ReadableRoom,
     session: SessionDep,
     settings: Settings,
-    page: PageDep,
-    request: Request,
-    response: Response,
+    pager: PagerDep,
 ) -> PaginatedResponse[JobSummary]:
     """List the jobs that the room sees."""
     items, listing = await jobs.list_visible(
-        session, room, page, settings.worker_timeout_seconds
+        session, room, pager.page, settings.worker_timeout_seconds
     )
-    return _page(listing, items, page, request, response)
+    return pager.show(listing, items)
 
 
 @router.get("/rooms/{room_id}/jobs/{job_name:path}/tasks")
@@ -235,18 +211,16 @@ async def list_job_tasks(
     job_name: str,
     session: SessionDep,
     settings: Settings,
-    page: PageDep,
-    request: Request,
-    response: Response,
+    pager: PagerDep,
     task_status: StatusFilter = None,
 ) -> PaginatedResponse[TaskResponse]:
     """List the tasks of a job that this room submitted."""
     rows = await session.execute(jobs.served(room, job_name))
     job = jobs.found(rows.one_or_none(), room, job_name)
     items, listing = await tasks.list_tasks(
-        session, room, page, settings, job_id=job.id, status=task_status
+        session, room, pager.page, settings, job_id=job.id, status=task_status
     )
-    return _page(listing, items, page, request, response)
+    return pager.show(listing, items)
 
 
 @router.get("/rooms/{room_id}/jobs/{job_name:path}")
@@ -313,16 +287,14 @@ async def list_room_tasks(
     room: ReadableRoom,
     session: SessionDep,
     settings: Settings,
-    page: PageDep,
-    request: Request,
-    response: Response,
+    pager: PagerDep,
     task_status: StatusFilter = None,
 ) -> PaginatedResponse[TaskResponse]:
     """List the tasks that the room submitted."""
     items, listing = await tasks.list_tasks(
-        session, room, page, settings, status=task_status
+        session, room, pager.page, settings, status=task_status
     )
-    return _page(listing, items, page, request, response)
+    return pager.show(listing, items)
 
 
 @router.post("/tasks/claim")
@@ -497,13 +469,11 @@ async def register_provider(
 async def list_providers(
     room: ReadableRoom,
     session: SessionDep,
-    page: PageDep,
-    request: Request,
-    response: Response,
+    pager: PagerDep,
 ) -> PaginatedResponse[ProviderResponse]:
     """List the providers that the room sees."""
-    items, listing = await providers.list_visible(session, room, page)
-    return _page(listing, items, page, request, response)
+    items, listing = await providers.list_visible(session, room, pager.page)
+    return pager.show(listing, items)
 
 
 @router.get("/rooms/{room_id}/providers/{provider_name:path}/info")

@@ -150,7 +150,7 @@ class TaskHeartbeat(BaseModel):
 class WorkerUpdateRequest(BaseModel):
     """A heartbeat: all of it is optional."""
 
-    tasks: list[TaskHeartbeat] = Field(default=[], max_length=1000)
+    tasks: list[TaskHeartbeat] = Field(default=[], max_length=256)
     state: WorkerState | None = None
 
 

@@ -10,6 +10,7 @@ from sqlalchemy import (
     Row,
     Select,
     Update,
+    case,
     delete,
     func,
     insert,
@@ -150,7 +151,12 @@ async def set_state(
     changed = await session.execute(
         update(Worker)
         .where(Worker.id == worker_id, _may_command(caller))
-        .values(state=state.value)
+        .values(
+            state=state.value,
+            last_heartbeat=case(
+                (Worker.user_id == caller.id, now()), else_=Worker.last_heartbeat
+            ),
+        )
         .returning(Worker.id, Worker.last_heartbeat, Worker.state)
     )
     row = changed.one_or_none()
