@@ -29,6 +29,7 @@ from zndraw_joblib.client import (
     TaskCancelled,
     TaskFailed,
 )
+from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy
 from zndraw_joblib.transport import HostApi
 
@@ -89,7 +90,7 @@ class Meddler:
 
         async def take() -> Any:
             message = await receive()
-            if message.get("body"):
+            if message.get("body", b"").startswith(b"{"):
                 self.bodies.append(json.loads(message["body"]))
             return message
 
@@ -706,6 +707,144 @@ async def test_what_is_registered_can_be_looked_up(make: MakeManager):
     with pytest.raises(ValueError, match="nowhere"):
         await run_sync(manager.register, Other)
     assert len(manager) == 2
+
+
+# --- providers ---
+
+
+class Files(Provider):
+    category: ClassVar[str] = "files"
+    path: str = "/"
+    depth: int = 1
+
+    def read(self, handler: dict[str, Any]) -> Any:
+        found = handler[self.path]
+        return found(self) if callable(found) else found
+
+
+class Images(Files):
+    content_type: ClassVar[str] = "image/png"
+
+
+@pytest.fixture
+async def connected(url: str, admin: Any) -> AsyncIterator[JobManager]:
+    """Yield a worker with Socket.IO."""
+    manager = JobManager.connect(url, token=admin.token, execute=lambda task: "done")
+    await run_sync(manager.register, Work)
+    await until(lambda: manager.tsio.connected)
+    yield manager
+    await run_sync(manager.disconnect)
+
+
+@pytest.fixture
+def offer(connected: JobManager, tsio: Any) -> Callable[..., Any]:
+    """Return a function that registers a provider and waits until it hears requests."""
+
+    async def offer(cls: type[Provider], name: str, handler: Any) -> None:
+        register = connected.register_provider
+        await run_sync(lambda: register(cls, name=name, handler=handler))
+        room = f"providers:@global:files:{name}"
+        await until(lambda: tsio.manager.rooms["/"].get(room))
+
+    return offer
+
+
+async def look(user: Any, name: str, **params: Any) -> Any:
+    return await user.get(
+        f"/rooms/{ROOM}/providers/@global:files:{name}",
+        params=params,
+        headers={"Prefer": f"wait={HANG}"},
+    )
+
+
+async def test_providers_answer_or_say_why_not(
+    connected: JobManager, offer: Any, ada: Any, app: Any
+):
+    app.state.joblib_settings.provider_result_max_bytes = 1000
+
+    def fail(request: Files) -> None:
+        sys.exit(f"no {request.path} at depth {request.depth}")
+
+    handler = {
+        "/": {"files": ("a", "b"), "size": float("nan")},
+        "json": '{"already": "json"}',
+        "png": b"\x89PNG\x00",
+        "large": "x" * 1001,
+        "fails": fail,
+    }
+    await offer(Files, "tree", handler)
+    await offer(Images, "images", handler)
+    assert connected.handlers == {
+        "@global:files:tree": handler,
+        "@global:files:images": handler,
+    }
+    listing = await look(ada, "tree")
+    assert listing.json() == {"files": ["a", "b"], "size": None}
+    assert (await look(ada, "tree", path="json")).text == handler["json"]
+    image = await look(ada, "images", path="png")
+    assert (image.content, image.headers["Content-Type"]) == (
+        handler["png"],
+        "image/png",
+    )
+    wrong = {
+        "nowhere": ("tree", "KeyError: 'nowhere'"),
+        "fails": ("tree", "SystemExit: no fails at depth 2"),
+        "large": ("tree", "the host refused the result: "),
+        "/": ("images", "TypeError: Images.read() returned dict, but image/png needs"),
+    }
+    for path, (name, detail) in wrong.items():
+        answer = await look(ada, name, path=path, depth="2")
+        assert answer.status_code == 400
+        assert answer.json()["type"] == "/v1/problems/provider-execution-failed"
+        assert answer.json()["detail"].startswith(detail)
+    unfit = await look(ada, "tree", depth="deep")
+    assert "valid integer" in unfit.json()["detail"]
+
+
+async def test_slow_reads_hold_up_neither_tasks_nor_each_other(offer: Any, ada: Any):
+    together = threading.Barrier(3)
+
+    def slow(request: Files) -> int:
+        together.wait(HANG)
+        return request.depth
+
+    await offer(Files, "tree", {"/": slow})
+    read: dict[int, Any] = {}
+
+    async def reader(depth: int) -> None:
+        read[depth] = (await look(ada, "tree", depth=depth)).json()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(reader, 1)
+        group.start_soon(reader, 2)
+        await until(lambda: together.n_waiting == 2)
+        assert (await ended(ada, await submit(ada)))["status"] == "completed"
+        await run_sync(together.wait, HANG)
+    assert read == {1: 1, 2: 2}
+
+
+async def test_providers_come_back_with_their_worker_and_go_with_it(
+    connected: JobManager, offer: Any, ada: Any, admin: Any
+):
+    for name in ("tree", "other"):
+        await offer(Files, name, {"/": name})
+    first = connected.worker_id
+    await admin.delete(f"/workers/{first}")
+    await run_sync(connected.heartbeat)
+    assert connected.worker_id != first
+    assert (await look(ada, "tree", depth=7)).text == "tree"
+
+    async def offered() -> list[str]:
+        listing = await ada.get(f"/rooms/{ROOM}/providers")
+        return sorted(provider["name"] for provider in listing.json()["items"])
+
+    assert await offered() == ["other", "tree"]
+    await run_sync(connected.unregister_provider, "@global:files:other")
+    assert await offered() == ["tree"]
+    with pytest.raises(KeyError):
+        await run_sync(connected.unregister_provider, "@global:files:other")
+    await run_sync(connected.disconnect)
+    assert await offered() == []
 
 
 # --- the end ---

@@ -35,6 +35,7 @@ from zndraw_joblib.held import (
 )
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 from zndraw_joblib.provider import read_content
+from zndraw_joblib.registering import Source
 from zndraw_joblib.schemas import MAX_CLAIM, TaskResponse
 from zndraw_joblib.sockets import OwnSocket, Socket
 from zndraw_joblib.threads import DaemonPool, Ticker
@@ -331,40 +332,47 @@ class JobManager(Claimant):
             self._readers.submit(partial(self._read, source.name, data))
 
     def _read(self, name: object, request: dict[str, Any]) -> None:
-        """Answer a reader of one of the providers."""
+        """Read from a provider for somebody, and send what was read, or why not."""
         source = self._sources.get(str(name))
         if source is None or self._stopping.is_set():
             return
-        headers = {"X-Request-Hash": request["request_id"]}
-        ask = partial(
-            self._transport.send,
-            "post",
-            path("providers", source.id, "results"),
-            retries=LAST_RETRIES,
-            stop=self._stopping,
-        )
+        send = partial(self._send_result, source, request["request_id"])
         try:
             params = json.loads(request["params"])
             content = read_content(source.cls, source.handler, params)
-            kind = {"Content-Type": source.cls.content_type}
-            response = ask(headers={**headers, **kind}, content=content)
-            if response.status_code < 400:
-                return
-            error = f"the host refused the result: {response.text[:1000]}"
-        except Unreachable:
-            raise
         except BaseException as exc:
+            # SystemExit and the like end this request, not the thread
             log.exception("provider %s could not be read", name)
             error = describe(exc)
+        else:
+            refused = send(content, {"Content-Type": source.cls.content_type})
+            if not refused:
+                return
+            error = f"the host refused the result: {refused}"
         problem = ProviderExecutionFailed.create(detail=storable(error))
-        ask(
-            headers={
-                **headers,
-                "Content-Type": PROBLEM_JSON,
-                "X-Result-Status": "error",
-            },
-            content=problem.model_dump_json(exclude_none=True).encode(),
+        send(
+            problem.model_dump_json(exclude_none=True).encode(),
+            {"Content-Type": PROBLEM_JSON, "X-Result-Status": "error"},
         )
+
+    def _send_result(
+        self, source: Source, digest: str, content: bytes, headers: dict[str, str]
+    ) -> str:
+        """Answer a reader; return why the host doesn't want the answer, if it doesn't."""
+        try:
+            response = self._transport.send(
+                "post",
+                path("providers", source.id, "results"),
+                content=content,
+                headers={"X-Request-Hash": digest, **headers},
+                retries=LAST_RETRIES,
+                stop=self._stopping,
+            )
+        except Unreachable as exc:
+            # the reader is told of a timeout
+            log.warning("could not answer a reader of %s: %s", source.name, exc)
+            return ""
+        return "" if response.status_code < 400 else str(response.text[:1000])
 
     # --- the end ---
 

@@ -37,7 +37,9 @@ class _Job:
 
 
 @dataclass
-class _Source:
+class Source:
+    """A provider that is offered, and what it reads from."""
+
     cls: type[Provider]
     name: FullName
     handler: Any
@@ -62,7 +64,7 @@ class Registrant(Submitter):
         self._lock = threading.RLock()
         self._worker_id: UUID | None = None
         self._jobs: dict[str, _Job] = {}
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, Source] = {}
         self._socket = Socket(None)
         #: set: nothing is registered any more
         self._stopping = threading.Event()
@@ -209,7 +211,7 @@ class Registrant(Submitter):
         PermissionError, ValueError, TypeError, ConnectionError, RuntimeError
             As for `register`.
         """
-        source = _Source(cls, FullName(room, category_of(cls), name), handler)
+        source = Source(cls, FullName(room, category_of(cls), name), handler)
         with self._lock:
             self.create_worker()
             self._as_worker(partial(self._put_provider, source))
@@ -288,7 +290,7 @@ class Registrant(Submitter):
             stop=self._stopping,
         )
 
-    def _put_provider(self, source: _Source, worker_id: UUID) -> Any:
+    def _put_provider(self, source: Source, worker_id: UUID) -> Any:
         response = self._transport.send(
             "put",
             path("rooms", source.name.room, "providers"),
