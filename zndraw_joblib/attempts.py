@@ -213,7 +213,7 @@ async def report(
         update(Task)
         .where(
             Task.id == task_id,
-            in_states(REPORTABLE[request.status]),
+            in_states(REPORTABLE.get(request.status, frozenset())),
             _may_report(caller, request.status),
             true() if request.attempt is None else Task.attempt == request.attempt,
         )
@@ -258,7 +258,8 @@ async def _standing(
     taken = request.status is TaskStatus.RUNNING and (
         key is not None and row.claim_key not in (None, key)
     )
-    if row.entitled and row.status == request.status and current and not taken:
+    repeated = request.status in REPORTABLE and row.status == request.status
+    if row.entitled and repeated and current and not taken:
         return read_view(row)
     fenced_out = request.attempt is not None and row.status not in HELD
     if fenced_out or not current or (taken and row.entitled):
@@ -404,7 +405,8 @@ async def retry(
         raise TaskNotFound.exception(f"there is no task {task_id}")
     if job.deleted:
         raise JobNotFound.exception("the task's job is gone")
-    reborn = born_claimed(settings) if job.room_id == INTERNAL_ROOM else {}
+    seconds = settings.internal_redispatch_seconds
+    reborn = born_claimed(seconds) if job.room_id == INTERNAL_ROOM else {}
     raised = await session.execute(
         update(Task)
         .where(Task.id == task_id, in_states(TERMINAL), _may_retry(caller))
