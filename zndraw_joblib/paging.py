@@ -1,11 +1,10 @@
 """Listings, newest first: by offset, or by a cursor that repeats and misses nothing."""
 
 import base64
-import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +12,7 @@ from sqlalchemy import Row, Select, func, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.models import number
+from zndraw_joblib.schemas import MAX_INT
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Cursor:
         try:
             moment, row_id, total = json.loads(base64.urlsafe_b64decode(token))
             created_at = datetime.fromisoformat(moment)
-            if created_at.tzinfo is None or not isinstance(total, int):
+            if created_at.tzinfo is None or total not in range(MAX_INT + 1):
                 raise ValueError(token)
-            return cls(created_at, UUID(row_id), total)
-        except (ValueError, TypeError, AttributeError, binascii.Error):
+            return cls(created_at.astimezone(UTC), UUID(row_id), total)
+        except (ValueError, TypeError, AttributeError, OverflowError):
             raise ValueError("not a cursor of this listing") from None
 
 
