@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import Depends, Header, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -214,6 +215,7 @@ class Pager:
     def __init__(self, page: Page, request: Request, response: Response) -> None:
         self.page = page
         self._url = request.url
+        self._path = quote(request.scope["path"])
         self._response = response
 
     def show(self, listing: Listing, items: list[T]) -> PaginatedResponse[T]:
@@ -222,7 +224,7 @@ class Pager:
             url = self._url.remove_query_params("offset").include_query_params(
                 cursor=listing.next.encode()
             )
-            self._response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
+            self._response.headers["Link"] = f'<{self._path}?{url.query}>; rel="next"'
         return PaginatedResponse(
             items=items,
             total=listing.total,
@@ -270,7 +272,8 @@ async def _idempotency_key(
 IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
-_ITEM = re.compile(rf'(?:[^",]|{_QUOTED})+')
+# an open quote runs to the end: to look for its end again and again takes minutes
+_ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.?)*(?:"|$))+')
 _PREFERENCE = re.compile(
     rf'\s*(?P<name>[^\s=;"]+)\s*(?:=\s*(?P<value>{_QUOTED}|[^\s;"]*)\s*)?(?:;.*)?'
 )
