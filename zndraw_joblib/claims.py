@@ -15,6 +15,7 @@ from sqlalchemy import (
     case,
     cast,
     exists,
+    false,
     func,
     literal,
     select,
@@ -58,6 +59,18 @@ from zndraw_joblib.workers import Caller
 CONTENTION = 32
 # Due tasks that one claim moves into the queue.
 PROMOTION = 1000
+
+
+def _some_due(worker_id: UUID) -> ColumnElement[bool]:
+    # Each claim asks, so it is the head of each job's index that is looked at: for an
+    # EXISTS over the tasks themselves PostgreSQL, with a generic plan, reads them all.
+    first = (
+        select(func.min(ahead.available_at))
+        .where(ahead.job_id == WorkerJobLink.job_id, ahead.available_at.is_not(None))
+        .correlate(WorkerJobLink)
+        .scalar_subquery()
+    )
+    return exists().where(WorkerJobLink.worker_id == worker_id, first <= now())
 
 
 def _due(worker_id: UUID) -> Select[tuple[UUID]]:
@@ -128,10 +141,16 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
 def _claiming(jobs: int, limit: int, keyed: bool) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
     head = _heads(jobs, limit).subquery()
+    # Still queued, once it is locked? Said in a way that does not imply the condition of
+    # the queue's index: with statistics from when the queue was empty, PostgreSQL would
+    # begin with that index, and read the heads again for each task in it.
+    still_queued = case((queued(), true()), else_=false())
     oldest = (
         select(Task.id)
         .join(head, head.c.id == Task.id)
-        .where(queued(), ~exists().where(_claimed_before(ahead)) if keyed else true())
+        .where(
+            still_queued, ~exists().where(_claimed_before(ahead)) if keyed else true()
+        )
         .order_by(Task.queue_order, Task.id)
         .limit(number(limit))
         .with_for_update(of=Task, skip_locked=True)
@@ -207,7 +226,7 @@ async def claim(
         worker_id,
         caller,
         _serves(worker_id),
-        exists(_due(worker_id)).label("due"),
+        _some_due(worker_id).label("due"),
     )
     jobs = worker.jobs.split(",") if worker.jobs else []
     if worker.state == WorkerState.DRAINING or not jobs:

@@ -281,9 +281,16 @@ async def delete_idle(
 def _wanted() -> ColumnElement[bool]:
     return or_(
         exists().where(WorkerJobLink.job_id == Job.id),
-        exists().where(Task.job_id == Job.id, queued()),
-        exists().where(Task.job_id == Job.id, Task.available_at.is_not(None)),
+        _first(Task.queue_order, queued()).is_not(None),
+        _first(Task.available_at, Task.available_at.is_not(None)).is_not(None),
     )
+
+
+def _first(column: Any, waiting: ColumnElement[bool]) -> ColumnElement[Any]:
+    # not EXISTS: where many tasks wait for other jobs, PostgreSQL would look for one of
+    # this job by reading the whole table
+    first = select(func.min(column)).where(Task.job_id == Job.id, waiting)
+    return first.correlate(Job).scalar_subquery()
 
 
 def _view(worker_timeout: float) -> Select[Any]:
