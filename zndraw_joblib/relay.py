@@ -1,10 +1,21 @@
-"""Brings a reader's request to its provider, and the provider's answer to its readers."""
+"""Brings a reader's request to its provider, and the provider's answer to its readers.
+
+What the result backend holds of a request, each under a key of its own:
+
+========  =======================================================================
+result    the bytes as uploaded; hosts read them, and may put some there
+origin    which provider uploaded them
+inflight  a mark: the request is under way; hosts set and respect it
+asked     whom it is under way to
+outcome   for some seconds: that there is a result, or why there is none
+========  =======================================================================
+"""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from io import BytesIO
 from typing import Any
-from uuid import UUID
 
 import anyio
 
@@ -13,6 +24,7 @@ from zndraw_joblib.events import Emitter, ProviderRequest, providers_channel
 from zndraw_joblib.exceptions import (
     InternalProviderNotConfigured,
     PayloadTooLarge,
+    ProblemDetail,
     ProblemException,
     ProviderExecutionFailed,
     ProviderTimeout,
@@ -25,10 +37,16 @@ from zndraw_joblib.settings import JobLibSettings
 
 log = logging.getLogger(__name__)
 
-# What a failure is kept as, for the seconds that its waiting readers need to be told.
-_FAILURE = b"\x00zndraw-joblib problem 5f0c5a7e\x00"
-_FAILURE_SECONDS = 5
+_AGAIN = {"Retry-After": "2"}
+
+# Outcomes; what follows `_FAILED` is the problem.
+_ANSWERED = b"+"
+_FAILED = b"-"
+# As long as the readers that wait need to be told.
+_OUTCOME_SECONDS = 5
 _MAX_FAILURE = 64 * 1024
+# A server buffers what it is handed, whole, for a reader who is slow to take it.
+PIECE = 64 * 1024
 
 
 def result_key(full_name: str, digest: str) -> str:
@@ -49,17 +67,23 @@ def _asked_key(full_name: str, digest: str) -> str:
     return f"provider-asked:{full_name}:{digest}"
 
 
+def _outcome_key(provider: ProviderResponse, digest: str) -> str:
+    # by id: what becomes of another provider's request wakes nobody here
+    return f"provider-outcome:{provider.id}:{digest}"
+
+
 @asynccontextmanager
-async def reachable() -> AsyncIterator[None]:
-    """Turn a result backend's failures into 503 for whoever needs it right now."""
+async def reachable(seconds: float) -> AsyncIterator[None]:
+    """Turn a result backend that fails, or takes longer, into 503."""
     try:
-        yield
+        with anyio.fail_after(seconds):
+            yield
     except ProblemException:
         raise
     except Exception as exc:
-        log.warning("result backend unavailable: %s", exc)
+        log.warning("result backend unavailable: %r", exc)
         raise ServiceUnavailable.exception(
-            "results can't be reached right now", headers={"Retry-After": "2"}
+            "results can't be reached right now", headers=_AGAIN
         ) from exc
 
 
@@ -68,14 +92,15 @@ async def cached(
 ) -> bytes | None:
     """Return a result that this very provider uploaded, or that the host put there."""
     data = await results.get(result_key(provider.full_name, digest))
-    if data is None or data.startswith(_FAILURE):
+    if data is None:
         return None
     origin = await results.get(_origin_key(provider.full_name, digest))
-    return data if origin in (None, _identity(provider.id)) else None
+    return data if origin in (None, _identity(provider)) else None
 
 
-def _identity(provider_id: UUID) -> bytes:
-    return str(provider_id).encode()
+def _identity(provider: ProviderResponse) -> bytes:
+    # bytes of one content type are not answered as another
+    return f"{provider.id} {provider.content_type}".encode()
 
 
 async def ask(
@@ -85,39 +110,65 @@ async def ask(
     settings: JobLibSettings,
     send: Callable[[], Awaitable[None]],
 ) -> None:
-    """Send a request to its provider, unless one is under way to the same worker.
+    """Send a request to its provider, unless it is under way.
 
-    Raises
-    ------
-    ProblemException
-        ``service-unavailable``; the request is not under way then.
+    If it can't be sent, all who wait for its outcome are told.
     """
-    mark = inflight_key(provider.full_name, digest)
-    asked_key = _asked_key(provider.full_name, digest)
-    asked = f"{provider.id} {provider.worker_id}".encode()
-    ttl = settings.provider_inflight_ttl_seconds
-    if not await results.acquire_inflight(mark, ttl):
-        if await results.get(asked_key) in (None, asked):
-            return
-        # it was sent to a worker that has gone since
-        await results.release_inflight(mark)
-        if not await results.acquire_inflight(mark, ttl):
-            return
+    if not await _mark(
+        provider, digest, results, settings.provider_inflight_ttl_seconds
+    ):
+        return
+    if await cached(provider, digest, results) is not None:
+        # answered since the reader looked
+        await _settle(provider, digest, _ANSWERED, results)
+        return
+    # that of an earlier request
+    await results.delete(_outcome_key(provider, digest))
+    sent = False
     try:
-        await results.store(asked_key, asked, ttl)
-        # what an earlier provider of this name left must wake nobody
-        await results.delete(result_key(provider.full_name, digest))
         with anyio.fail_after(settings.dispatch_timeout_seconds):
             await send()
-    except BaseException as exc:
-        with anyio.CancelScope(shield=True):
-            await results.release_inflight(mark)
-        if not isinstance(exc, Exception):
-            raise
+        sent = True
+    except Exception:
         log.exception("request for %s did not leave", provider.full_name)
-        raise ServiceUnavailable.exception(
-            "the request can't be sent to its provider", headers={"Retry-After": "2"}
-        ) from exc
+    finally:
+        if not sent:
+            problem = ServiceUnavailable.create(
+                "the request can't be sent to its provider"
+            )
+            outcome = _FAILED + problem.model_dump_json().encode()
+            # also when this reader is cancelled: others wait for it
+            patience = settings.dispatch_timeout_seconds
+            with anyio.move_on_after(patience, shield=True), suppress(Exception):
+                await _settle(provider, digest, outcome, results)
+
+
+async def _mark(
+    provider: ProviderResponse, digest: str, results: ResultBackend, ttl: float
+) -> bool:
+    """Mark a request as under way to this provider; tell whether it was not."""
+    mark = inflight_key(provider.full_name, digest)
+    asked_key = _asked_key(provider.full_name, digest)
+    whom = f"{provider.id} {provider.worker_id}"
+    if not await results.acquire_inflight(mark, ttl):
+        if await results.get(asked_key) in (None, whom.encode()):
+            return False
+        # it went to a worker that has gone since: one reader takes it over
+        if not await results.acquire_inflight(f"{mark}:{whom}", ttl):
+            return False
+    await results.store(asked_key, whom.encode(), ttl)
+    return True
+
+
+async def _settle(
+    provider: ProviderResponse, digest: str, outcome: bytes, results: ResultBackend
+) -> None:
+    """End a request: those who wait are told, and the next reader asks again."""
+    key = _outcome_key(provider, digest)
+    await results.store(key, outcome, _OUTCOME_SECONDS)
+    await results.delete(_asked_key(provider.full_name, digest))
+    await results.release_inflight(inflight_key(provider.full_name, digest))
+    await results.notify_key(key)
 
 
 def sender(
@@ -179,34 +230,38 @@ async def wait(
         ``provider-timeout``, or what the provider says went wrong.
     """
     deadline = anyio.current_time() + seconds
-    key = result_key(provider.full_name, digest)
+    key = _outcome_key(provider, digest)
     while (left := deadline - anyio.current_time()) > 0 and not await hung_up():
-        # in turns, so that a reader who hung up is noticed
-        data = await results.wait_for_key(key, min(left, settings.recheck_seconds))
+        # in turns, so that a reader who hung up, or a result that the host put there,
+        # is noticed
+        outcome = await results.wait_for_key(key, min(left, settings.recheck_seconds))
+        if outcome is not None and outcome.startswith(_FAILED):
+            raise _told(outcome.removeprefix(_FAILED))
+        data = await cached(provider, digest, results)
         if data is not None:
-            if data.startswith(_FAILURE):
-                raise _told(data.removeprefix(_FAILURE))
             return data
+        if outcome is not None:
+            # the result has gone already: without this the next turn would not wait
+            await results.delete(key)
     raise ProviderTimeout.exception(
         f"provider {provider.full_name} did not answer within {seconds:g} s",
-        headers={"Retry-After": "2"},
+        headers=_AGAIN,
     )
 
 
 def _told(body: bytes) -> ProblemException:
+    """Return the problem that a provider uploaded, made whole where it is none."""
+    problem = ProviderExecutionFailed.create()
     try:
         told = parse_json(body)
+        if not isinstance(told, dict):
+            raise ValueError("not a problem")
+        problem = ProblemDetail.model_validate({**problem.model_dump(), **told})
     except ValueError:
-        told = None
-    if not isinstance(told, dict):
-        told = {"detail": body.decode(errors="replace")}
-    status = told.get("status")
-    problem = ProviderExecutionFailed.create(str(told.get("detail") or "") or None)
-    if isinstance(status, int) and 400 <= status <= 599:
-        problem.status = status
-    if isinstance(told.get("title"), str):
-        problem.title = told["title"]
-    return ProblemException(problem)
+        problem.detail = body.decode(errors="replace") or problem.detail
+    if not 400 <= problem.status <= 599:
+        problem.status = ProviderExecutionFailed.status
+    return ProblemException(problem, _AGAIN if problem.status == 503 else None)
 
 
 async def take(
@@ -220,14 +275,13 @@ async def take(
         ``payload-too-large``, before more than the limit is buffered.
     """
     limit = _MAX_FAILURE if failed else settings.provider_result_max_bytes
-    chunks: list[bytes] = []
-    size = 0
+    # one growing block: chunks that are joined would need their size twice
+    taken = BytesIO()
     async for chunk in body:
-        size += len(chunk)
-        if size > limit:
+        if taken.tell() + len(chunk) > limit:
             raise PayloadTooLarge.exception(f"a result is limited to {limit} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        taken.write(chunk)
+    return taken.getvalue()
 
 
 async def answer(
@@ -239,15 +293,23 @@ async def answer(
     settings: JobLibSettings,
 ) -> None:
     """Give an upload to the readers that wait; keep it, unless it is a failure."""
-    key = result_key(provider.full_name, digest)
     if failed:
-        await results.store(key, _FAILURE + data, _FAILURE_SECONDS)
-    else:
-        ttl = settings.provider_result_ttl_seconds
-        # first whose it is, and for longer: a result alone would pass for the host's
-        await results.store(
-            _origin_key(provider.full_name, digest), _identity(provider.id), ttl + 60
-        )
-        await results.store(key, data, ttl)
-    await results.release_inflight(inflight_key(provider.full_name, digest))
+        await _settle(provider, digest, _FAILED + data, results)
+        return
+    key = result_key(provider.full_name, digest)
+    origin_key = _origin_key(provider.full_name, digest)
+    ttl = settings.provider_result_ttl_seconds
+    # First whose it is, and for longer: a result alone would pass for the host's. And
+    # again: a former provider's late upload, between the two, is not this one's.
+    await results.store(origin_key, _identity(provider), ttl + 60)
+    await results.store(key, data, ttl)
+    await results.store(origin_key, _identity(provider), ttl + 60)
+    await _settle(provider, digest, _ANSWERED, results)
+    # hosts that wait for it themselves
     await results.notify_key(key)
+
+
+async def pieces(data: bytes) -> AsyncIterator[bytes]:
+    """Yield a large result in pieces."""
+    for start in range(0, len(data), PIECE):
+        yield data[start : start + PIECE]

@@ -5,6 +5,7 @@ from uuid import UUID
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
+from fastapi.responses import StreamingResponse
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import attempts, claims, jobs, providers, relay, tasks, workers
@@ -517,12 +518,15 @@ async def read_provider(
     headers = {
         # as it stands: Response would add a charset to text
         "Content-Type": provider.content_type,
+        "Content-Length": str(len(data)),
         "Vary": "Prefer",
         "X-Content-Type-Options": "nosniff",
     }
     if wait is not None:
         headers["Preference-Applied"] = f"wait={wait:g}"
-    return Response(data, headers=headers)
+    if len(data) <= relay.PIECE:
+        return Response(data, headers=headers)
+    return StreamingResponse(relay.pieces(data), headers=headers)
 
 
 @router.post("/providers/{provider_id}/results", status_code=status.HTTP_204_NO_CONTENT)
