@@ -1,16 +1,27 @@
 """Where providers' results wait for their readers: in this process, or in Redis."""
 
+import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
+from zndraw_joblib.settings import settings_of
 from zndraw_joblib.waiting import waiting_for, wake_all
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+log = logging.getLogger(__name__)
+
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024
+
+_CHANNEL = "zndraw-joblib:results"
+# How long a connection that nobody waits on is kept for the next one.
+_LINGER_SECONDS = 2.0
+# Wakes whoever waits for any key.
+_ANY = "results"
 
 
 class ResultBackend(Protocol):
@@ -60,12 +71,14 @@ class MemoryResults:
         # in order of their arrival, with the moment of their end
         self._kept: dict[str, tuple[bytes, float]] = {}
         self._inflight: dict[str, float] = {}
+        self._next_purge = 0.0
 
     async def store(self, key: str, data: bytes, ttl: float) -> None:
         """Keep ``data`` under ``key`` for ``ttl`` seconds, if it fits at all."""
-        await self.delete(key)
+        self._forget(key)
         self._purge()
         if len(data) > self._max_bytes:
+            log.warning("%s is too large to be kept: %d bytes", key, len(data))
             return
         while self._bytes + len(data) > self._max_bytes:
             self._forget(next(iter(self._kept)))
@@ -79,11 +92,11 @@ class MemoryResults:
 
     async def delete(self, key: str) -> None:
         """Forget ``key``."""
-        if key in self._kept:
-            self._forget(key)
+        self._forget(key)
 
     async def acquire_inflight(self, key: str, ttl: float) -> bool:
         """Mark ``key`` for ``ttl`` seconds; tell whether nobody had."""
+        self._purge()
         if self._inflight.get(key, 0.0) > time.monotonic():
             return False
         self._inflight[key] = time.monotonic() + ttl
@@ -96,7 +109,7 @@ class MemoryResults:
     async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
         """Return what is kept under ``key`` as soon as there is something."""
         deadline = anyio.current_time() + timeout
-        with waiting_for([f"result:{key}"]) as waiter:
+        with waiting_for([_wake_up(key)]) as waiter:
             while (data := await self.get(key)) is None:
                 left = deadline - anyio.current_time()
                 if left <= 0:
@@ -106,14 +119,18 @@ class MemoryResults:
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
-        wake_all(f"result:{key}")
+        wake_all(_wake_up(key))
 
     def _forget(self, key: str) -> None:
-        data, _ = self._kept.pop(key)
+        data, _ = self._kept.pop(key, (b"", 0.0))
         self._bytes -= len(data)
 
     def _purge(self) -> None:
         now = time.monotonic()
+        if now < self._next_purge:
+            return
+        # a walk over all entries, hence not with every request
+        self._next_purge = now + 1
         for key in [key for key, (_, end) in self._kept.items() if end <= now]:
             self._forget(key)
         for key in [key for key, end in self._inflight.items() if end <= now]:
@@ -123,6 +140,9 @@ class MemoryResults:
 class RedisResults:
     """Results and wake-ups that all replicas share.
 
+    However many requests of this process wait for a key, they look at it once and listen
+    on one connection; it opens when there is something to wait for.
+
     Parameters
     ----------
     redis : redis.asyncio.Redis
@@ -131,6 +151,10 @@ class RedisResults:
 
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
+        self._looks: dict[str, asyncio.Task[bytes | None]] = {}
+        self._acquiring: set[str] = set()
+        self._waiting = 0
+        self._listener: asyncio.Task[None] | None = None
 
     async def store(self, key: str, data: bytes, ttl: float) -> None:
         """Keep ``data`` under ``key`` for ``ttl`` seconds."""
@@ -138,6 +162,16 @@ class RedisResults:
 
     async def get(self, key: str) -> bytes | None:
         """Return what is kept under ``key``."""
+        if key in self._looks:
+            # begun before this call, it may miss what was stored before this call
+            await asyncio.wait([self._looks[key]])
+        if key not in self._looks:
+            look = asyncio.create_task(self._look(key))
+            self._looks[key] = look
+            look.add_done_callback(lambda _: self._looks.pop(key))
+        return await asyncio.shield(self._looks[key])
+
+    async def _look(self, key: str) -> bytes | None:
         data = await self._redis.get(key)
         return data.encode() if isinstance(data, str) else data
 
@@ -147,7 +181,15 @@ class RedisResults:
 
     async def acquire_inflight(self, key: str, ttl: float) -> bool:
         """Mark ``key`` for ``ttl`` seconds; tell whether nobody had."""
-        return bool(await self._redis.set(key, b"1", nx=True, px=_milliseconds(ttl)))
+        if key in self._acquiring:
+            # whether that works or not, one of this process is enough
+            return False
+        self._acquiring.add(key)
+        try:
+            px = _milliseconds(ttl)
+            return bool(await self._redis.set(key, b"1", nx=True, px=px))
+        finally:
+            self._acquiring.discard(key)
 
     async def release_inflight(self, key: str) -> None:
         """Take the mark of ``key`` away."""
@@ -156,23 +198,47 @@ class RedisResults:
     async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
         """Return what is kept under ``key`` as soon as there is something."""
         deadline = anyio.current_time() + timeout
-        async with self._redis.pubsub() as pubsub:
-            # subscribed before the first look: a notification in between is not missed
-            await pubsub.subscribe(_channel(key))
-            while (data := await self.get(key)) is None:
-                left = deadline - anyio.current_time()
-                if left <= 0:
-                    return None
-                await pubsub.get_message(timeout=left)
-        return data
+        self._waiting += 1
+        try:
+            with waiting_for([_wake_up(key), _ANY]) as waiter:
+                if self._listener is None or self._listener.done():
+                    self._listener = asyncio.create_task(self._listen())
+                while (data := await self.get(key)) is None:
+                    left = deadline - anyio.current_time()
+                    if left <= 0:
+                        return None
+                    await waiter.wait(left)
+            return data
+        finally:
+            self._waiting -= 1
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
-        await self._redis.publish(_channel(key), b"")
+        wake_all(_wake_up(key))
+        await self._redis.publish(_CHANNEL, key.encode())
+
+    async def _listen(self) -> None:
+        """Wake who waits in this process, until nobody has for some seconds."""
+        try:
+            async with self._redis.pubsub() as pubsub:
+                await pubsub.subscribe(_CHANNEL)
+                while True:
+                    message = await pubsub.get_message(timeout=_LINGER_SECONDS)
+                    if message is not None and message["type"] == "message":
+                        wake_all(_wake_up(message["data"].decode()))
+                    elif message is not None:
+                        # just (again) subscribed: what came before was not heard
+                        wake_all(_ANY)
+                    elif not self._waiting:
+                        return
+        except Exception as exc:
+            log.warning("wake-ups are not heard: %r", exc)
+            # who looks again finds out what is wrong
+            wake_all(_ANY)
 
 
-def _channel(key: str) -> str:
-    return f"notify:{key}"
+def _wake_up(key: str) -> str:
+    return f"result:{key}"
 
 
 def _milliseconds(seconds: float) -> int:
@@ -183,5 +249,7 @@ def results_of(app: Any) -> ResultBackend:
     """Return the ``state.result_backend`` of a host, or a new one in memory."""
     backend: ResultBackend | None = getattr(app.state, "result_backend", None)
     if backend is None:
-        backend = app.state.result_backend = MemoryResults()
+        largest = settings_of(app).provider_result_max_bytes
+        backend = MemoryResults(max(DEFAULT_MAX_BYTES, 4 * largest))
+        app.state.result_backend = backend
     return backend
