@@ -12,6 +12,7 @@ from sqlalchemy import (
     Select,
     String,
     and_,
+    bindparam,
     cast,
     exists,
     func,
@@ -139,18 +140,13 @@ def named(name: FullName) -> ColumnElement[bool]:
     )
 
 
-def served(room: str, full_name: str) -> Select[Any]:
-    """Return the statement that finds a job which ``room`` sees by its name.
-
-    Raises
-    ------
-    ProblemException
-        ``job-not-found`` for a malformed name, or one that ``room`` can't see.
-    """
-    name = find(room, full_name)
-    return select(Job.id, Job.room_id, Job.schema_).where(
-        named(name), Job.deleted.is_(False)
-    )
+#: Finds a live job by what :func:`find` makes of its full name.
+SERVED = select(Job.id, Job.room_id, Job.schema_).where(
+    Job.room_id == bindparam("room"),
+    Job.category == bindparam("category"),
+    Job.name == bindparam("name"),
+    Job.deleted.is_(False),
+)
 
 
 def found(row: Row[Any] | None, room: str, full_name: str) -> Row[Any]:

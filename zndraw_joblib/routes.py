@@ -216,7 +216,8 @@ async def list_job_tasks(
     task_status: StatusFilter = None,
 ) -> PaginatedResponse[TaskResponse]:
     """List the tasks of a job that this room submitted."""
-    rows = await session.execute(jobs.served(room, job_name))
+    name = jobs.find(room, job_name)
+    rows = await session.execute(jobs.SERVED, name._asdict())
     job = jobs.found(rows.one_or_none(), room, job_name)
     items, listing = await tasks.list_tasks(
         session, room, pager.page, settings, job_id=job.id, status=task_status

@@ -3,17 +3,22 @@
 import hashlib
 import json
 import time
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
+    Float,
     Result,
     Row,
     Select,
+    Table,
+    bindparam,
     case,
     delete,
     func,
+    insert,
     literal,
     literal_column,
     select,
@@ -21,6 +26,7 @@ from sqlalchemy import (
 
 # ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
 # construct for both.
+from sqlalchemy.dialects.postgresql import Insert as Upsert
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
@@ -98,20 +104,21 @@ VIEW = (
 )
 
 
-def position(job_id: Any, order: Any, settings: JobLibSettings) -> ColumnElement[int]:
-    """Return the place of ``order`` in a job's queue, counted up to the setting."""
+def position(job_id: Any, order: Any, position_max: int) -> ColumnElement[int]:
+    """Return the place of ``order`` in a job's queue, counted up to a maximum."""
     before = (
         select(literal_column("1"))
         .where(ahead.job_id == job_id, queued(ahead), ahead.queue_order < order)
-        .limit(number(settings.queue_position_max - 1))
+        .limit(number(position_max - 1))
         .correlate_except(ahead)
         .subquery()
     )
     return select(func.count() + 1).select_from(before).scalar_subquery()
 
 
-def _seen(settings: JobLibSettings) -> Select[Any]:
-    place = position(Task.job_id, Task.queue_order, settings)
+@lru_cache(maxsize=8)
+def _seen(position_max: int) -> Select[Any]:
+    place = position(Task.job_id, Task.queue_order, position_max)
     return select(
         *VIEW, case((Task.status == TaskStatus.PENDING, place)).label("queue_position")
     )
@@ -138,7 +145,7 @@ async def read_changed(
     waiting = [row.id for row in rows if row.status is TaskStatus.PENDING]
     places: dict[UUID, int] = {}
     if waiting:
-        place = position(Task.job_id, Task.queue_order, settings)
+        place = position(Task.job_id, Task.queue_order, settings.queue_position_max)
         found = await session.execute(
             select(Task.id, place.label("place")).where(Task.id.in_(waiting))
         )
@@ -146,13 +153,13 @@ async def read_changed(
     return [read_view(row, places.get(row.id)) for row in rows]
 
 
-def born_claimed(settings: JobLibSettings) -> dict[Any, Any]:
+def born_claimed(redispatch_seconds: float | ColumnElement[float]) -> dict[Any, Any]:
     """Return what makes an ``@internal`` task wait for the broker's answer."""
     return {
         Task.status: literal(TaskStatus.CLAIMED, Task.status.type),
         Task.attempt: Task.attempt + 1,
         Task.claimed_at: now(),
-        Task.deadline_at: now(settings.internal_redispatch_seconds),
+        Task.deadline_at: now(redispatch_seconds),
     }
 
 
@@ -161,6 +168,16 @@ class Submitted(NamedTuple):
 
     task: TaskResponse
     created: bool
+
+
+@lru_cache(maxsize=8)
+def _resolving(position_max: int) -> Select[Any]:
+    place: ColumnElement[int] = bindparam("place", type_=Task.queue_order.type)
+    return jobs.SERVED.add_columns(
+        bindparam("full_name", type_=Task.job_name.type).label("full_name"),
+        place.label("queue_order"),
+        position(Job.id, place, position_max).label("queue_position"),
+    )
 
 
 async def resolve(
@@ -183,15 +200,48 @@ async def resolve(
     ProblemException
         ``job-not-found``, also for a malformed name.
     """
-    order = literal(queue_order(priority), Task.queue_order.type)
+    name = jobs.find(room, full_name)
     found = await session.execute(
-        jobs.served(room, full_name).add_columns(
-            literal(full_name).label("full_name"),
-            order.label("queue_order"),
-            position(Job.id, order, settings).label("queue_position"),
-        )
+        _resolving(settings.queue_position_max),
+        {**name._asdict(), "full_name": full_name, "place": queue_order(priority)},
     )
     return jobs.found(found.one_or_none(), room, full_name)
+
+
+@lru_cache(maxsize=8)
+def _inserting(internal: bool, delayed: bool, keyed: bool) -> Any:
+    # Built once for each shape, and without ON CONFLICT where no key can conflict:
+    # SQLAlchemy compiles a statement that has it anew each time.
+    columns: dict[Any, Any] = {
+        Task.id: bindparam("new_id", type_=Task.id.type),
+        Task.room_id: bindparam("in_room", type_=Task.room_id.type),
+        Task.created_by_id: bindparam("submitter", type_=Task.created_by_id.type),
+        Task.payload: bindparam("given", type_=Task.payload.type),
+        Task.priority: bindparam("rank", type_=Task.priority.type),
+        Task.queue_order: bindparam("place", type_=Task.queue_order.type),
+        Task.job_name: bindparam("full_name", type_=Task.job_name.type),
+        Task.idempotency_key: bindparam("key", type_=Task.idempotency_key.type),
+        Task.request_digest: bindparam("digest", type_=Task.request_digest.type),
+        Task.job_id: Job.id,
+        Task.max_attempts: Job.max_attempts,
+    }
+    seconds: ColumnElement[float] = bindparam("seconds", type_=Float())
+    if internal:
+        columns |= born_claimed(seconds) | {Task.attempt: literal(1)}
+    elif delayed:
+        columns[Task.available_at] = now(seconds)
+    source = (
+        select(*columns.values())
+        .where(Job.id == bindparam("job", type_=Job.id.type), Job.deleted.is_(False))
+        .with_for_update(read=True, key_share=True)
+    )
+    # of the table, not of the class: the parameters are values, not rows to insert
+    inserting = (upsert if keyed else insert)(cast(Table, Task.__table__)).from_select(
+        [column.key for column in columns], source
+    )
+    if isinstance(inserting, Upsert):
+        inserting = inserting.on_conflict_do_nothing()
+    return inserting.returning(*VIEW)
 
 
 async def submit(
@@ -240,36 +290,23 @@ async def submit(
     digest = hashlib.sha256(
         json.dumps(request.model_dump(mode="json"), sort_keys=True).encode()
     ).hexdigest()
-    values: dict[Any, Any] = {
-        Task.id: uuid7(),
-        Task.room_id: room,
-        Task.created_by_id: caller.id,
-        Task.payload: request.payload,
-        Task.priority: request.priority,
-        Task.queue_order: job.queue_order,
-        Task.job_name: job.full_name,
-        Task.idempotency_key: idempotency_key,
-        Task.request_digest: digest if idempotency_key else None,
-    }
-    columns: dict[Any, ColumnElement[Any]] = {
-        column: literal(value, column.type) for column, value in values.items()
-    }
-    columns[Task.job_id] = Job.id.expression
-    columns[Task.max_attempts] = Job.max_attempts.expression
-    if internal:
-        columns |= born_claimed(settings) | {Task.attempt: literal(1)}
-    elif request.delay_seconds:
-        columns[Task.available_at] = now(request.delay_seconds)
-    source = (
-        select(*columns.values())
-        .where(Job.id == job.id, Job.deleted.is_(False))
-        .with_for_update(read=True, key_share=True)
-    )
     inserted = await session.execute(
-        upsert(Task)
-        .from_select([column.key for column in columns], source)
-        .on_conflict_do_nothing()
-        .returning(*VIEW)
+        _inserting(internal, request.delay_seconds > 0, idempotency_key is not None),
+        {
+            "new_id": uuid7(),
+            "in_room": room,
+            "submitter": caller.id,
+            "given": request.payload,
+            "rank": request.priority,
+            "place": job.queue_order,
+            "full_name": job.full_name,
+            "key": idempotency_key,
+            "digest": digest if idempotency_key else None,
+            "job": job.id,
+            "seconds": settings.internal_redispatch_seconds
+            if internal
+            else request.delay_seconds,
+        },
     )
     row = inserted.one_or_none()
     if row is not None:
@@ -278,7 +315,7 @@ async def submit(
     if idempotency_key is None:
         return None
     earlier = await session.execute(
-        _seen(settings)
+        _seen(settings.queue_position_max)
         .add_columns(Task.request_digest)
         .where(
             Task.created_by_id == caller.id,
@@ -305,7 +342,9 @@ async def read(
     ProblemException
         ``task-not-found``.
     """
-    found = await session.execute(_seen(settings).where(Task.id == task_id))
+    found = await session.execute(
+        _seen(settings.queue_position_max).where(Task.id == task_id)
+    )
     row = found.one_or_none()
     if row is None:
         raise TaskNotFound.exception(f"there is no task {task_id}")
@@ -322,7 +361,7 @@ async def list_tasks(
     status: TaskStatus | None = None,
 ) -> tuple[list[TaskResponse], Listing]:
     """Return a page of the tasks that ``room`` submitted."""
-    statement = _seen(settings).where(Task.room_id == room)
+    statement = _seen(settings.queue_position_max).where(Task.room_id == room)
     if job_id is not None:
         statement = statement.where(Task.job_id == job_id)
     if status is not None:
