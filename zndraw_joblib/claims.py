@@ -8,6 +8,7 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Float,
+    Row,
     Select,
     String,
     and_,
@@ -109,10 +110,26 @@ def _claimed_before(task: Any) -> ColumnElement[bool]:
     )
 
 
-def _serves(worker_id: UUID) -> ColumnElement[str]:
-    ids = func.aggregate_strings(cast(WorkerJobLink.job_id, String), ",")
-    served = select(ids).where(WorkerJobLink.worker_id == worker_id)
-    return served.scalar_subquery().label("jobs")
+def _within_reach(worker_id: UUID, limit: int) -> ColumnElement[str | None]:
+    # The first tasks of all are tasks of those jobs whose own first task comes first:
+    # however many jobs a worker serves, few of their queues are read.
+    first = (
+        select(func.min(ahead.queue_order))
+        .where(ahead.job_id == WorkerJobLink.job_id, queued(ahead))
+        .correlate(WorkerJobLink)
+        .scalar_subquery()
+        .label("first")
+    )
+    served = (
+        select(WorkerJobLink.job_id, first)
+        .where(WorkerJobLink.worker_id == worker_id)
+        .order_by(first.asc().nulls_last())
+        .limit(number(limit + CONTENTION))
+        .subquery()
+    )
+    ids = func.aggregate_strings(cast(served.c.job_id, String), ",")
+    waiting = select(ids).where(served.c.first.is_not(None))
+    return waiting.scalar_subquery().label("jobs")
 
 
 def _heads(jobs: int, limit: int) -> Select[Any]:
@@ -221,28 +238,31 @@ async def claim(
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    worker = await workers.touch(
-        session,
-        worker_id,
-        caller,
-        _serves(worker_id),
-        _some_due(worker_id).label("due"),
-    )
-    jobs = worker.jobs.split(",") if worker.jobs else []
-    if worker.state == WorkerState.DRAINING or not jobs:
-        return Claim([], done=worker.state == WorkerState.DRAINING)
+    within_reach = _within_reach(worker_id, limit)
+    due = _some_due(worker_id).label("due")
+    worker = await workers.touch(session, worker_id, caller, within_reach, due)
+    if worker.state == WorkerState.DRAINING:
+        return Claim([], done=True)
+    jobs = worker.jobs
     if worker.due:
         await promote(session, worker_id)
-    claimed = await session.execute(
-        _claiming(len(jobs), limit, key is not None),
-        {f"job_{n}": UUID(job) for n, job in enumerate(jobs)}
-        | {"worker": worker_id, "holder": caller.id, "key": key},
-    )
-    rows = claimed.all()
+        jobs = await session.scalar(select(within_reach))
+    names = {"worker": worker_id, "key": key}
+    rows: Sequence[Row[Any]] = []
+    if jobs:
+        ids = [UUID(job) for job in jobs.split(",")]
+        # few shapes of the statement for any number of jobs: the nil UUID is no job's
+        branches = 1 << (len(ids) - 1).bit_length()
+        padded = {f"job_{n}": UUID(int=0) for n in range(branches)}
+        chosen = padded | {f"job_{n}": job for n, job in enumerate(ids)}
+        claimed = await session.execute(
+            _claiming(branches, limit, key is not None),
+            chosen | names | {"holder": caller.id},
+        )
+        rows = claimed.all()
     if not rows and key is not None:
         again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
-        found = await session.execute(again, {"worker": worker_id, "key": key})
-        rows = found.all()
+        rows = (await session.execute(again, names)).all()
     oldest_first = sorted(rows, key=lambda row: (row.queue_order, row.id))
     return Claim([read_view(row) for row in oldest_first])
 
