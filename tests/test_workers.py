@@ -1,0 +1,242 @@
+"""Workers: whose they are, what keeps them alive, and what goes when they go."""
+
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import insert, select
+from steps import (
+    JOB,
+    at_once,
+    claim,
+    execute,
+    move,
+    offer,
+    problem,
+    read,
+    register,
+    report,
+    silence,
+    statuses,
+    submit,
+)
+
+from zndraw_joblib.models import Job, Worker, WorkerJobLink
+
+
+async def worker_row(session_maker, worker):
+    async with session_maker() as session:
+        rows = await session.execute(
+            select(Worker.last_heartbeat, Worker.state).where(Worker.id == UUID(worker))
+        )
+        return rows.one()
+
+
+async def was_heard_of(session_maker, worker) -> bool:
+    row = await worker_row(session_maker, worker)
+    return datetime.now(UTC) - row.last_heartbeat < timedelta(minutes=30)
+
+
+async def test_a_worker_is_its_owners(ada, bob, admin):
+    made = await ada.post("/workers")
+    assert made.status_code == 201
+    url = f"/workers/{made.json()['id']}"
+    beat = await ada.patch(url)
+    assert beat.status_code == 200
+    moments = [datetime.fromisoformat(a.json()["last_heartbeat"]) for a in (made, beat)]
+    assert moments[0] <= moments[1]
+    assert all(m.utcoffset() == timedelta(0) for m in moments)
+
+    problem(await bob.patch(url), 403, "forbidden")
+    problem(await admin.patch(url), 403, "forbidden")
+    problem(await bob.delete(url), 403, "forbidden")
+    assert (await admin.delete(url)).status_code == 204
+    for request in (ada.patch, ada.delete):
+        problem(await request(url), 404, "worker-not-found")
+        problem(await request(f"/workers/{uuid4()}"), 404, "worker-not-found")
+
+
+async def test_everything_that_a_worker_does_is_a_sign_of_life(ada, session_maker):
+    worker = await offer(ada)
+    task = await submit(ada)
+
+    async def beat():
+        await ada.patch(f"/workers/{worker}")
+
+    async def claim_a_task():
+        await claim(ada, worker)
+
+    async def report_on_it():
+        await report(ada, task, "running")
+
+    async def register_again():
+        await register(ada, worker_id=worker)
+
+    for act in (beat, claim_a_task, report_on_it, register_again):
+        await silence(session_maker, worker)
+        assert not await was_heard_of(session_maker, worker)
+        await act()
+        assert await was_heard_of(session_maker, worker), act.__name__
+
+
+async def test_what_others_do_is_no_sign_of_life(ada, admin, session_maker):
+    worker = await offer(ada)
+    await submit(ada)
+    (task,) = await claim(ada, worker)
+    await silence(session_maker, worker)
+    await report(admin, task, "running")
+    await admin.patch(f"/workers/{worker}", json={"state": "draining"})
+    await ada.get("/workers")
+    assert not await was_heard_of(session_maker, worker)
+
+
+async def test_what_a_worker_held_fails_with_it(ada, admin, events):
+    worker = await offer(ada)
+    tasks = [await submit(ada) for _ in range(3)]
+    await move(ada, worker, tasks[0], "completed")
+    await move(ada, worker, tasks[1], "running")
+    await move(ada, worker, tasks[2], "claimed")
+    events.clear()
+    assert (await ada.delete(f"/workers/{worker}")).status_code == 204
+
+    done, *lost = [await read(ada, task) for task in tasks]
+    assert done["status"] == "completed"
+    for task in lost:
+        assert (task["status"], task["error"]) == ("failed", "Worker disconnected")
+        assert task["error_type"] == "worker_lost"
+        assert task["worker_id"] == worker
+        assert task["completed_at"]
+    told = {e.data["id"]: e.data for e in events if e.event == "task_status_event"}
+    assert told.keys() == {task["id"] for task in lost}
+    assert {data["status"] for data in told.values()} == {"failed"}
+    assert ("jobs_invalidate", {}, "room:lab") in events
+    # nobody serves it and nothing waits for it
+    problem(await ada.get(f"/rooms/lab/jobs/{JOB}"), 404, "job-not-found")
+    assert (await ada.get("/rooms/lab/jobs")).json()["total"] == 0
+
+
+async def test_a_job_stays_while_it_is_served_or_waited_for(ada, bob):
+    first, second = await offer(ada), await offer(bob)
+    await ada.delete(f"/workers/{first}")
+    job = (await ada.get(f"/rooms/lab/jobs/{JOB}")).json()
+    assert job["workers"] == [second]
+    for delay in (0, 3600):
+        waiting = await submit(ada, delay_seconds=delay)
+        await bob.delete(f"/workers/{second}")
+        job = (await ada.get(f"/rooms/lab/jobs/{JOB}")).json()
+        assert (job["workers"], job["workers_alive"]) == ([], 0)
+        assert (await read(ada, waiting))["status"] == "pending"
+        second = await offer(bob)
+        await report(ada, waiting, "cancelled")
+    await bob.delete(f"/workers/{second}")
+    problem(await ada.get(f"/rooms/lab/jobs/{JOB}"), 404, "job-not-found")
+
+
+async def test_of_two_who_delete_a_worker_one_does(ada, events):
+    worker = await offer(ada)
+    await submit(ada)
+    await claim(ada, worker)
+    events.clear()
+    answers = await at_once(*(ada.delete(f"/workers/{worker}") for _ in range(4)))
+    assert statuses(answers) == [204, 404, 404, 404]
+    assert [e.event for e in events].count("task_status_event") == 1
+
+
+async def test_listings_tell_what_workers_serve(ada, bob, admin):
+    idle = (await ada.post("/workers")).json()["id"]
+    here = await offer(ada)
+    await register(ada, "Scale", worker_id=here)
+    elsewhere = await offer(bob, room="attic")
+    everywhere = await offer(admin, room="@global")
+
+    page = (await bob.get("/workers")).json()
+    jobs = {w["id"]: w["job_count"] for w in page["items"]}
+    assert jobs == {idle: 0, here: 2, elsewhere: 1, everywhere: 1}
+    for room, serving in (
+        ("lab", {here, everywhere}),
+        ("attic", {elsewhere, everywhere}),
+        ("@global", {everywhere}),
+        ("@internal", set()),
+    ):
+        page = (await bob.get(f"/rooms/{room}/workers")).json()
+        assert {w["id"] for w in page["items"]} == serving, room
+        assert page["total"] == len(serving)
+
+
+async def test_a_draining_worker_finishes_and_gets_nothing_new(ada, bob, admin):
+    worker = await offer(ada)
+    url = f"/workers/{worker}"
+    await submit(ada)
+    (held,) = await claim(ada, worker)
+    waiting = await submit(ada)
+    problem(await bob.patch(url, json={"state": "draining"}), 403, "forbidden")
+    drained = await admin.patch(url, json={"state": "draining"})
+    assert (drained.status_code, drained.json()["state"]) == (200, "draining")
+    assert (await ada.patch(url)).json()["desired_state"] == "draining"
+    assert await claim(ada, worker) == []
+    for status in ("running", "completed"):
+        assert (await report(ada, held, status)).status_code == 200
+    assert (await ada.patch(url, json={"state": "active"})).json()["state"] == "active"
+    assert [task["id"] for task in await claim(ada, worker)] == [waiting["id"]]
+
+
+async def test_a_heartbeat_carries_progress_and_brings_what_to_stop(ada, bob, events):
+    worker, other = await offer(ada), await offer(bob)
+    tasks = [await submit(ada) for _ in range(5)]
+    mine = await claim(ada, worker, max_tasks=4)
+    (foreign,) = await claim(bob, other)
+    going, gone, handed_back, quiet = mine
+    await report(ada, gone, "cancelled")
+    await report(ada, handed_back, "pending")
+    events.clear()
+    said = [
+        {"id": going["id"], "attempt": 1, "progress": 0.4, "message": "four of ten"},
+        {"id": gone["id"], "attempt": 1, "progress": 0.5},
+        {"id": handed_back["id"], "attempt": 1, "progress": 0.6},
+        {"id": quiet["id"], "attempt": 1},
+        {"id": foreign["id"], "attempt": 1, "progress": 0.7, "message": "mine now"},
+        {"id": str(uuid4()), "attempt": 1},
+    ]
+    beat = (await ada.patch(f"/workers/{worker}", json={"tasks": said})).json()
+    assert beat["cancelled"] == [gone["id"]]
+    still_mine = {going["id"], quiet["id"], gone["id"]}
+    assert set(beat["lost"]) == {s["id"] for s in said} - still_mine
+    shown = [await read(ada, task) for task in tasks]
+    assert [task["progress"] for task in shown] == [0.4, None, None, None, None]
+    assert shown[0]["progress_message"] == "four of ten"
+    assert [(e.event, e.data["progress"]) for e in events] == [
+        ("task_status_event", 0.4)
+    ]
+    # another attempt than the current one says nothing of it
+    late = {"id": going["id"], "attempt": 7, "progress": 0.9}
+    beat = (await ada.patch(f"/workers/{worker}", json={"tasks": [late]})).json()
+    assert beat["lost"] == [going["id"]]
+    assert (await read(ada, going))["progress"] == 0.4
+
+
+@pytest.mark.parametrize("count", [1, 256])
+async def test_a_heartbeat_of_any_permitted_size(ada, session_maker, count):
+    worker = await offer(ada)
+    said = [
+        {"id": str(uuid4()), "attempt": n, "progress": 0.5, "message": "half"}
+        for n in range(count)
+    ]
+    beat = await ada.patch(f"/workers/{worker}", json={"tasks": said})
+    assert beat.status_code == 200, beat.text
+    assert len(beat.json()["lost"]) == count
+
+
+async def test_a_worker_may_serve_a_thousand_jobs(ada, session_maker):
+    worker = await offer(ada)
+    await submit(ada)
+    jobs = [uuid4() for _ in range(999)]
+    rows = [
+        {"id": j, "room_id": f"room{n}", "category": "c", "name": "n", "schema_": {}}
+        for n, j in enumerate(jobs)
+    ]
+    links = [{"worker_id": UUID(worker), "job_id": j} for j in jobs]
+    await execute(
+        session_maker, insert(Job).values(rows), insert(WorkerJobLink).values(links)
+    )
+    assert [t["status"] for t in await claim(ada, worker)] == ["claimed"]
+    assert (await ada.delete(f"/workers/{worker}")).status_code == 204
