@@ -314,9 +314,13 @@ async def admin(
     app: FastAPI, client: httpx.AsyncClient, session_maker: makers.SessionMaker
 ) -> User:
     """Return the superuser that auth makes from its settings."""
+    email = AUTH_SETTINGS.default_admin_email
     async with session_maker() as session:
+        # there already, so that auth promotes it and makes no expensive hash
+        session.add(UserRow(email=email, hashed_password=CHEAP.hash(PASSWORD)))
+        await session.commit()
         await ensure_default_admin(session, AUTH_SETTINGS)
-    return await log_in(client, app, AUTH_SETTINGS.default_admin_email)
+    return await log_in(client, app, email)
 
 
 @pytest.fixture
