@@ -7,6 +7,7 @@ PostgreSQL any number of replicas may run); ``ZNDRAW_AUTH_...`` and
 """
 
 import asyncio
+import logging
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -16,32 +17,22 @@ from typing import Any
 import httpx
 import socketio
 import uvicorn
+import zndraw_auth as auth
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi_users.password import PasswordHelper
 from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor
 from redis.asyncio import Redis
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from taskiq import InMemoryBroker
 from taskiq_redis import ListQueueBroker
-from zndraw_auth import (
-    AuthSettings,
-    Base,
-    User,
-    UserCreate,
-    UserRead,
-    UserUpdate,
-    auth_backend,
-    create_engine_for_url,
-    current_user_scoped_session,
-    ensure_default_admin,
-    fastapi_users,
-)
 from zndraw_auth.users import get_jwt_strategy
 
 import zndraw_joblib as joblib
 from zndraw_joblib.events import jobs_channel, providers_channel, room_channel
-from zndraw_joblib.results import RedisResults
+
+log = logging.getLogger(__name__)
 
 
 def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
@@ -49,11 +40,12 @@ def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
     manager = socketio.AsyncRedisManager(redis_url) if redis_url else None
     tsio = socketio.AsyncServer(async_mode="asgi", client_manager=manager)
 
-    async def connect(sid: str, environ: dict[str, Any], auth: Any) -> None:
-        token = auth.get("token") if isinstance(auth, dict) else None
+    async def connect(sid: str, environ: dict[str, Any], shown: Any) -> None:
+        token = shown.get("token") if isinstance(shown, dict) else None
         strategy = get_jwt_strategy(app.state.auth_settings)
+        maker = app.state.session_maker
         try:
-            await current_user_scoped_session(app.state.session_maker, strategy, token)
+            await auth.current_user_scoped_session(maker, strategy, token)
         except HTTPException as exc:
             raise socketio.exceptions.ConnectionRefusedError(exc.detail) from None
         # every room sees what is registered for all
@@ -78,23 +70,35 @@ def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
     return tsio
 
 
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Make tables and users; run TaskIQ and the sweeper beside the app."""
-    state = app.state
-    async with state.engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
-    service = User(
+async def prepare_database(state: Any) -> None:
+    """Make the tables, the administrator, and whom ``@internal`` tasks report as."""
+    service = auth.User(
         id=SERVICE_ID,
         email="internal@host.invalid",
         hashed_password=PasswordHelper().hash(secrets.token_urlsafe()),
         is_superuser=True,
     )
-    async with state.session_maker() as session:
-        await ensure_default_admin(session, state.auth_settings)
-        await session.merge(service)
-        await session.commit()
+    async with state.engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # of replicas that start together, one at a time
+            await connection.execute(text("SELECT pg_advisory_xact_lock(20260210)"))
+        await connection.run_sync(auth.Base.metadata.create_all)
+        async with AsyncSession(connection) as session:
+            await auth.ensure_default_admin(session, state.auth_settings)
+            await session.merge(service)
+            await session.commit()
 
+
+async def on_providers_removed(names: list[Any]) -> None:
+    """Hear of providers that went away: drop here what the host keeps of them."""
+    log.info("providers removed: %s", ", ".join(map(str, names)))
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Run TaskIQ and the sweeper beside the app."""
+    state = app.state
+    await prepare_database(state)
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host")
     broker = ListQueueBroker(state.redis_url) if state.redis_url else InMemoryBroker()
     registry = await joblib.register_internal_jobs(
@@ -111,6 +115,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             settings=state.joblib_settings,
             tsio=state.tsio,
             registry=registry,
+            on_providers_removed=on_providers_removed,
         )
     )
     yield
@@ -127,18 +132,20 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def create_app() -> FastAPI:
     """Return the host; nothing is opened before its lifespan begins."""
     app = FastAPI(title="A host of zndraw-joblib", lifespan=lifespan)
+    state = app.state
     database_url = os.environ.get(
         "DATABASE_URL", "sqlite+aiosqlite:///zndraw-joblib.db"
     )
-    app.state.redis_url = os.environ.get("REDIS_URL")
-    app.state.auth_settings = AuthSettings()
-    app.state.joblib_settings = joblib.JobLibSettings()
-    app.state.engine = create_engine_for_url(database_url)
+    state.redis_url = os.environ.get("REDIS_URL")
+    state.auth_settings = auth.AuthSettings()
+    state.joblib_settings = joblib.JobLibSettings()
+    state.on_providers_removed = on_providers_removed
+    state.engine = auth.create_engine_for_url(database_url)
 
-    base_maker = async_sessionmaker(app.state.engine)
-    app.state.session_maker = base_maker
+    base_maker = async_sessionmaker(state.engine)
+    state.session_maker = base_maker
     if database_url.startswith("sqlite"):
-        app.state.db_lock = asyncio.Lock()
+        state.db_lock = asyncio.Lock()
 
         @asynccontextmanager
         async def locked_maker() -> AsyncIterator[AsyncSession]:
@@ -146,26 +153,28 @@ def create_app() -> FastAPI:
                 async with base_maker() as session:
                     yield session
 
-        app.state.session_maker = locked_maker
+        state.session_maker = locked_maker
 
-    if app.state.redis_url:
-        app.state.redis = Redis.from_url(app.state.redis_url)
-        app.state.result_backend = RedisResults(app.state.redis)
-    app.state.tsio = socket_server(app, app.state.redis_url)
-    app.mount("/socket.io", socketio.ASGIApp(app.state.tsio))
+    if state.redis_url:
+        state.redis = Redis.from_url(state.redis_url)
+        state.result_backend = joblib.RedisResults(state.redis)
+    state.tsio = socket_server(app, state.redis_url)
+    app.mount("/socket.io", socketio.ASGIApp(state.tsio))
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
     app.add_exception_handler(RequestValidationError, joblib.problem_exception_handler)
     app.include_router(joblib.router)
-    for router, prefix in (
-        (fastapi_users.get_auth_router(auth_backend), "/auth/jwt"),
-        (fastapi_users.get_register_router(UserRead, UserCreate), "/auth"),
-        (fastapi_users.get_users_router(UserRead, UserUpdate), "/users"),
-    ):
-        app.include_router(router, prefix=prefix)
+    users = auth.fastapi_users
+    log_in = users.get_auth_router(auth.auth_backend)
+    register = users.get_register_router(auth.UserRead, auth.UserCreate)
+    profiles = users.get_users_router(auth.UserRead, auth.UserUpdate)
+    app.include_router(log_in, prefix="/auth/jwt")
+    app.include_router(register, prefix="/auth")
+    app.include_router(profiles, prefix="/users")
     return app
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
     port = int(os.environ.get("PORT", "8000"))
     # at its end the server does not wait for requests that wait
     uvicorn.run(create_app(), port=port, timeout_graceful_shutdown=1)
