@@ -201,10 +201,13 @@ class Claim(NamedTuple):
         Higher priority first, then oldest first.
     done : bool
         The worker drains: there is nothing to wait for.
+    repeated : bool
+        The tasks are those that the key brought before.
     """
 
     tasks: list[TaskResponse]
     done: bool = False
+    repeated: bool = False
 
 
 async def claim(
@@ -260,11 +263,12 @@ async def claim(
             chosen | names | {"holder": caller.id},
         )
         rows = claimed.all()
-    if not rows and key is not None:
+    repeated = not rows and key is not None
+    if repeated:
         again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
         rows = (await session.execute(again, names)).all()
     oldest_first = sorted(rows, key=lambda row: (row.queue_order, row.id))
-    return Claim([read_view(row) for row in oldest_first])
+    return Claim([read_view(row) for row in oldest_first], repeated=repeated)
 
 
 class Beat(NamedTuple):

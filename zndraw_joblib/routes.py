@@ -340,7 +340,7 @@ async def claim_tasks(
             ):
                 break
             await waiter.wait(min(left, settings.recheck_seconds))
-    for task in claim.tasks:
+    for task in [] if claim.repeated else claim.tasks:
         outbox.task_changed(task)
     return TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
 
