@@ -92,7 +92,7 @@ class JobManager(Claimant):
     max_unreachable_seconds : float
         How long the host may be away until the worker gives up.
     max_startup_retries : int
-        How often a registration or submission is repeated when the host is away.
+        How often a request is repeated as long as the host never answered.
     concurrency : int
         How many tasks are executed side by side, in threads.
     grace_seconds : float
@@ -444,10 +444,11 @@ class JobManager(Claimant):
         self._leave_rooms()
         # the lock: a registration under way is to be over
         with self._lock:
-            self._delete_worker(
-                retries=0 if self._failure else LAST_RETRIES,
-                timeout=LAST_REQUEST_SECONDS,
-            )
+            if self._worker_id is not None:
+                retries = 0 if self._failure else LAST_RETRIES
+                self._delete_worker(
+                    self._worker_id, retries=retries, timeout=LAST_REQUEST_SECONDS
+                )
             self._worker_id = None
             self._jobs.clear()
             self._sources.clear()
@@ -483,22 +484,10 @@ class JobManager(Claimant):
     def _leave_at_once(self) -> None:
         self._hopeless.set()
         self._lose_tasks()
-        self._delete_worker(retries=0, timeout=AT_ONCE_SECONDS)
-        self._done.set()
-
-    def _delete_worker(self, **options: Any) -> None:
         worker_id = self._worker_id
-        if worker_id is None:
-            return
-        try:
-            response = self._transport.send(
-                "delete", path("workers", worker_id), **options
-            )
-            if response.status_code != 404:
-                self.api.raise_for_status(response)
-        except Exception as exc:
-            # the host will notice by itself that the worker is silent
-            log.warning("could not delete worker %s: %s", worker_id, exc)
+        if worker_id is not None:
+            self._delete_worker(worker_id, timeout=AT_ONCE_SECONDS)
+        self._done.set()
 
     def _give_up(self, exc: Exception) -> None:
         with self._leaving:

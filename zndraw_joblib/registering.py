@@ -236,7 +236,7 @@ class Registrant(Submitter):
             response = self._transport.send(
                 "delete",
                 path("providers", source.id),
-                retries=self.max_startup_retries,
+                retries=self._retries,
                 stop=self._stopping,
             )
             if response.status_code != 404:
@@ -269,11 +269,22 @@ class Registrant(Submitter):
         response = self._transport.send(
             "post",
             path("workers"),
-            retries=self.max_startup_retries,
+            retries=self._retries,
             stop=self._stopping,
         )
         self.api.raise_for_status(response)
         return UUID(response.json()["id"])
+
+    def _delete_worker(self, worker_id: UUID, **options: Any) -> None:
+        try:
+            response = self._transport.send(
+                "delete", path("workers", worker_id), **{"retries": 0, **options}
+            )
+            if response.status_code != 404:
+                self.api.raise_for_status(response)
+        except Exception as exc:
+            # the host will notice by itself that the worker is silent
+            log.warning("could not delete worker %s: %s", worker_id, exc)
 
     def _put_job(self, job: _Job, worker_id: UUID) -> Any:
         return self._transport.send(
@@ -286,7 +297,7 @@ class Registrant(Submitter):
                 "worker_id": str(worker_id),
                 **job.policy.model_dump(exclude_unset=True),
             },
-            retries=self.max_startup_retries,
+            retries=self._retries,
             stop=self._stopping,
         )
 
@@ -301,7 +312,7 @@ class Registrant(Submitter):
                 "content_type": source.cls.content_type,
                 "worker_id": str(worker_id),
             },
-            retries=self.max_startup_retries,
+            retries=self._retries,
             stop=self._stopping,
         )
         if response.status_code < 300:
@@ -324,11 +335,15 @@ class Registrant(Submitter):
                 log.warning("worker %s is gone: registering again", lost_id)
                 self._lose_tasks()
                 worker_id = self._new_worker()
-                for job in self._jobs.values():
-                    self.api.raise_for_status(self._put_job(job, worker_id))
-                for source in self._sources.values():
-                    self.api.raise_for_status(self._put_provider(source, worker_id))
-                # not earlier: if it failed half way, all of it has to be done again
+                try:
+                    for job in self._jobs.values():
+                        self.api.raise_for_status(self._put_job(job, worker_id))
+                    for source in self._sources.values():
+                        self.api.raise_for_status(self._put_provider(source, worker_id))
+                except BaseException:
+                    # all of it has to be done again
+                    self._delete_worker(worker_id)
+                    raise
                 self._worker_id = worker_id
                 self._join_rooms()
             return self._worker_id or self.create_worker()

@@ -31,7 +31,7 @@ class Submitter:
     max_unreachable_seconds : float
         How long a request is repeated when the host does not answer.
     max_startup_retries : int
-        How often a submission or registration is repeated at most.
+        How often a request is repeated as long as the host never answered.
     """
 
     def __init__(
@@ -46,6 +46,11 @@ class Submitter:
         self.polling_interval = polling_interval
         self.max_startup_retries = max_startup_retries
         self._transport = Transport(api, max_unreachable_seconds)
+
+    @property
+    def _retries(self) -> float:
+        # before the first answer a wrong address is likelier than a restart
+        return math.inf if self._transport.reached else self.max_startup_retries
 
     def submit(
         self,
@@ -101,7 +106,7 @@ class Submitter:
             path("rooms", room, "tasks", job),
             json=body,
             headers={"Idempotency-Key": idempotency_key or uuid.uuid4().hex},
-            retries=self.max_startup_retries,
+            retries=self._retries,
         )
         self.api.raise_for_status(response)
         return str(response.json()["id"])

@@ -20,8 +20,8 @@ PREFIX = "/v1/joblib"
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
-# proxies commonly close what is silent for 60 s
-LONGEST_WAIT_SECONDS = 30
+# proxies commonly give up on an answer after 30 s, or after 60 s
+LONGEST_WAIT_SECONDS = 20
 # a client that can't be told to wait longer gives up after 5 s, if it is like httpx
 LONGEST_WAIT_OF_OTHERS_SECONDS = 3
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -78,6 +78,8 @@ class Transport:
     def __init__(self, api: Api, patience: float) -> None:
         self.api = api
         self.patience = patience
+        #: whether the host ever answered
+        self.reached = False
 
     @cached_property
     def can_wait(self) -> bool:
@@ -135,13 +137,15 @@ class Transport:
             if response.status_code == 401:
                 # the token may have expired: its owner is asked for a new one, once
                 response = ask()
-        except (TypeError, ValueError, KeyError, PermissionError):
+        except (TypeError, ValueError, KeyError, PermissionError, RuntimeError):
+            # a mistake, a refusal or a client that is closed: no reason to ask again
             raise
         except Exception as exc:
             # which exceptions say so depends on the client that the host chose
             raise Unreachable(f"{method} {url}: {exc or type(exc).__name__}") from exc
         if _is_transient(response):
             raise Unreachable(f"{method} {url}: answered {response.status_code}")
+        self.reached = True
         return response
 
     def send(
