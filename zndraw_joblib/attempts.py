@@ -8,6 +8,7 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Float,
+    Row,
     Select,
     String,
     and_,
@@ -30,7 +31,6 @@ from zndraw_joblib.exceptions import (
     InvalidTaskTransition,
     JobNotFound,
     LeaseLost,
-    TaskNotFound,
 )
 from zndraw_joblib.lifecycle import (
     HELD,
@@ -61,12 +61,13 @@ from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
     born_claimed,
+    not_found,
     of_job,
     queue_order,
     read_changed,
     read_view,
 )
-from zndraw_joblib.workers import Caller
+from zndraw_joblib.workers import Caller, RoomAccess
 
 MAX_KEPT_ERROR = 2000
 
@@ -170,6 +171,7 @@ async def report(
     session: AsyncSession,
     task_id: UUID,
     caller: Caller,
+    may_enter: RoomAccess,
     request: TaskUpdateRequest,
     settings: JobLibSettings,
     *,
@@ -185,6 +187,8 @@ async def report(
         The task.
     caller : Caller
         The owner of the task's worker, a superuser, or to cancel the submitter.
+    may_enter : RoomAccess
+        To whom else it is told that there is such a task.
     request : TaskUpdateRequest
         The report; with ``attempt`` it counts for that attempt only.
     settings : JobLibSettings
@@ -223,9 +227,8 @@ async def report(
     changed = await read_changed(session, moved, settings)
     if changed:
         return Reported(changed[0], changed=True)
-    return Reported(
-        await _standing(session, task_id, caller, request, key), changed=False
-    )
+    standing = await _standing(session, task_id, caller, may_enter, request, key)
+    return Reported(standing, changed=False)
 
 
 def _may_report(caller: Caller, status: TaskStatus) -> ColumnElement[bool]:
@@ -240,41 +243,60 @@ async def _standing(
     session: AsyncSession,
     task_id: UUID,
     caller: Caller,
+    may_enter: RoomAccess,
     request: TaskUpdateRequest,
     key: str | None,
 ) -> TaskResponse:
     # nothing moved: only now is it worth a read to tell why
-    found = await session.execute(
-        select(
-            _may_report(caller, request.status).label("entitled"),
-            Task.claim_key,
-            *VIEW,
-        ).where(Task.id == task_id)
+    row = await _find(
+        session, task_id, _may_report(caller, request.status), caller, may_enter
     )
-    row = found.one_or_none()
-    if row is None:
-        raise TaskNotFound.exception(f"there is no task {task_id}")
     current = request.attempt is None or row.attempt == request.attempt
     taken = request.status is TaskStatus.RUNNING and (
         key is not None and row.claim_key not in (None, key)
     )
-    repeated = request.status in REPORTABLE and row.status == request.status
-    if row.entitled and repeated and current and not taken:
+    repeated = row.status == request.status and request.status in REPORTABLE
+    fenced_out = not current or (request.attempt is not None and row.status not in HELD)
+    if not row.entitled:
+        # a zombie is told that its lease is over, and a stranger no more than that
+        raise (
+            LeaseLost.exception()
+            if fenced_out
+            else Forbidden.exception(f"task {task_id} is not yours to report on")
+        )
+    if repeated and current and not taken:
         return read_view(row)
-    fenced_out = request.attempt is not None and row.status not in HELD
-    if fenced_out or not current or (taken and row.entitled):
+    if fenced_out or taken:
         raise LeaseLost.exception(
             f"task {task_id} is {row.status.value} in attempt {row.attempt}, "
             "and not under this lease",
             task_status=row.status.value,
             attempt=row.attempt,
         )
-    if not row.entitled:
-        raise Forbidden.exception(f"task {task_id} is not yours to report on")
     raise InvalidTaskTransition.exception(
         f"a {row.status.value} task can't become {request.status.value}",
         task_status=row.status.value,
     )
+
+
+async def _find(
+    session: AsyncSession,
+    task_id: UUID,
+    entitled: ColumnElement[bool],
+    caller: Caller,
+    may_enter: RoomAccess,
+) -> Row[Any]:
+    found = await session.execute(
+        select(entitled.label("entitled"), Task.claim_key, *VIEW).where(
+            Task.id == task_id
+        )
+    )
+    row = found.one_or_none()
+    if row is None or not (
+        row.entitled or await may_enter(session, caller, row.room_id)
+    ):
+        raise not_found(task_id)
+    return row
 
 
 async def fail(
@@ -383,7 +405,11 @@ async def take_back(
 
 
 async def retry(
-    session: AsyncSession, task_id: UUID, caller: Caller, settings: JobLibSettings
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
 ) -> TaskResponse:
     """Set a terminal task going again, with all its attempts before it.
 
@@ -393,27 +419,28 @@ async def retry(
         ``task-not-found``, ``forbidden``, ``invalid-task-transition``, or
         ``job-not-found`` when its job is gone.
     """
+    task = await _find(session, task_id, _may_retry(caller), caller, may_enter)
+    if not task.entitled:
+        raise Forbidden.exception(f"task {task_id} is not yours to retry")
     # locked, so that no soft-deletion of the job comes in between
     found = await session.execute(
-        select(Job.room_id, Job.deleted, Task.priority)
+        select(Job.room_id, Job.deleted)
         .join(Task, Task.job_id == Job.id)
         .where(Task.id == task_id)
         .with_for_update(read=True, key_share=True, of=Job)
     )
-    job = found.one_or_none()
-    if job is None:
-        raise TaskNotFound.exception(f"there is no task {task_id}")
+    job = found.one()
     if job.deleted:
         raise JobNotFound.exception("the task's job is gone")
     seconds = settings.internal_redispatch_seconds
     reborn = born_claimed(seconds) if job.room_id == INTERNAL_ROOM else {}
     raised = await session.execute(
         update(Task)
-        .where(Task.id == task_id, in_states(TERMINAL), _may_retry(caller))
+        .where(Task.id == task_id, in_states(TERMINAL))
         .values(
             {
                 **_back_in_queue(),
-                Task.queue_order: queue_order(job.priority),
+                Task.queue_order: queue_order(task.priority),
                 Task.failed_attempts: 0,
                 Task.completed_at: None,
                 Task.result: None,
@@ -425,8 +452,6 @@ async def retry(
     again = await read_changed(session, raised, settings)
     if again:
         return again[0]
-    if not await session.scalar(select(_may_retry(caller)).where(Task.id == task_id)):
-        raise Forbidden.exception(f"task {task_id} is not yours to retry")
     raise InvalidTaskTransition.exception("only a terminal task can be tried again")
 
 

@@ -7,7 +7,7 @@ There is no session dependency here: sessions are zndraw-auth's ``SessionDep`` a
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
@@ -25,7 +25,7 @@ from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
 from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, PaginatedResponse
 from zndraw_joblib.settings import JobLibSettings, settings_of
-from zndraw_joblib.workers import Caller
+from zndraw_joblib.workers import Caller, RoomAccess
 
 T = TypeVar("T")
 
@@ -49,9 +49,6 @@ async def get_tsio(request: Request) -> Emitter | None:
 async def get_internal_registry(request: Request) -> InternalRegistry | None:
     """Return ``app.state.internal_registry``, as ``register_internal_jobs`` set it."""
     return getattr(request.app.state, "internal_registry", None)
-
-
-RoomAccess = Callable[[AsyncSession, Caller, str], Awaitable[bool]]
 
 
 async def _open_to_all(session: AsyncSession, caller: Caller, room_id: str) -> bool:

@@ -22,6 +22,7 @@ from zndraw_joblib.exceptions import (
     PayloadTooLarge,
     ProblemException,
     ServiceUnavailable,
+    Unauthorized,
     invalid_request,
 )
 from zndraw_joblib.schemas import parse_json
@@ -87,6 +88,10 @@ class Door(APIRoute):
                 # FastAPI wraps whatever goes wrong while it reads a body
                 if isinstance(exc.__cause__, ProblemException):
                     raise exc.__cause__ from None
+                if exc.status_code == 401:
+                    raise Unauthorized.exception(
+                        headers={"WWW-Authenticate": "Bearer"}
+                    ) from None
                 raise
             except (OperationalError, InterfaceError, PoolTimeoutError, OSError) as exc:
                 raise _unavailable(exc) from exc

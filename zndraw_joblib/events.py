@@ -251,7 +251,8 @@ class Outbox:
         )
         if task.status in TERMINAL:
             self.ended.append(task_key(task.id))
-        elif task.status is TaskStatus.PENDING:
+        # what waits for its time is not available yet
+        elif task.status is TaskStatus.PENDING and task.available_at == task.created_at:
             available = TaskAvailable(
                 job_name=task.job_name, room_id=task.room_id, task_id=str(task.id)
             )
@@ -288,6 +289,7 @@ class TaskView(TaskLike, Protocol):
 
     job_name: str
     queue_position: int | None
+    available_at: datetime | None
 
 
 def task_key(task_id: Any) -> str:

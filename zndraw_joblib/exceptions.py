@@ -125,6 +125,14 @@ class ProviderExecutionFailed(Problem):
     status = 400
 
 
+class Unauthorized(Problem):
+    """The request carries no valid token of an active user."""
+
+    title = "Unauthorized"
+    status = 401
+    client_error = PermissionError
+
+
 class Forbidden(Problem):
     """This user may not do this."""
 

@@ -1,11 +1,9 @@
 """Jobs: registered by workers, seen by rooms, gone when nobody serves them."""
 
 import json
-from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import jsonschema_rs
 from sqlalchemy import (
     ColumnElement,
     Row,
@@ -28,11 +26,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib.exceptions import (
-    InvalidPayload,
-    InvalidSchema,
     JobNotFound,
     SchemaConflict,
-    json_pointer,
 )
 from zndraw_joblib.models import (
     Job,
@@ -64,51 +59,6 @@ class Registration(NamedTuple):
     job_id: UUID
     created: bool
     joined: bool
-
-
-@lru_cache(maxsize=512)
-def _compiled(schema: str) -> jsonschema_rs.Validator:
-    # A schema comes from a stranger: its patterns must not stall the host, nor its
-    # references make the host call out.
-    return jsonschema_rs.validator_for(
-        schema, offline=True, pattern_options=jsonschema_rs.RegexOptions()
-    )
-
-
-def check_schema(schema: JsonObject) -> None:
-    """Refuse what is no JSON Schema.
-
-    Raises
-    ------
-    ProblemException
-        ``invalid-schema``.
-    """
-    try:
-        _compiled(json.dumps(schema))
-    except (jsonschema_rs.ValidationError, ValueError) as exc:
-        detail = getattr(exc, "message", str(exc))
-        where = json_pointer(getattr(exc, "instance_path", []))
-        raise InvalidSchema.exception(
-            detail, errors=[{"pointer": f"/body/schema{where}", "detail": detail}]
-        ) from None
-
-
-def check_payload(schema: JsonObject, payload: JsonObject) -> None:
-    """Refuse a payload that doesn't fit the job's schema.
-
-    Raises
-    ------
-    ProblemException
-        ``invalid-payload``, with at most ten ``errors``.
-    """
-    errors = []
-    for error in _compiled(json.dumps(schema)).iter_errors(payload):
-        pointer = f"/body/payload{json_pointer(error.instance_path)}"
-        errors.append({"pointer": pointer, "detail": error.message})
-        if len(errors) == 10:
-            break
-    if errors:
-        raise InvalidPayload.exception(errors=errors)
 
 
 def find(room: str, full_name: str) -> FullName:

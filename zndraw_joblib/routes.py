@@ -8,7 +8,16 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
 from zndraw_auth.db import SessionDep
 
-from zndraw_joblib import attempts, claims, jobs, providers, relay, tasks, workers
+from zndraw_joblib import (
+    attempts,
+    claims,
+    jobs,
+    payloads,
+    providers,
+    relay,
+    tasks,
+    workers,
+)
 from zndraw_joblib.dependencies import (
     Access,
     CurrentCaller,
@@ -37,8 +46,8 @@ from zndraw_joblib.exceptions import (
     Forbidden,
     InternalJobNotConfigured,
     InvalidCategory,
+    InvalidRequest,
     ProviderNotFound,
-    TaskNotFound,
 )
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.names import GLOBAL_ROOM, INTERNAL_ROOM, SPECIAL_ROOMS, FullName
@@ -174,7 +183,7 @@ async def register_job(
         raise InvalidCategory.exception(
             f"category {body.category!r} is not one of {settings.allowed_categories}"
         )
-    jobs.check_schema(body.schema_)
+    payloads.check_schema(body.schema_)
     worker_id = await workers.mine(session, body.worker_id, caller)
     policy = body.model_dump(
         include=body.model_fields_set & set(JobPolicy.model_fields)
@@ -258,7 +267,12 @@ async def submit_task(
     internal = job.room_id == INTERNAL_ROOM
     if internal and (registry is None or job_name not in registry):
         raise InternalJobNotConfigured.exception(f"nothing here runs {job_name}")
-    jobs.check_payload(job.schema_, body.payload)
+    if internal and body.delay_seconds:
+        detail = "an @internal task starts at once"
+        raise InvalidRequest.exception(
+            detail, errors=[{"pointer": "/body/delay_seconds", "detail": detail}]
+        )
+    payloads.check_payload(job.schema_, body.payload)
     submitted = await tasks.submit(
         session,
         job,
@@ -369,9 +383,7 @@ async def read_task(
     with waiting_for([task_key(task_id)]) as waiter:
         while True:
             async with session_maker() as session:
-                task = await tasks.read(session, task_id, settings)
-                if not await may_enter(session, caller, task.room_id):
-                    raise TaskNotFound.exception(f"there is no task {task_id}")
+                task = await tasks.read(session, task_id, caller, may_enter, settings)
             left = deadline - anyio.current_time()
             if task.status in TERMINAL or left <= 0 or await request.is_disconnected():
                 return task
@@ -386,11 +398,12 @@ async def report_task(
     session: SessionDep,
     settings: Settings,
     outbox: OutboxDep,
+    may_enter: Access,
     idempotency_key: IdempotencyKey,
 ) -> TaskResponse:
     """Report what became of a task, or cancel it."""
     reported = await attempts.report(
-        session, task_id, caller, body, settings, key=idempotency_key
+        session, task_id, caller, may_enter, body, settings, key=idempotency_key
     )
     await session.commit()
     if reported.changed:
@@ -406,10 +419,11 @@ async def retry_task(
     settings: Settings,
     registry: Registry,
     outbox: OutboxDep,
+    may_enter: Access,
     response: Response,
 ) -> TaskResponse:
     """Set a task that has ended going again."""
-    task = await attempts.retry(session, task_id, caller, settings)
+    task = await attempts.retry(session, task_id, caller, may_enter, settings)
     internal = task.status is TaskStatus.CLAIMED
     if internal and (registry is None or task.job_name not in registry):
         raise InternalJobNotConfigured.exception(f"nothing here runs {task.job_name}")
@@ -450,7 +464,7 @@ async def register_provider(
         raise InvalidCategory.exception(
             f"category {body.category!r} is not one of {allowed}"
         )
-    jobs.check_schema(body.schema_)
+    payloads.check_schema(body.schema_)
     worker_id = await workers.mine(session, body.worker_id, caller)
     provider, created = await providers.register(
         session,

@@ -54,7 +54,7 @@ from zndraw_joblib.schemas import (
     TaskSubmitRequest,
 )
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.workers import Caller
+from zndraw_joblib.workers import Caller, RoomAccess
 
 ahead = aliased(Task)
 
@@ -287,9 +287,10 @@ async def submit(
     ProblemException
         ``idempotency-key-reused``.
     """
-    digest = hashlib.sha256(
-        json.dumps(request.model_dump(mode="json"), sort_keys=True).encode()
-    ).hexdigest()
+    digest = None
+    if idempotency_key is not None:
+        canonical = json.dumps(request.model_dump(mode="json"), sort_keys=True)
+        digest = hashlib.sha256(canonical.encode()).hexdigest()
     inserted = await session.execute(
         _inserting(internal, request.delay_seconds > 0, idempotency_key is not None),
         {
@@ -301,7 +302,7 @@ async def submit(
             "place": job.queue_order,
             "full_name": job.full_name,
             "key": idempotency_key,
-            "digest": digest if idempotency_key else None,
+            "digest": digest,
             "job": job.id,
             "seconds": settings.internal_redispatch_seconds
             if internal
@@ -332,10 +333,19 @@ async def submit(
     return Submitted(read_view(row), created=False)
 
 
+def not_found(task_id: UUID) -> Exception:
+    """Return the problem that says that there is no such task, for this caller."""
+    return TaskNotFound.exception(f"there is no task {task_id}")
+
+
 async def read(
-    session: AsyncSession, task_id: UUID, settings: JobLibSettings
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
 ) -> TaskResponse:
-    """Return a task.
+    """Return a task to its submitter, its holder, and those who may enter its room.
 
     Raises
     ------
@@ -343,11 +353,16 @@ async def read(
         ``task-not-found``.
     """
     found = await session.execute(
-        _seen(settings.queue_position_max).where(Task.id == task_id)
+        _seen(settings.queue_position_max)
+        .add_columns(Task.holder_id)
+        .where(Task.id == task_id)
     )
     row = found.one_or_none()
-    if row is None:
-        raise TaskNotFound.exception(f"there is no task {task_id}")
+    if row is None or not (
+        caller.id in (row.created_by_id, row.holder_id)
+        or await may_enter(session, caller, row.room_id)
+    ):
+        raise not_found(task_id)
     return read_view(row)
 
 

@@ -1,6 +1,6 @@
 """Workers: who they are, whether they live, and what goes when they go."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -43,6 +43,10 @@ class Caller:
 
     id: UUID
     is_superuser: bool
+
+
+#: ``await may_enter(session, caller, room_id)``: whether a room is open to a user.
+RoomAccess = Callable[[AsyncSession, Caller, str], Awaitable[bool]]
 
 
 @dataclass

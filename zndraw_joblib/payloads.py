@@ -1,0 +1,272 @@
+"""Payloads against their job's schema, at a cost that is bounded beforehand.
+
+A schema comes from a stranger. Its patterns run on a linear-time engine, its references
+stay inside it, and how often its parts would look at a payload is known before one
+does: a few kilobytes of nested alternatives can ask for more than the age of the
+universe.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import jsonschema_rs
+
+from zndraw_joblib.exceptions import InvalidPayload, InvalidSchema, json_pointer
+from zndraw_joblib.schemas import JsonObject
+
+MAX_ERRORS = 10
+# About half a second of the validator's time.
+MAX_LOOKS = 5_000_000
+# A payload of the default size has no more values than this.
+_MANY_VALUES = 2**19
+# Comparisons with an `enum` or with `required` names that cost as much as one look.
+_CHEAP = 16
+
+_ONE_IN_PLACE = ("not", "if", "then", "else")
+_LIST_IN_PLACE = ("allOf", "anyOf", "oneOf")
+_MAP_IN_PLACE = ("dependentSchemas", "dependencies")
+_MAP_BELOW = ("properties", "patternProperties")
+_ANY_BELOW = (
+    "additionalProperties",
+    "unevaluatedProperties",
+    "propertyNames",
+    "items",
+    "prefixItems",
+    "additionalItems",
+    "unevaluatedItems",
+    "contains",
+)
+_UNBOUNDED = ("$dynamicRef", "$recursiveRef")
+
+
+class _Part:
+    """A subschema, told from others by what it is, not by what it says."""
+
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Part) and self.schema is other.schema
+
+    def __hash__(self) -> int:
+        return id(self.schema)
+
+
+class _Looks(NamedTuple):
+    """What one look of a subschema at a value leads to.
+
+    Attributes
+    ----------
+    here : int
+        Looks at the same value.
+    below : int
+        Looks at each of the value's members, at most.
+    parts : Counter
+        The subschemas that look at the same value, and how often.
+    """
+
+    here: int
+    below: int
+    parts: "Counter[_Part]"
+
+
+class _Checker(NamedTuple):
+    validator: jsonschema_rs.Validator
+    looks: Callable[[Any], _Looks]
+    schema: JsonObject
+    harmless: bool
+
+
+def _subschemas(value: Any) -> list[Any]:
+    return [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+
+
+def _in_place(schema: JsonObject, root: Any) -> Iterator[Any]:
+    if "$ref" in schema:
+        yield _resolve(schema["$ref"], root)
+    for key in _ONE_IN_PLACE + _LIST_IN_PLACE:
+        yield from _subschemas(schema.get(key))
+    for key in _MAP_IN_PLACE:
+        yield from schema.get(key, {}).values()
+
+
+def _resolve(ref: str, root: Any) -> Any:
+    if ref != "#" and not ref.startswith("#/"):
+        raise ValueError(f"the reference {ref!r} is not of the form '#/...'")
+    found = root
+    for part in unquote(ref[2:]).split("/") if len(ref) > 1 else ():
+        key = part.replace("~1", "/").replace("~0", "~")
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    return found
+
+
+def _looks(schema: Any, root: Any, known: dict[int, _Looks | None]) -> _Looks:
+    if not isinstance(schema, dict):
+        return _Looks(1, 0, Counter())
+    if id(schema) in known:
+        looks = known[id(schema)]
+        if looks is None:
+            raise ValueError("the schema refers to itself without an end")
+        return looks
+    if schema is not root and "$id" in schema:
+        raise ValueError("only the schema as a whole can have an $id")
+    if any(key in schema for key in _UNBOUNDED):
+        raise ValueError(f"{' and '.join(_UNBOUNDED)} are not supported")
+    known[id(schema)] = None
+    inside = [_looks(part, root, known) for part in _in_place(schema, root)]
+    parts = Counter({_Part(schema): 1})
+    for looks in inside:
+        parts.update(looks.parts)
+    listed = len(schema.get("enum", ())) + len(schema.get("required", ()))
+    members = bool(schema.keys() & {"properties", *_ANY_BELOW})
+    below = members + len(schema.get("patternProperties", ()))
+    below += ("contains" in schema) + ("unevaluatedItems" in schema)
+    known[id(schema)] = looks = _Looks(
+        1 + listed // _CHEAP + sum(looks.here for looks in inside),
+        below + sum(looks.below for looks in inside),
+        parts,
+    )
+    return looks
+
+
+def _all_subschemas(schema: Any) -> Iterator[Any]:
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    keys = (*_ONE_IN_PLACE, *_LIST_IN_PLACE, *_ANY_BELOW)
+    for key in keys:
+        for part in _subschemas(schema.get(key)):
+            yield from _all_subschemas(part)
+    for key in (*_MAP_IN_PLACE, *_MAP_BELOW, "$defs", "definitions"):
+        for part in schema.get(key, {}).values():
+            yield from _all_subschemas(part)
+
+
+@lru_cache(maxsize=512)
+def _checker(encoded: str) -> _Checker:
+    schema = json.loads(encoded)
+    validator = jsonschema_rs.validator_for(
+        encoded, offline=True, pattern_options=jsonschema_rs.RegexOptions()
+    )
+    known: dict[int, _Looks | None] = {}
+    looks = partial(_looks, root=schema, known=known)
+    try:
+        everywhere = [looks(part) for part in _all_subschemas(schema)]
+    except RecursionError:
+        raise ValueError("the schema's references nest too deep") from None
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("a reference leads nowhere") from None
+    # each value is looked at once, and by few: then so is any payload
+    harmless = all(
+        each.below <= 1 and each.here * _MANY_VALUES < MAX_LOOKS for each in everywhere
+    )
+    return _Checker(validator, looks, schema, harmless)
+
+
+def check_schema(schema: JsonObject) -> None:
+    """Refuse what is no JSON Schema, or none whose cost can be told.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-schema``.
+    """
+    try:
+        _checker(json.dumps(schema))
+    except (jsonschema_rs.ValidationError, ValueError) as exc:
+        detail = getattr(exc, "message", str(exc))
+        where = json_pointer(getattr(exc, "instance_path", []))
+        raise InvalidSchema.exception(
+            detail, errors=[{"pointer": f"/body/schema{where}", "detail": detail}]
+        ) from None
+
+
+def check_payload(schema: JsonObject, payload: JsonObject) -> None:
+    """Refuse a payload that doesn't fit the job's schema.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-payload``, with at most ten ``errors``.
+    """
+    checker = _checker(json.dumps(schema))
+    if not checker.harmless and _costs_too_much(payload, checker):
+        detail = "nested too deep for the alternatives in the job's schema"
+        raise InvalidPayload.exception(
+            detail, errors=[{"pointer": "/body/payload", "detail": detail}]
+        )
+    errors = []
+    for error in checker.validator.iter_errors(payload):
+        pointer = f"/body/payload{json_pointer(error.instance_path)}"
+        errors.append({"pointer": pointer, "detail": error.message})
+        if len(errors) == MAX_ERRORS:
+            break
+    if errors:
+        raise InvalidPayload.exception(errors=errors)
+
+
+def _costs_too_much(payload: JsonObject, checker: _Checker) -> bool:
+    # Level by level, the values that the same subschemas look at equally often go
+    # together: so an array of a million numbers is one step.
+    below = lru_cache(maxsize=None)(partial(_below, checker.looks))
+    level: dict[_Lookers, list[Any]] = {((_Part(checker.schema), 1),): [payload]}
+    total = 0
+    while level:
+        deeper: dict[_Lookers, list[Any]] = {}
+        for lookers, values in level.items():
+            each = sum(times * checker.looks(p.schema).here for p, times in lookers)
+            total += each * len(values)
+            if total > MAX_LOOKS:
+                return True
+            for value in values:
+                if isinstance(value, dict):
+                    for key, member in value.items():
+                        deeper.setdefault(below(lookers, key), []).append(member)
+                elif isinstance(value, list):
+                    for index, member in enumerate(value):
+                        position = min(index, _PREFIX)
+                        deeper.setdefault(below(lookers, position), []).append(member)
+        level = {lookers: values for lookers, values in deeper.items() if lookers}
+    return False
+
+
+#: Subschemas that look at a value, and how often each does.
+_Lookers = tuple[tuple[_Part, int], ...]
+# Array positions that `prefixItems` tells apart here; those after share a schema.
+_PREFIX = 16
+
+
+def _below(
+    looks: Callable[[Any], _Looks], lookers: _Lookers, key: str | int
+) -> _Lookers:
+    """Return who looks at a member of the value that ``lookers`` look at."""
+    found: Counter[_Part] = Counter()
+    for looker, times in lookers:
+        for part, again in looks(looker.schema).parts.items():
+            for sub in _members(part.schema, key):
+                found[_Part(sub)] += times * again
+    return tuple(found.items())
+
+
+def _members(schema: JsonObject, key: str | int) -> Iterator[Any]:
+    if isinstance(key, str):
+        named = schema.get("properties", {})
+        if key in named:
+            yield named[key]
+        elif "additionalProperties" in schema:
+            yield schema["additionalProperties"]
+        yield from schema.get("patternProperties", {}).values()
+        yield from _subschemas(schema.get("unevaluatedProperties"))
+        return
+    for word in ("prefixItems", "items"):
+        listed = schema.get(word)
+        if isinstance(listed, list):
+            yield from listed[key : key + 1]
+        elif listed is not None:
+            yield listed
+    for word in ("additionalItems", "unevaluatedItems", "contains"):
+        yield from _subschemas(schema.get(word))
