@@ -8,7 +8,9 @@ as they move through their states, prints what came out, and fails if it is wron
   crystal, a / sqrt(2), and 12 neighbours belong to it;
 - every relaxation converges, lowers the energy, and ends within 2 meV per atom and
   0.5 % of the neighbour distance of EMT's own fcc crystal, which a scan over its
-  lattice constant finds here.
+  lattice constant finds here;
+- the worker's files, read through the host, are those on the disk, and a path that
+  leads out of their directory is refused.
 """
 
 import os
@@ -32,7 +34,7 @@ from ase.calculators.emt import EMT
 from ase.collections import dcdft
 from ase.io import read
 from scipy.optimize import minimize_scalar
-from worker import RadialDistribution, Relaxation, Structure
+from worker import STRUCTURES, File, Listing, RadialDistribution, Relaxation, Structure
 
 from zndraw_joblib import JobManager
 
@@ -144,6 +146,38 @@ def served(http: httpx.Client) -> bool:
     return names >= {RadialDistribution.__name__, Relaxation.__name__}
 
 
+def check_files(http: httpx.Client) -> list[str]:
+    """Read the worker's files through the host; return what is wrong."""
+
+    def ask(provider: type, path: str) -> httpx.Response:
+        name = f"@global:{provider.category}:{provider.__name__}"
+        return http.get(
+            f"/v1/joblib/rooms/{ROOM}/providers/{name}",
+            params={"path": path},
+            headers={"Prefer": "wait=30"},
+            timeout=PATIENCE_SECONDS,
+        )
+
+    disk = {f.name: f.read_bytes() for f in STRUCTURES.iterdir() if f.is_file()}
+    name = min(name for name in disk if name.endswith(".xyz"))
+    listing = ask(Listing, "/").raise_for_status().json()
+    file = ask(File, name).raise_for_status().content
+    outside = ask(File, "../worker.py")
+    checks = {
+        "the listing": {f["name"]: f["size"] for f in listing}
+        == {name: len(data) for name, data in disk.items()},
+        "the file": file == disk[name],
+        "the answer to a path outside": outside.status_code == 400,
+    }
+    good = ["" if good else "  <-" for good in checks.values()]
+    print(
+        f"listing  {len(listing)} files in structures/, read through the host{good[0]}\n"
+        f"file     {name}, {len(file)} bytes, read through the host{good[1]}\n"
+        f"outside  {outside.status_code}: {outside.json()['detail']}{good[2]}"
+    )
+    return [check for check, good in checks.items() if not good]
+
+
 def emt_crystal(metal: str, a: float) -> tuple[float, float]:
     """Return energy per atom (eV) and neighbour distance (Å) of EMT's fcc crystal."""
 
@@ -252,7 +286,7 @@ def main() -> None:
 
         structures = {
             path.stem: Structure.from_atoms(read(path))
-            for path in sorted((HERE / "structures").glob("*.xyz"))
+            for path in sorted(STRUCTURES.glob("*.xyz"))
         }
         manager = stack.enter_context(JobManager.connect(url, token=token))
         tasks = {
@@ -270,6 +304,8 @@ def main() -> None:
         }
         print("\n")
         wrong = check_results(list(structures), results)
+        print()
+        wrong += check_files(http)
         wrong += [
             f"task {task} went through {states}"
             for task, states in progress.states.items()

@@ -1,11 +1,13 @@
 """A worker for atomic structures: ``python docs/worker.py http://127.0.0.1:8000``.
 
-It registers an analysis and a modifier in ``@global``, which a superuser may: his
-name and password come from ``WORKER_USER`` and ``WORKER_PASSWORD``.
+It registers an analysis and a modifier in ``@global``, and the files of
+``structures/`` as data to read, which a superuser may: his name and password come from
+``WORKER_USER`` and ``WORKER_PASSWORD``.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,7 +18,9 @@ from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from pydantic import BaseModel, Field
 
-from zndraw_joblib import Category, ClaimedTask, Extension, JobManager
+from zndraw_joblib import Category, ClaimedTask, Extension, JobManager, Provider
+
+STRUCTURES = Path(__file__).resolve().parent / "structures"
 
 Vector = tuple[float, float, float]
 
@@ -106,6 +110,48 @@ class Relaxation(Extension):
         }
 
 
+class Listing(Provider):
+    """Which files there are in a directory, and their sizes in bytes."""
+
+    category: ClassVar[str] = "files"
+
+    path: str = "/"
+
+    def read(self, handler: Path) -> list[dict[str, Any]]:
+        files = sorted(inside(handler, self.path).iterdir())
+        return [
+            {"name": file.name, "size": file.stat().st_size}
+            for file in files
+            if file.is_file()
+        ]
+
+
+class File(Provider):
+    """A file as it is."""
+
+    category: ClassVar[str] = "files"
+    content_type: ClassVar[str] = "application/octet-stream"
+
+    path: str
+
+    def read(self, handler: Path) -> bytes:
+        return inside(handler, self.path).read_bytes()
+
+
+def inside(directory: Path, path: str) -> Path:
+    """Return a path of the directory; one that leads out of it, whatever way, is none.
+
+    Raises
+    ------
+    PermissionError
+        When it leads out of the directory.
+    """
+    found = (directory / path.lstrip("/")).resolve()
+    if not found.is_relative_to(directory.resolve()):
+        raise PermissionError(f"{path} is not in this directory")
+    return found
+
+
 def execute(task: ClaimedTask) -> Any:
     """Run one task; what it returns becomes the task's ``result``."""
     return task.extension.run(None, task=task)
@@ -121,6 +167,9 @@ def main(url: str) -> None:
     with manager:
         manager.register(RadialDistribution)
         manager.register(Relaxation)
+        for provider in (Listing, File):
+            name = provider.__name__
+            manager.register_provider(provider, name=name, handler=STRUCTURES)
         manager.wait()
 
 
