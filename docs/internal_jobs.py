@@ -71,8 +71,10 @@ def make_executor(http: httpx.AsyncClient, settings: AuthSettings) -> InternalEx
                 },
             )
 
-        if (await report(status="running")).status_code == 409:
+        started = await report(status="running")
+        if started.status_code == 409:
             return  # cancelled meanwhile, or delivered twice
+        started.raise_for_status()
         try:
             result = await asyncio.to_thread(extension(**payload).run, None)
             (await report(status="completed", result=result)).raise_for_status()
