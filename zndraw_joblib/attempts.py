@@ -66,6 +66,7 @@ from zndraw_joblib.tasks import (
     queue_order,
     read_changed,
     read_view,
+    seen,
 )
 from zndraw_joblib.workers import Caller, RoomAccess
 
@@ -227,7 +228,9 @@ async def report(
     changed = await read_changed(session, moved, settings)
     if changed:
         return Reported(changed[0], changed=True)
-    standing = await _standing(session, task_id, caller, may_enter, request, key)
+    standing = await _standing(
+        session, task_id, caller, may_enter, request, key, settings
+    )
     return Reported(standing, changed=False)
 
 
@@ -246,11 +249,11 @@ async def _standing(
     may_enter: RoomAccess,
     request: TaskUpdateRequest,
     key: str | None,
+    settings: JobLibSettings,
 ) -> TaskResponse:
     # nothing moved: only now is it worth a read to tell why
-    row = await _find(
-        session, task_id, _may_report(caller, request.status), caller, may_enter
-    )
+    entitled = _may_report(caller, request.status)
+    row = await _find(session, task_id, entitled, caller, may_enter, settings)
     current = request.attempt is None or row.attempt == request.attempt
     taken = request.status is TaskStatus.RUNNING and (
         key is not None and row.claim_key not in (None, key)
@@ -285,11 +288,12 @@ async def _find(
     entitled: ColumnElement[bool],
     caller: Caller,
     may_enter: RoomAccess,
+    settings: JobLibSettings,
 ) -> Row[Any]:
     found = await session.execute(
-        select(entitled.label("entitled"), Task.claim_key, *VIEW).where(
-            Task.id == task_id
-        )
+        seen(settings.queue_position_max)
+        .add_columns(entitled.label("entitled"), Task.claim_key)
+        .where(Task.id == task_id)
     )
     row = found.one_or_none()
     if row is None or not (
@@ -419,7 +423,9 @@ async def retry(
         ``task-not-found``, ``forbidden``, ``invalid-task-transition``, or
         ``job-not-found`` when its job is gone.
     """
-    task = await _find(session, task_id, _may_retry(caller), caller, may_enter)
+    task = await _find(
+        session, task_id, _may_retry(caller), caller, may_enter, settings
+    )
     if not task.entitled:
         raise Forbidden.exception(f"task {task_id} is not yours to retry")
     # locked, so that no soft-deletion of the job comes in between

@@ -244,10 +244,10 @@ async def claim(
     within_reach = _within_reach(worker_id, limit)
     due = _some_due(worker_id).label("due")
     worker = await workers.touch(session, worker_id, caller, within_reach, due)
-    if worker.state == WorkerState.DRAINING:
-        return Claim([], done=True)
-    jobs = worker.jobs
-    if worker.due:
+    draining = worker.state == WorkerState.DRAINING
+    # what its key brought before, it gets all the same
+    jobs = None if draining else worker.jobs
+    if worker.due and not draining:
         await promote(session, worker_id)
         jobs = await session.scalar(select(within_reach))
     names = {"worker": worker_id, "key": key}
@@ -268,7 +268,7 @@ async def claim(
         again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
         rows = (await session.execute(again, names)).all()
     oldest_first = sorted(rows, key=lambda row: (row.queue_order, row.id))
-    return Claim([read_view(row) for row in oldest_first], repeated=repeated)
+    return Claim([read_view(row) for row in oldest_first], draining, repeated)
 
 
 class Beat(NamedTuple):

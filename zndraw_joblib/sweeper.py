@@ -294,6 +294,9 @@ async def run_sweeper(
 ) -> None:
     """Sweep every ``sweeper_interval_seconds`` until cancelled; on every replica.
 
+    While the host was down nobody could hear its workers: choose
+    ``worker_timeout_seconds`` longer than a restart takes.
+
     Parameters
     ----------
     session_maker : callable
@@ -318,6 +321,8 @@ async def run_sweeper(
         partial(purge_tasks, session_maker, settings),
     )
     while True:
+        # first of all a pause: after a restart the workers need one to be heard again
+        await anyio.sleep(settings.sweeper_interval_seconds)
         for sweep in passes:
             try:
                 if ended := await sweep():
@@ -325,4 +330,3 @@ async def run_sweeper(
             except Exception:
                 # the next pass finds what this one left
                 log.exception("%s failed", sweep.func.__name__)
-        await anyio.sleep(settings.sweeper_interval_seconds)

@@ -117,7 +117,8 @@ def position(job_id: Any, order: Any, position_max: int) -> ColumnElement[int]:
 
 
 @lru_cache(maxsize=8)
-def _seen(position_max: int) -> Select[Any]:
+def seen(position_max: int) -> Select[Any]:
+    """Return the statement that reads tasks as the wire shows them."""
     place = position(Task.job_id, Task.queue_order, position_max)
     return select(
         *VIEW, case((Task.status == TaskStatus.PENDING, place)).label("queue_position")
@@ -316,7 +317,7 @@ async def submit(
     if idempotency_key is None:
         return None
     earlier = await session.execute(
-        _seen(settings.queue_position_max)
+        seen(settings.queue_position_max)
         .add_columns(Task.request_digest)
         .where(
             Task.created_by_id == caller.id,
@@ -353,7 +354,7 @@ async def read(
         ``task-not-found``.
     """
     found = await session.execute(
-        _seen(settings.queue_position_max)
+        seen(settings.queue_position_max)
         .add_columns(Task.holder_id)
         .where(Task.id == task_id)
     )
@@ -376,7 +377,7 @@ async def list_tasks(
     status: TaskStatus | None = None,
 ) -> tuple[list[TaskResponse], Listing]:
     """Return a page of the tasks that ``room`` submitted."""
-    statement = _seen(settings.queue_position_max).where(Task.room_id == room)
+    statement = seen(settings.queue_position_max).where(Task.room_id == room)
     if job_id is not None:
         statement = statement.where(Task.job_id == job_id)
     if status is not None:
