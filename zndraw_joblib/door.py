@@ -30,6 +30,10 @@ from zndraw_joblib.settings import settings_of
 
 log = logging.getLogger(__name__)
 
+# SQLSTATE classes of what may succeed when it is tried again: connections, rolled back
+# transactions, resources, the operator (PostgreSQL manual, appendix A)
+PASSING = frozenset({"08", "40", "53", "57"})
+
 
 class BoundedRequest(Request):
     """A request whose body is read up to the limit, and holds only storable JSON."""
@@ -96,7 +100,8 @@ class Door(APIRoute):
             except (OperationalError, InterfaceError, PoolTimeoutError, OSError) as exc:
                 raise _unavailable(exc) from exc
             except DBAPIError as exc:
-                if exc.connection_invalidated:
+                state = getattr(exc.orig, "sqlstate", None) or ""
+                if exc.connection_invalidated or state[:2] in PASSING:
                     raise _unavailable(exc) from exc
                 raise
 
