@@ -892,6 +892,37 @@ async def test_what_was_claimed_and_not_started_is_handed_back(
     assert await workers(admin) == []
 
 
+async def test_what_was_claimed_and_not_heard_of_is_handed_back(
+    make: MakeManager, ada: Any, admin: Any, meddler: Meddler
+):
+    ran: list[str] = []
+    lost: list[str] = []
+
+    def lose(method: str, path: str, body: bytes) -> int | None:
+        if path == "/tasks/claim" and b'"tasks":[{' in body and not lost:
+            lost.append(path)
+            return 502
+        return None
+
+    def refuse(method: str, path: str) -> int | None:
+        # the repeated claim comes when the worker leaves, not before
+        leaving = manager._stopping.is_set()
+        if lost and path == "/tasks/claim" and not leaving:
+            return 502
+        # that it leaves can't be announced either
+        return 502 if leaving and method == "PATCH" and "/workers/" in path else None
+
+    meddler.lose, meddler.refuse = lose, refuse
+    manager = make(execute=lambda task: ran.append(task.task_id))
+    await run_sync(manager.register, Work)
+    task_id = await submit(ada)
+    await until(lambda: lost)
+    await run_sync(manager.disconnect)
+    task = (await ada.get(f"/tasks/{task_id}")).json()
+    assert (task["status"], task["errors"], ran) == ("pending", [], [])
+    assert await workers(admin) == []
+
+
 async def test_disconnect_is_for_any_thread_and_any_number_of_times(
     make: MakeManager, ada: Any, admin: Any
 ):

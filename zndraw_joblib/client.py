@@ -243,6 +243,7 @@ class JobManager(Claimant):
                     tasks, waited = self._claim(free, wait, stop=self._stopping)
             except Exception as exc:
                 if self._stopping.is_set():
+                    self._hand_back_unheard(free)
                     return
                 if isinstance(exc, Unreachable | PermissionError):
                     self._give_up(exc)
@@ -282,6 +283,16 @@ class JobManager(Claimant):
                 claimed.attempt,
                 retries=LAST_RETRIES,
             )
+
+    def _hand_back_unheard(self, limit: int) -> None:
+        """Hand back what the last claim brought, if its answer got lost."""
+        try:
+            tasks, _ = self._claim(limit, wait=0, stop=self._stopping)
+        except Exception as exc:
+            log.debug("the last claim stays without an answer: %s", exc)
+            return
+        for task in tasks:
+            self._hand_back(task)
 
     def _perform(self, task: ClaimedTask[Any]) -> None:
         """Start a task, execute it, and report what became of it."""
