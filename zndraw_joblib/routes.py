@@ -70,7 +70,7 @@ from zndraw_joblib.schemas import (
     WorkerUpdateRequest,
 )
 from zndraw_joblib.sweeper import retire
-from zndraw_joblib.waiting import waiting_for
+from zndraw_joblib.waiting import waiting_for, wake_one
 
 StatusFilter = Annotated[TaskStatus | None, Query(alias="status")]
 
@@ -329,6 +329,7 @@ async def claim_tasks(
     applied = _applied(wait, response)
     deadline = anyio.current_time() + applied
     keys: list[str] = []
+    hung_up = False
     if applied:
         async with session_maker() as session:
             served = await claims.served(session, body.worker_id)
@@ -346,14 +347,16 @@ async def claim_tasks(
                 )
                 await session.commit()
             left = deadline - anyio.current_time()
-            if (
-                claim.tasks
-                or claim.done
-                or left <= 0
-                or await request.is_disconnected()
-            ):
+            if claim.tasks or claim.done or left <= 0:
                 break
             await waiter.wait(min(left, settings.recheck_seconds))
+            # before it claims: nobody would be told what
+            if hung_up := await request.is_disconnected():
+                break
+    if hung_up:
+        # what it was woken for is still there
+        for key in keys:
+            wake_one(key)
     for task in [] if claim.repeated else claim.tasks:
         outbox.task_changed(task)
     return TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
