@@ -68,12 +68,14 @@ async def deliver(outbox: Outbox, exits: Exits) -> None:
 
     What can't leave is logged; an ``@internal`` task that can't leave is failed.
     """
+    patience = exits.settings.dispatch_timeout_seconds
+    await emit(exits.tsio, outbox.emissions, timeout=patience)
+    # woken after what they were woken for was told, so that their own news comes later;
+    # while a manager hangs, they look again by themselves
     for key in outbox.ended:
         waiting.wake_all(key)
     for key in outbox.queued:
         waiting.wake_one(key)
-    patience = exits.settings.dispatch_timeout_seconds
-    await emit(exits.tsio, outbox.emissions, timeout=patience)
     for dispatch in outbox.dispatches:
         try:
             if exits.registry is None:
