@@ -1,0 +1,245 @@
+"""Reports: which state may follow which, at whose word, and what an attempt is."""
+
+from datetime import datetime
+from itertools import pairwise
+
+import pytest
+from sqlalchemy import update
+from steps import (
+    at_once,
+    claim,
+    execute,
+    move,
+    offer,
+    problem,
+    read,
+    report,
+    statuses,
+    submit,
+)
+
+from zndraw_joblib.lifecycle import TaskStatus
+from zndraw_joblib.models import Task, now
+
+MAY_FOLLOW = {
+    "pending": {"cancelled"},
+    "claimed": {"pending", "running", "failed", "cancelled"},
+    "running": {"completed", "failed", "cancelled"},
+    "completed": set(),
+    "failed": set(),
+    "cancelled": set(),
+}
+
+
+@pytest.mark.parametrize("state", MAY_FOLLOW)
+async def test_each_report_in_each_state(ada, admin, events, state):
+    worker = await offer(ada)
+    for status in map(str, TaskStatus):
+        task = await move(ada, worker, await submit(ada), state)
+        events.clear()
+        answer = await report(admin, task, status, error="why")
+        if status in MAY_FOLLOW[state]:
+            assert (answer.status_code, answer.json()["status"]) == (200, status)
+            assert events[0].data["status"] == status
+        elif status == state and status != "claimed":
+            # the report that won, repeated; none leads to "claimed"
+            assert (answer.status_code, answer.json()) == (200, task)
+            assert events == []
+        else:
+            body = problem(answer, 409, "invalid-task-transition")
+            assert body["task_status"] == state
+            assert (await read(ada, task)) == task
+            assert events == []
+        await report(ada, task, "cancelled")
+
+
+async def test_a_report_fills_in_what_it_means(ada):
+    worker = await offer(ada)
+    for status, fields in (
+        ("completed", {"result": {"energy": -1.5}}),
+        ("failed", {"error": "line 1\nline 2 \x1b[31m旋"}),
+        ("cancelled", {"error": "no use"}),
+    ):
+        task = await move(ada, worker, await submit(ada), "running")
+        ended = (await report(ada, task, status, **fields)).json()
+        assert fields.items() <= ended.items()
+        assert ended["started_at"] == task["started_at"]
+        assert ended["completed_at"] >= ended["started_at"]
+        assert ended["error_type"] == ("user_error" if status == "failed" else None)
+        assert await read(ada, task) == ended
+
+
+async def test_who_may_report(ada, bob, admin, register):
+    eve = await register("eve")
+    worker = await offer(ada)
+
+    async def claimed():
+        task = await submit(bob)
+        await claim(ada, worker)
+        return task
+
+    for status in ("pending", "running", "failed", "cancelled"):
+        task = await claimed()
+        problem(await report(eve, task, status), 403, "forbidden")
+        if status != "cancelled":
+            problem(await report(bob, task, status), 403, "forbidden")
+        for user in (ada, admin, *([bob] if status == "cancelled" else [])):
+            assert (await report(user, task, status)).status_code == 200
+            await report(admin, task, "cancelled")
+            task = await claimed()
+        await report(admin, task, "cancelled")
+    # nobody holds it: its submitter may stop it, a worker's owner may not
+    task = await submit(bob)
+    problem(await report(ada, task, "cancelled"), 403, "forbidden")
+    assert (await report(bob, task, "cancelled")).status_code == 200
+
+
+async def test_of_conflicting_reports_one_wins(ada, bob, events):
+    """The submitter cancels while the worker completes or fails, side by side."""
+    worker = await offer(ada)
+    for _ in range(5):
+        task = await move(ada, worker, await submit(ada), "running")
+        events.clear()
+        wishes = ["completed", "cancelled", "failed", "cancelled"]
+        answers = await at_once(*(report(ada, task, wish) for wish in wishes))
+        final = await read(ada, task)
+        for wish, answer in zip(wishes, answers, strict=True):
+            if wish == final["status"]:
+                assert (answer.status_code, answer.json()) == (200, final)
+            else:
+                body = problem(answer, 409, "invalid-task-transition")
+                assert body["task_status"] == final["status"]
+        assert [e.data["status"] for e in events] == [final["status"]]
+
+
+async def test_an_attempt_that_is_over_reports_in_vain(ada, bob, events):
+    first, second = await offer(ada, max_attempts=2), await offer(bob)
+    task = await submit(ada)
+    await claim(ada, first)
+    await report(ada, task, "running", attempt=1)
+    for attempt in (0, 2):
+        answer = await report(ada, task, "completed", attempt=attempt)
+        problem(answer, 409, "lease-lost")
+    await ada.delete(f"/workers/{first}")
+    requeued = await read(ada, task)
+    assert (requeued["status"], requeued["attempt"]) == ("pending", 1)
+    await claim(bob, second)
+    events.clear()
+    held = await read(ada, task)
+    assert (held["status"], held["attempt"]) == ("claimed", 2)
+    for status in ("completed", "failed", "running", "pending"):
+        problem(await report(ada, task, status, attempt=1), 409, "lease-lost")
+        problem(await report(bob, task, status, attempt=1), 409, "lease-lost")
+    assert await read(ada, task) == held
+    assert events == []
+    for status in ("running", "completed"):
+        answer = await report(bob, task, status, attempt=2)
+        assert answer.status_code == 200
+    # the report that won, repeated, is right about its attempt
+    assert (await report(bob, task, "completed", attempt=2)).status_code == 200
+    problem(await report(bob, task, "failed", attempt=2), 409, "lease-lost")
+
+
+async def test_a_failed_attempt_is_tried_again_after_a_doubling_while(
+    ada, session_maker
+):
+    policy = {"max_attempts": 8, "retry_delay_seconds": 100}
+    worker = await offer(ada, **policy)
+    task = await submit(ada)
+    assert task["max_attempts"] == 8
+    waits = []
+    for attempt in range(1, 8):
+        await claim(ada, worker)
+        again = (await report(ada, task, "failed", error=f"no. {attempt}")).json()
+        assert (again["status"], again["attempt"]) == ("pending", attempt)
+        assert (again["error"], again["error_type"]) == (f"no. {attempt}", "user_error")
+        assert again["worker_id"] is None
+        assert again["completed_at"] is None
+        at = datetime.fromisoformat(again["available_at"])
+        said = [(e["attempt"], e["error"]) for e in again["errors"]]
+        assert said == [(n, f"no. {n}") for n in range(1, attempt + 1)][-5:]
+        assert await claim(ada, worker) == [], "its time has not come"
+        async with session_maker() as session:
+            moment = await session.scalar(now())
+        waits.append((at - moment).total_seconds())
+        await execute(session_maker, update(Task).values(available_at=now(-1)))
+    for n, wait in enumerate(waits):
+        full = min(100 * 2**n, 3600)
+        assert full / 2 - 30 <= wait <= full
+    assert waits[0] < waits[2] < waits[4], "doubling outgrows its jitter"
+    await claim(ada, worker)
+    ended = (await report(ada, task, "failed", error="no. 8")).json()
+    assert (ended["status"], ended["attempt"]) == ("failed", 8)
+    assert ended["worker_id"] == worker
+
+
+async def test_a_failure_for_good_is_not_tried_again(ada):
+    worker = await offer(ada, max_attempts=5)
+    task = await move(ada, worker, await submit(ada), "running")
+    ended = (await report(ada, task, "failed", retryable=False)).json()
+    assert (ended["status"], ended["attempt"]) == ("failed", 1)
+
+
+async def test_handing_back_costs_no_attempt(ada, events):
+    worker = await offer(ada)
+    task = await submit(ada)
+    for attempt in (1, 2, 3):
+        (claimed,) = await claim(ada, worker)
+        assert claimed["attempt"] == attempt
+        events.clear()
+        back = (await report(ada, task, "pending")).json()
+        assert (back["worker_id"], back["queue_position"]) == (None, 1)
+        assert [e.event for e in events] == ["task_status_event", "task_available"]
+    await claim(ada, worker)
+    assert (await report(ada, task, "failed")).json()["status"] == "failed"
+
+
+@pytest.mark.parametrize("state", ["completed", "failed", "cancelled"])
+async def test_what_has_ended_can_be_set_going_again(ada, bob, admin, events, state):
+    worker = await offer(ada)
+    task = await submit(bob)
+    if state == "cancelled":
+        await report(bob, task, state)
+    else:
+        await claim(ada, worker)
+        await report(ada, task, "running")
+        await report(ada, task, state, error="why" if state == "failed" else None)
+    url = f"/tasks/{task['id']}/retry"
+    problem(await ada.post(url), 403, "forbidden")
+    events.clear()
+    again = await bob.post(url)
+    assert again.status_code == 202
+    assert again.headers["location"] == f"/v1/joblib/tasks/{task['id']}"
+    body = again.json()
+    assert (body["status"], body["queue_position"]) == ("pending", 1)
+    assert (body["completed_at"], body["worker_id"]) == (None, None)
+    assert body["error"] == ("why" if state == "failed" else None)
+    assert [e.event for e in events] == ["task_status_event", "task_available"]
+    for user in (bob, admin):
+        problem(await user.post(url), 409, "invalid-task-transition")
+
+    attempts = [task["attempt"]]
+    for _ in range(2):
+        (claimed,) = await claim(ada, worker)
+        attempts.append(claimed["attempt"])
+        await report(ada, task, "failed")
+        assert (await admin.post(url)).status_code == 202
+    assert all(a < b for a, b in pairwise(attempts))
+
+
+async def test_a_task_without_a_job_cannot_be_set_going(ada):
+    worker = await offer(ada)
+    task = await move(ada, worker, await submit(ada), "completed")
+    await ada.delete(f"/workers/{worker}")
+    problem(await ada.post(f"/tasks/{task['id']}/retry"), 404, "job-not-found")
+    assert await read(ada, task) == task
+
+
+async def test_of_two_retries_one_wins(ada, events):
+    worker = await offer(ada)
+    task = await move(ada, worker, await submit(ada), "completed")
+    events.clear()
+    url = f"/tasks/{task['id']}/retry"
+    answers = await at_once(*(ada.post(url) for _ in range(4)))
+    assert statuses(answers) == [202, 409, 409, 409]
+    assert [e.event for e in events] == ["task_status_event", "task_available"]
