@@ -146,6 +146,27 @@ async def test_a_hundred_readers_share_one_request(ada, bob, provider, events, r
     assert events == [Sent("provider_result_ready", ready, "room:lab")]
 
 
+async def test_what_was_answered_since_the_look_is_not_asked_for(
+    ada, bob, provider, events, results
+):
+    acquire = results.near.acquire_inflight
+
+    async def late(key: str, ttl: float) -> bool:
+        await upload(ada, provider, b"1")
+        return await acquire(key, ttl)
+
+    results.near.acquire_inflight = late
+    with anyio.fail_after(HANG / 2):
+        assert (await bob.get(READ)).content == b"1"
+    assert not requests(events)
+    # and the mark is no obstacle to the next one
+    await results.delete(f"provider-result:{FULL_NAME}:{DIGEST}")
+    results.near.acquire_inflight = acquire
+    async with reading(results, bob):
+        assert requests(events)
+        await upload(ada, provider, b"2")
+
+
 async def test_a_result_is_answered_as_it_was_uploaded(ada, bob, results):
     data = bytes(range(256)) * 5000
     provider = await offer(ada, content_type='text/x-Y; charset="latin 1"')
@@ -262,10 +283,10 @@ async def test_who_waits_hears_why_a_provider_failed(
         assert problem(answer)[0] == told["status"]
         assert answer.json().items() >= expected.items()
     # it isn't kept, nor is it a result
-    async with reading(results, bob) as answers:
+    async with reading(results, *[bob] * 10) as answers:
         assert [e.event for e in events] == ["provider_request"] * 2
         await upload(ada, provider, b"well")
-    assert answers[0].content == b"well"
+    assert [answer.content for answer in answers] == [b"well"] * 10
 
 
 async def test_all_who_wait_hear_of_a_request_that_can_not_be_sent(
@@ -317,7 +338,7 @@ async def test_a_host_without_socketio_says_so(app, bob, provider, results):
     assert problem(await bob.get(READ)) == (503, "service-unavailable")
 
 
-@pytest.mark.parametrize("how", ["deleted", "replaced"])
+@pytest.mark.parametrize("how", ["deleted", "replaced", "failed"])
 async def test_the_successor_of_a_lost_worker_is_asked(
     ada, bob, provider, events, results, how
 ):
@@ -326,6 +347,8 @@ async def test_the_successor_of_a_lost_worker_is_asked(
     assert problem(answer) == (504, "provider-timeout")
     if how == "deleted":
         await ada.delete(f"/workers/{provider['worker_id']}")
+    if how == "failed":
+        await upload(ada, provider, b"", **{"X-Result-Status": "error"})
     successor = await offer(ada)
     async with reading(results, *[bob] * 10) as answers:
         assert len(requests(events)) == 2

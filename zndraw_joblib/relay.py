@@ -122,8 +122,6 @@ async def ask(
         # answered since the reader looked
         await _settle(provider, digest, _ANSWERED, results)
         return
-    # that of an earlier request
-    await results.delete(_outcome_key(provider, digest))
     sent = False
     try:
         with anyio.fail_after(settings.dispatch_timeout_seconds):
@@ -156,6 +154,8 @@ async def _mark(
         # it went to a worker that has gone since: one reader takes it over
         if not await results.acquire_inflight(f"{mark}:{whom}", ttl):
             return False
+    # that of an earlier request; first, since others begin to wait for this one's
+    await results.delete(_outcome_key(provider, digest))
     await results.store(asked_key, whom.encode(), ttl)
     return True
 

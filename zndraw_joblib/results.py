@@ -152,7 +152,7 @@ class RedisResults:
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
         self._looks: dict[str, asyncio.Task[bytes | None]] = {}
-        self._acquiring: set[str] = set()
+        self._acquiring: dict[str, asyncio.Future[Any]] = {}
         self._waiting = 0
         self._listener: asyncio.Task[None] | None = None
 
@@ -182,14 +182,15 @@ class RedisResults:
     async def acquire_inflight(self, key: str, ttl: float) -> bool:
         """Mark ``key`` for ``ttl`` seconds; tell whether nobody had."""
         if key in self._acquiring:
-            # whether that works or not, one of this process is enough
+            await asyncio.wait([self._acquiring[key]])
+            # whether that one got it or not, this one does not
             return False
-        self._acquiring.add(key)
+        mark = self._redis.set(key, b"1", nx=True, px=_milliseconds(ttl))
+        self._acquiring[key] = asyncio.ensure_future(mark)
         try:
-            px = _milliseconds(ttl)
-            return bool(await self._redis.set(key, b"1", nx=True, px=px))
+            return bool(await self._acquiring[key])
         finally:
-            self._acquiring.discard(key)
+            del self._acquiring[key]
 
     async def release_inflight(self, key: str) -> None:
         """Take the mark of ``key`` away."""
