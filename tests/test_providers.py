@@ -1,13 +1,32 @@
 """Providers: who may offer data, who sees it, and what becomes of it."""
 
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import anyio
 import pytest
+from anyio.abc import Process
+from anyio.streams.buffered import BufferedByteReceiveStream
+from fastapi import FastAPI
+from sqlalchemy import update
+from taskiq import InMemoryBroker
 
-from zndraw_joblib import router
+from zndraw_joblib import (
+    cleanup_stale_workers,
+    cleanup_worker,
+    ensure_internal_providers,
+    register_internal_providers,
+    router,
+)
 from zndraw_joblib.dependencies import get_room_access
+from zndraw_joblib.models import Worker, now
+from zndraw_joblib.names import FullName
 from zndraw_joblib.settings import JobLibSettings
 
 FILES = {"category": "filesystem", "name": "files", "schema": {"type": "object"}}
@@ -218,3 +237,241 @@ async def test_a_provider_goes_at_its_owners_or_a_superusers_word(
         assert [e[:] for e in events] == [("providers_invalidate", {}, "room:lab")]
         assert await seen(ada, "lab") == set()
         assert problem(await user.delete(path)) == (404, "provider-not-found")
+
+
+class Hook:
+    """What the host hears of removed providers; it looks at the host meanwhile."""
+
+    def __init__(self, user: Any) -> None:
+        self.user = user
+        self.heard: list[FullName] = []
+        self.raises = False
+
+    async def __call__(self, names: list[FullName]) -> None:
+        # it is called after the commit, and holds up nobody
+        assert not {str(name) for name in names} & await seen(self.user, "lab")
+        self.heard += names
+        if self.raises:
+            raise RuntimeError("the hook's own fault")
+
+
+@pytest.fixture
+def hook(app: FastAPI, bob: Any) -> Hook:
+    app.state.on_providers_removed = Hook(bob)
+    return app.state.on_providers_removed
+
+
+FILES_OF_LAB = FullName("lab", "filesystem", "files")
+FRAMES_OF_LAB = FullName("lab", "frames", "files")
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_the_host_hears_of_providers_that_a_route_removes(
+    ada, hook, events, raises, caplog
+):
+    hook.raises = raises
+    provider = await offer(ada)
+    assert not hook.heard
+    answer = await ada.delete(f"/providers/{provider['id']}")
+    assert answer.status_code == 204
+    assert hook.heard == [FILES_OF_LAB]
+    assert str(hook.heard[0]) == FULL_NAME
+    again = await offer(ada)
+    await offer(ada, category="frames", worker_id=again["worker_id"])
+    hook.heard.clear()
+    events.clear()
+    answer = await ada.delete(f"/workers/{again['worker_id']}")
+    assert answer.status_code == 204
+    assert sorted(hook.heard) == [FILES_OF_LAB, FRAMES_OF_LAB]
+    assert [e[:] for e in events] == [("providers_invalidate", {}, "room:lab")]
+    assert ("the hook's own fault" in caplog.text) == raises
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_the_host_hears_of_providers_that_the_sweeper_removes(
+    app, ada, hook, session_maker, events, raises, caplog
+):
+    hook.raises = raises
+    await offer(ada)
+    await offer(ada, category="frames")
+    kept = await offer(ada, "office")
+    async with session_maker() as session:
+        an_hour_ago = update(Worker).values(last_heartbeat=now(-3600))
+        await session.execute(an_hour_ago)
+        await session.commit()
+    await ada.patch(f"/workers/{kept['worker_id']}")
+    settings = JobLibSettings()
+    events.clear()
+    swept = await cleanup_stale_workers(
+        session_maker, settings, app.state.tsio, on_providers_removed=hook
+    )
+    assert swept == 2
+    assert sorted(hook.heard) == [FILES_OF_LAB, FRAMES_OF_LAB]
+    assert [e[:] for e in events] == [("providers_invalidate", {}, "room:lab")]
+    assert await seen(ada, "office") == {"office:filesystem:files"}
+    events.clear()
+    assert await cleanup_worker(
+        session_maker, UUID(kept["worker_id"]), settings, app.state.tsio, hook
+    )
+    assert hook.heard[2:] == [FullName("office", "filesystem", "files")]
+    assert [e[:] for e in events] == [("providers_invalidate", {}, "room:office")]
+    assert ("the hook's own fault" in caplog.text) == raises
+
+
+# --- the server's own ---
+
+
+class Kind(StrEnum):
+    FRAMES = "frames"
+
+
+class Frames:
+    """A host's own class: nothing of the library's."""
+
+    category = Kind.FRAMES
+    content_type = "application/octet-stream"
+
+    @staticmethod
+    def model_json_schema() -> dict[str, Any]:
+        return {"properties": {"index": {"type": "string"}}}
+
+
+FRAMES = "@internal:frames:Frames"
+
+
+async def test_the_servers_own_providers_are_run_by_the_broker(
+    app, ada, bob, admin, session_maker, events
+):
+    async def execute(cls: Any, params: Any, provider_id: str, request_id: str) -> None:
+        assert cls is Frames
+        failed = params["index"] == "7"
+        headers = {"X-Request-Hash": request_id}
+        answer = await admin.post(
+            f"/providers/{provider_id}/results",
+            content=b"no such frame" if failed else f"frame {params['index']}",
+            headers=headers | ({"X-Result-Status": "error"} if failed else {}),
+        )
+        assert answer.status_code == 204, answer.text
+
+    broker = InMemoryBroker()
+    registry = register_internal_providers(broker, [Frames], execute)
+    assert set(broker.get_all_tasks()) >= {FRAMES}
+    path = f"/rooms/lab/providers/{FRAMES}"
+    assert problem(await bob.get(f"{path}/info")) == (404, "provider-not-found")
+    async with anyio.create_task_group() as replicas:
+        for _ in range(3):
+            replicas.start_soon(
+                partial(
+                    ensure_internal_providers,
+                    [Frames],
+                    session_maker,
+                    user_id=admin.id,
+                )
+            )
+    info = (await bob.get(f"{path}/info")).json()
+    assert info["worker_id"] is None
+    assert info["schema"] == Frames.model_json_schema()
+    for room in ("lab", "office", "@internal"):
+        assert await seen(bob, room) == {FRAMES}
+    assert await seen(bob, "@global") == set()
+
+    told = problem(await bob.get(path))
+    assert told == (503, "internal-provider-not-configured")
+    app.state.internal_providers = registry
+    answer = await bob.get(f"{path}?index=3")
+    assert (answer.status_code, answer.content) == (200, b"frame 3")
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    failed = await bob.get(f"{path}?index=7")
+    assert problem(failed) == (400, "provider-execution-failed")
+    assert failed.json()["detail"] == "no such frame"
+    assert {e.event for e in events} == {"provider_result_ready"}
+
+    own = f"/providers/{info['id']}"
+    for user in (bob, admin):
+        assert problem(await user.delete(own)) == (403, "forbidden")
+    forged = await bob.post(f"{own}/results", headers={"X-Request-Hash": "0" * 64})
+    assert problem(forged) == (403, "forbidden")
+    assert await seen(bob, "lab") == {FRAMES}
+
+
+async def test_the_servers_own_providers_follow_its_code(
+    ada, bob, admin, session_maker
+):
+    class Changed(Frames):
+        content_type = "text/plain"
+
+    Changed.__name__ = "Frames"
+    for version in (Frames, Changed):
+        await ensure_internal_providers([version], session_maker, user_id=admin.id)
+        info = (await bob.get(f"/rooms/lab/providers/{FRAMES}/info")).json()
+        assert info["content_type"] == version.content_type
+    assert (await bob.get("/rooms/lab/providers")).json()["total"] == 1
+
+
+async def test_a_broker_that_is_down_is_told(app, bob, admin, session_maker):
+    class Down(InMemoryBroker):
+        async def kick(self, message: Any) -> None:
+            raise ConnectionError("no broker")
+
+    async def execute(*args: Any) -> None:
+        raise AssertionError("nothing was sent")
+
+    app.state.internal_providers = register_internal_providers(
+        Down(), [Frames], execute
+    )
+    await ensure_internal_providers([Frames], session_maker, user_id=admin.id)
+    for _ in range(2):
+        answer = await bob.get(f"/rooms/lab/providers/{FRAMES}")
+        assert problem(answer) == (503, "service-unavailable")
+
+
+# --- a worker's process ---
+
+
+@asynccontextmanager
+async def provider_process(
+    *arguments: str,
+) -> AsyncIterator[tuple[Process, Callable[[], Awaitable[bytes]]]]:
+    """Run a provider; yield its process, and what returns its next line."""
+    script = str(Path(__file__).parent / "provider_process.py")
+    command = [sys.executable, script, *arguments]
+    async with await anyio.open_process(command, stderr=None) as process:
+        assert process.stdout is not None
+        lines = BufferedByteReceiveStream(process.stdout)
+
+        async def line() -> bytes:
+            with anyio.fail_after(30):
+                return await lines.receive_until(b"\n", 100)
+
+        try:
+            assert await line() == b"ready"
+            yield process, line
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+
+
+@pytest.mark.makers("plain", "postgres")
+async def test_a_process_is_killed_in_the_middle_of_a_read(
+    ada, bob, server, session_maker
+):
+    path = "/rooms/lab/providers/lab:numbers:slow"
+    answers = []
+
+    async def read() -> None:
+        answers.append(await bob.get(path, headers={"Prefer": "wait=2"}))
+
+    async with (
+        provider_process(server, ada.token, "") as (process, line),
+        anyio.create_task_group() as readers,
+    ):
+        for _ in range(5):
+            readers.start_soon(read)
+        assert await line() == b"reads"
+        process.kill()
+    assert [problem(answer) for answer in answers] == [(504, "provider-timeout")] * 5
+    assert {answer.headers["Retry-After"] for answer in answers} == {"2"}
+    # its successor is asked, although the first request is still marked as under way
+    async with provider_process(server, ada.token, "42") as (_, line):
+        assert (await bob.get(path)).text == "42"
+        assert await line() == b"reads"
