@@ -12,6 +12,7 @@ outcome   for some seconds: that there is a result, or why there is none
 """
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
@@ -115,7 +116,7 @@ async def ask(
     If it can't be sent, all who wait for its outcome are told.
     """
     if not await _mark(
-        provider, digest, results, settings.provider_inflight_ttl_seconds
+        provider, digest, results, _whole(settings.provider_inflight_ttl_seconds)
     ):
         return
     if await cached(provider, digest, results) is not None:
@@ -158,6 +159,11 @@ async def _mark(
     await results.delete(_outcome_key(provider, digest))
     await results.store(asked_key, whom.encode(), ttl)
     return True
+
+
+def _whole(seconds: float) -> int:
+    # hosts' backends hand a time to live on to Redis, which takes no fractions
+    return math.ceil(seconds)
 
 
 async def _settle(
@@ -298,7 +304,7 @@ async def answer(
         return
     key = result_key(provider.full_name, digest)
     origin_key = _origin_key(provider.full_name, digest)
-    ttl = settings.provider_result_ttl_seconds
+    ttl = _whole(settings.provider_result_ttl_seconds)
     # First whose it is, and for longer: a result alone would pass for the host's. And
     # again: a former provider's late upload, between the two, is not this one's.
     await results.store(origin_key, _identity(provider), ttl + 60)
