@@ -19,7 +19,7 @@ import pytest
 import servers
 from anyio.to_thread import run_sync
 from conftest import AUTH_SETTINGS, PASSWORD, PREFIX
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from zndraw_joblib.client import (
     Category,
@@ -45,6 +45,8 @@ class Work(Extension):
 
     category: ClassVar[Category] = Category.ANALYSIS
     what: str = ""
+    # JSON has no tuples: a strict field takes a list only from JSON
+    cell: tuple[int, ...] = Field(default=(), strict=True)
 
     @field_validator("what")
     @classmethod
@@ -146,9 +148,9 @@ async def make(url: str, admin: Any) -> AsyncIterator[MakeManager]:
         manager.api.close()
 
 
-async def submit(user: Any, what: str = "", room: str = ROOM) -> str:
+async def submit(user: Any, what: str = "") -> str:
     answer = await user.post(
-        f"/rooms/{room}/tasks/{JOB}", json={"payload": {"what": what}}
+        f"/rooms/{ROOM}/tasks/{JOB}", json={"payload": {"what": what, "cell": [1, 2]}}
     )
     return answer.raise_for_status().json()["id"]
 
@@ -192,7 +194,8 @@ async def test_whatever_a_task_does_the_next_one_is_run(make: MakeManager, ada: 
             case "large":
                 return "x" * 2_000_000
             case "arrays":
-                return {"r": np.arange(2), "e": np.float32(0.5), "shape": (1, 2)}
+                cell = task.extension.cell
+                return {"r": np.arange(2), "e": np.float32(0.5), "cell": cell}
         return None
 
     manager = make(execute=execute)
@@ -213,7 +216,7 @@ async def test_whatever_a_task_does_the_next_one_is_run(make: MakeManager, ada: 
         assert (task["status"], task["attempt"]) == ("failed", 1), what
         assert task["error"].startswith(error)
     arrays = await ended(ada, tasks["arrays"])
-    assert arrays["result"] == {"r": [0, 1], "e": 0.5, "shape": [1, 2]}
+    assert arrays["result"] == {"r": [0, 1], "e": 0.5, "cell": [1, 2]}
     assert (await ended(ada, tasks[""]))["status"] == "completed"
 
 
@@ -282,7 +285,7 @@ async def test_a_cancel_stops_the_running_task_without_websocket(
             stopped.set()
             raise
 
-    manager = make(execute=execute)
+    manager = make(execute=execute, heartbeat_interval=10 * HANG)
     await run_sync(manager.register, Work)
     task = await submit(ada, "long")
     await until(running.is_set)
@@ -366,7 +369,7 @@ async def test_lost_answers_lose_no_task_and_run_none_twice(
     submitter = make()
     first = await run_sync(submitter.submit, Work(), ROOM)
     second = await run_sync(submitter.submit, Work(), ROOM)
-    finished = await run_sync(submitter.wait_all, [first, second])
+    finished = await run_sync(submitter.wait_all, [first, second], HANG)
     assert [(t.status.value, t.attempt) for t in finished] == [("completed", 1)] * 2
     assert ran == [first, second]
     total = (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"]
