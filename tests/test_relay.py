@@ -19,7 +19,9 @@ from anyio.lowlevel import checkpoint
 from conftest import PASSWORD, PREFIX, Sent, User
 from fastapi import FastAPI
 from redis.asyncio import Redis
+from steps import problem
 
+from zndraw_joblib import request_hash
 from zndraw_joblib.results import MemoryResults, RedisResults
 from zndraw_joblib.settings import JobLibSettings
 
@@ -119,12 +121,6 @@ async def reading(
             yield answers
 
 
-def problem(answer: httpx.Response) -> tuple[int, str]:
-    """Return status and kind of an error answer."""
-    assert answer.headers["Content-Type"] == "application/problem+json", answer.text
-    return answer.status_code, answer.json()["type"].removeprefix("/v1/problems/")
-
-
 # --- asked and answered ---
 
 
@@ -215,78 +211,75 @@ async def test_a_provider_that_does_not_answer(app, bob, provider, events, heade
     )
     for _ in range(2):
         answer = await bob.get(READ, headers=headers)
-        assert problem(answer) == (504, "provider-timeout")
+        problem(answer, 504, "provider-timeout")
         assert answer.headers["Retry-After"] == "2"
     # it may still be at it
     assert len(requests(events)) == 1
 
 
 async def test_who_may_answer(ada, bob, admin, provider, results):
-    assert problem(await upload(bob, provider, b"forged")) == (403, "forbidden")
+    problem(await upload(bob, provider, b"forged"), 403, "forbidden")
     unknown = {"id": "00000000-0000-0000-0000-000000000000"}
-    told = problem(await upload(ada, unknown, b""))
-    assert told == (404, "provider-not-found")
+    problem(await upload(ada, unknown, b""), 404, "provider-not-found")
     async with reading(results, bob) as answers:
         assert (await upload(admin, provider, b"1", DIGEST.upper())).status_code == 204
     assert answers[0].content == b"1"
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
+async def test_answers_to_nothing_are_refused(ada, provider, results):
+    for headers in (
+        {},
         {"X-Request-Hash": ""},
         {"X-Request-Hash": DIGEST[1:]},
         {"X-Request-Hash": DIGEST + "0"},
         {"X-Request-Hash": DIGEST[1:] + "g"},
         {"X-Request-Hash": DIGEST, "X-Result-Status": "no such status"},
-        {},
-    ],
-    ids=str,
-)
-async def test_answers_to_nothing_are_refused(ada, provider, results, headers):
-    answer = await ada.post(
-        f"/providers/{provider['id']}/results", content=b"1", headers=headers
-    )
-    assert problem(answer) == (422, "invalid-request")
+    ):
+        answer = await ada.post(
+            f"/providers/{provider['id']}/results", content=b"1", headers=headers
+        )
+        problem(answer, 422, "invalid-request")
     assert not results.near._kept
 
 
 # --- failures ---
 
 
-@pytest.mark.parametrize(
-    ("body", "told"),
-    [
-        (
-            {"type": "/v1/problems/gone", "title": "Gone", "status": 410, "file": "a"},
-            {"type": "/v1/problems/gone", "title": "Gone", "status": 410, "file": "a"},
-        ),
-        ({"detail": "no such file"}, {"status": 400, "detail": "no such file"}),
-        ({"status": 200, "detail": "fine"}, {"status": 400, "detail": "fine"}),
-        ({"status": "x" * 10}, {"status": 400}),
-        (["no", "problem"], {"status": 400, "detail": '["no", "problem"]'}),
-        (b"\xff plain text", {"status": 400, "detail": "\ufffd plain text"}),
-        (b"", {"status": 400, "detail": "The provider could not serve this request."}),
-    ],
-    ids=str,
-)
+FAILURES: list[tuple[Any, dict[str, Any]]] = [
+    (
+        {"type": "/v1/problems/gone", "title": "Gone", "status": 410, "file": "a"},
+        {"type": "/v1/problems/gone", "title": "Gone", "status": 410, "file": "a"},
+    ),
+    ({"detail": "no such file"}, {"status": 400, "detail": "no such file"}),
+    ({"status": 200, "detail": "fine"}, {"status": 400, "detail": "fine"}),
+    ({"status": "ten"}, {"status": 400, "detail": '{"status": "ten"}'}),
+    (["no", "problem"], {"status": 400, "detail": '["no", "problem"]'}),
+    (b"\xff plain text", {"status": 400, "detail": "\ufffd plain text"}),
+    (b"", {"status": 400, "detail": "The provider could not serve this request."}),
+]
+
+
 async def test_who_waits_hears_why_a_provider_failed(
-    ada, bob, provider, events, results, body, told
+    ada, bob, provider, events, results
 ):
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    events.clear()
-    async with reading(results, bob, bob) as answers:
-        failed = await upload(ada, provider, content, **{"X-Result-Status": "error"})
-        assert failed.status_code == 204
-    expected = {"type": "/v1/problems/provider-execution-failed", **told}
-    for answer in answers:
-        assert problem(answer)[0] == told["status"]
-        assert answer.json().items() >= expected.items()
-    # it isn't kept, nor is it a result
-    async with reading(results, *[bob] * 10) as answers:
-        assert [e.event for e in events] == ["provider_request"] * 2
-        await upload(ada, provider, b"well")
-    assert [answer.content for answer in answers] == [b"well"] * 10
+    for n, (body, told) in enumerate(FAILURES):
+        query = {"path": READ + f"?n={n}"}
+        digest = request_hash({"n": str(n)})
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        events.clear()
+        async with reading(results, bob, bob, **query) as answers:
+            failed = {"X-Result-Status": "error"}
+            answer = await upload(ada, provider, content, digest, **failed)
+            assert answer.status_code == 204
+        expected = {"type": "/v1/problems/provider-execution-failed", **told}
+        for answer in answers:
+            kind = expected["type"].removeprefix("/v1/problems/")
+            assert problem(answer, told["status"], kind).items() >= expected.items()
+        # it isn't kept, nor is it a result
+        async with reading(results, *[bob] * 10, **query) as answers:
+            assert [e.event for e in events] == ["provider_request"] * 2
+            await upload(ada, provider, b"well", digest)
+        assert [answer.content for answer in answers] == [b"well"] * 10
 
 
 async def test_all_who_wait_hear_of_a_request_that_can_not_be_sent(
@@ -313,7 +306,7 @@ async def test_all_who_wait_hear_of_a_request_that_can_not_be_sent(
             all_wait.set()
     assert len(answers) == 10
     for answer in answers:
-        assert problem(answer) == (503, "service-unavailable")
+        problem(answer, 503, "service-unavailable")
         assert answer.headers["Retry-After"] == "2"
     async with reading(results, bob):
         assert len(requests(events)) == 1
@@ -330,12 +323,12 @@ async def test_a_manager_of_socketio_that_hangs_is_not_waited_for(
 
     monkeypatch.setattr(app.state.tsio.manager, "emit", emit)
     for _ in range(2):
-        assert problem(await bob.get(READ)) == (503, "service-unavailable")
+        problem(await bob.get(READ), 503, "service-unavailable")
 
 
 async def test_a_host_without_socketio_says_so(app, bob, provider, results):
     app.state.tsio = None
-    assert problem(await bob.get(READ)) == (503, "service-unavailable")
+    problem(await bob.get(READ), 503, "service-unavailable")
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced", "failed"])
@@ -344,7 +337,7 @@ async def test_the_successor_of_a_lost_worker_is_asked(
 ):
     # the request was on its way when the worker went
     answer = await bob.get(READ, headers={"Prefer": "wait=0"})
-    assert problem(answer) == (504, "provider-timeout")
+    problem(answer, 504, "provider-timeout")
     if how == "deleted":
         await ada.delete(f"/workers/{provider['worker_id']}")
     if how == "failed":
@@ -388,15 +381,15 @@ async def test_nobody_is_answered_with_anothers_result(
     async with reading(results, ada) as answers:
         assert len(requests(events)) == 1
         late = await upload(ada, provider, b"ada's again")
-        assert problem(late) == (404, "provider-not-found")
+        problem(late, 404, "provider-not-found")
         failed = await upload(ada, provider, b"", **{"X-Result-Status": "error"})
-        assert problem(failed) == (404, "provider-not-found")
+        problem(failed, 404, "provider-not-found")
         await upload(bob, bobs, b"bob's")
     assert answers[0].content == b"bob's"
     # taken over by a superuser
     admins = await offer(admin)
     async with reading(results, ada) as answers:
-        assert problem(await upload(bob, bobs, b"late")) == (404, "provider-not-found")
+        problem(await upload(bob, bobs, b"late"), 404, "provider-not-found")
         await upload(admin, admins, b"admin's")
     assert answers[0].content == b"admin's"
 
@@ -408,7 +401,7 @@ async def test_a_provider_may_go_while_its_answer_comes_in(ada, bob, provider, r
         await offer(bob)
 
     answer = await upload(ada, provider, body())
-    assert problem(answer) == (404, "provider-not-found")
+    problem(answer, 404, "provider-not-found")
     assert not results.near._kept
 
 
@@ -492,7 +485,7 @@ async def test_an_upload_is_refused_as_soon_as_it_is_too_large(
             yield bytes(1024)
 
     answer = await upload(ada, provider, body(), **{"X-Result-Status": status})
-    assert problem(answer) == (413, "payload-too-large")
+    problem(answer, 413, "payload-too-large")
     assert taken <= 66 * 1024
     assert not results.near._kept
     fits = await upload(ada, provider, bytes(64 * 1024))
@@ -526,7 +519,7 @@ async def test_a_backend_that_is_down_fails_reads_and_nothing_else(
     )
     provider = await offer(ada)
     for answer in await bob.get(READ), await upload(ada, provider, b"1"):
-        assert problem(answer) == (503, "service-unavailable")
+        problem(answer, 503, "service-unavailable")
         assert answer.headers["Retry-After"] == "2"
     assert (await bob.get(f"{READ}/info")).status_code == 200
     assert (await bob.get("/rooms/lab/providers")).json()["total"] == 1
