@@ -331,5 +331,9 @@ class Claimant(Registrant):
 
         answer = self._as_worker(ask).json()
         beat.answered(answer)
+        for task in self._held.all():
+            if task.cancelled:
+                # there is nothing more to tell or to learn
+                self._held.discard(task)
         self._host_counts_attempts = "cancelled" in answer
         self._draining = answer.get("desired_state") == WorkerState.DRAINING

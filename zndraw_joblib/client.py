@@ -97,6 +97,14 @@ class JobManager(Claimant):
         How many tasks are executed side by side, in threads.
     grace_seconds : float
         How long running tasks may go on when the worker is to leave.
+
+    Examples
+    --------
+    >>> def execute(task):
+    ...     return task.extension.run(None, **task.run_kwargs)
+    >>> with JobManager.connect(url, token=token, execute=execute) as manager:
+    ...     manager.register(Rotate)
+    ...     manager.wait()
     """
 
     def __init__(
@@ -243,7 +251,8 @@ class JobManager(Claimant):
                     tasks, waited = self._claim(free, wait, stop=self._stopping)
             except Exception as exc:
                 if self._stopping.is_set():
-                    self._hand_back_unheard(free)
+                    if isinstance(exc, Unreachable):
+                        self._hand_back_unheard(free)
                     return
                 if isinstance(exc, Unreachable | PermissionError):
                     self._give_up(exc)
@@ -449,12 +458,12 @@ class JobManager(Claimant):
             self._finish_tasks(deadline)
         self._hopeless.set()
         self._lose_tasks()
-        for part in (self._heart, self._runners, self._readers):
-            if part is not None:
-                part.close()
-        self._leave_rooms()
         # the lock: a registration under way is to be over
         with self._lock:
+            for part in (self._heart, self._runners, self._readers):
+                if part is not None:
+                    part.close()
+            self._leave_rooms()
             if self._worker_id is not None:
                 retries = 0 if self._failure else LAST_RETRIES
                 self._delete_worker(
