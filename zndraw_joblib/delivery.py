@@ -47,7 +47,7 @@ class Exits:
     session_maker : callable
         Opens the session that fails what the broker didn't take.
     settings : JobLibSettings
-        ``dispatch_timeout_seconds`` bounds each single send.
+        ``dispatch_timeout_seconds`` bounds each single send, and the hook.
     tsio : socketio.AsyncServer or a wrapper of one, optional
         Where events go.
     registry : InternalRegistry, optional
@@ -92,7 +92,8 @@ async def deliver(outbox: Outbox, exits: Exits) -> None:
             await _undeliverable(dispatch, exc, exits)
     if outbox.providers_removed and exits.on_providers_removed is not None:
         try:
-            await exits.on_providers_removed(list(outbox.providers_removed))
+            with anyio.fail_after(patience):
+                await exits.on_providers_removed(list(outbox.providers_removed))
         except Exception:
             log.exception("the host's hook for removed providers failed")
 
