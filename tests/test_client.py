@@ -29,9 +29,9 @@ from zndraw_joblib.client import (
     TaskCancelled,
     TaskFailed,
 )
+from zndraw_joblib.client_transport import HostApi
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy
-from zndraw_joblib.transport import HostApi
 
 # it is the client that is tested: the routes are, under every maker, elsewhere
 pytestmark = pytest.mark.makers("plain")

@@ -30,9 +30,15 @@ FLOORS = [
 ]
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
-    "threads", "transport", "held", "sockets", "submitting", "registering", "claiming",
+    "client_threads",
+    "client_transport",
+    "client_tasks",
+    "client_sockets",
+    "client_submitting",
+    "client_registering",
+    "client_claiming",
     "client",
-]  # fmt: skip
+]
 MAX_FUNCTION_LINES = 70
 
 Rule = Callable[[ast.AST], bool]

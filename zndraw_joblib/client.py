@@ -21,11 +21,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
-from zndraw_joblib.claiming import Claimant
-from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
-from zndraw_joblib.exceptions import PROBLEM_JSON, ProviderExecutionFailed
-from zndraw_joblib.extension import Category, Extension
-from zndraw_joblib.held import (
+from zndraw_joblib.client_claiming import Claimant
+from zndraw_joblib.client_registering import Source
+from zndraw_joblib.client_sockets import OwnSocket, Socket
+from zndraw_joblib.client_tasks import (
     ClaimedTask,
     TaskCancelled,
     TaskFailed,
@@ -33,18 +32,19 @@ from zndraw_joblib.held import (
     describe,
     storable,
 )
-from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.provider import read_content
-from zndraw_joblib.registering import Source
-from zndraw_joblib.schemas import MAX_CLAIM, TaskResponse
-from zndraw_joblib.sockets import OwnSocket, Socket
-from zndraw_joblib.threads import DaemonPool, Ticker
-from zndraw_joblib.transport import (
+from zndraw_joblib.client_threads import DaemonPool, Ticker
+from zndraw_joblib.client_transport import (
     Api,
     HostApi,
     Unreachable,
     path,
 )
+from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
+from zndraw_joblib.exceptions import PROBLEM_JSON, ProviderExecutionFailed
+from zndraw_joblib.extension import Category, Extension
+from zndraw_joblib.lifecycle import TaskStatus, WorkerState
+from zndraw_joblib.provider import read_content
+from zndraw_joblib.schemas import MAX_CLAIM, TaskResponse
 
 __all__ = [
     "Category",

@@ -8,12 +8,18 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
+from zndraw_joblib.client_tasks import TaskFailed
+from zndraw_joblib.client_transport import (
+    CONNECT_SECONDS,
+    Api,
+    Transport,
+    Unreachable,
+    path,
+)
 from zndraw_joblib.extension import Extension
-from zndraw_joblib.held import TaskFailed
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.names import GLOBAL_ROOM, FullName
 from zndraw_joblib.schemas import TaskResponse
-from zndraw_joblib.transport import CONNECT_SECONDS, Api, Transport, Unreachable, path
 
 # an answer that took less did not wait, whatever its headers say
 WAITED_SECONDS = 0.5

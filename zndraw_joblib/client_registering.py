@@ -8,6 +8,9 @@ from functools import partial
 from typing import Any, TypeVar, overload
 from uuid import UUID
 
+from zndraw_joblib.client_sockets import Socket
+from zndraw_joblib.client_submitting import Submitter, category_of
+from zndraw_joblib.client_transport import Api, is_problem, path
 from zndraw_joblib.events import (
     JoinJobRoom,
     JoinProviderRoom,
@@ -19,9 +22,6 @@ from zndraw_joblib.extension import Extension
 from zndraw_joblib.names import GLOBAL_ROOM, FullName
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy
-from zndraw_joblib.sockets import Socket
-from zndraw_joblib.submitting import Submitter, category_of
-from zndraw_joblib.transport import Api, is_problem, path
 
 log = logging.getLogger(__name__)
 

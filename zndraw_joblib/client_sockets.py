@@ -7,8 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from zndraw_joblib.client_transport import CONNECT_SECONDS, HostApi
 from zndraw_joblib.events import FrozenEvent
-from zndraw_joblib.transport import CONNECT_SECONDS, HostApi
 
 log = logging.getLogger(__name__)
 

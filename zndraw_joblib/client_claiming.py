@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
-from zndraw_joblib.held import (
+from zndraw_joblib.client_registering import Registrant
+from zndraw_joblib.client_submitting import has_waited, prefer
+from zndraw_joblib.client_tasks import (
     Beat,
     ClaimedTask,
     HeldTasks,
@@ -18,11 +20,9 @@ from zndraw_joblib.held import (
     describe,
     storable,
 )
+from zndraw_joblib.client_transport import CONNECT_SECONDS, Api, path
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
-from zndraw_joblib.registering import Registrant
 from zndraw_joblib.schemas import TaskResponse
-from zndraw_joblib.submitting import has_waited, prefer
-from zndraw_joblib.transport import CONNECT_SECONDS, Api, path
 
 log = logging.getLogger(__name__)
 
