@@ -212,12 +212,28 @@ class Registrant(Submitter):
             As for `register`.
         """
         source = Source(cls, FullName(room, category_of(cls), name), handler)
+        full_name = str(source.name)
         with self._lock:
-            self.create_worker()
-            self._as_worker(partial(self._put_provider, source))
-            self._sources[str(source.name)] = source
-            self._join_rooms()
+            worker_id = str(self.create_worker())
+            earlier = self._sources.get(full_name)
+            # first here, and listening: readers may come as soon as the host knows of it
+            self._sources[full_name] = source
             self._serve_providers()
+            self._socket.settle()
+            self._socket.ask(
+                JoinProviderRoom(provider_name=full_name, worker_id=worker_id)
+            )
+            try:
+                self._as_worker(partial(self._put_provider, source))
+            except BaseException:
+                del self._sources[full_name]
+                if earlier is not None:
+                    self._sources[full_name] = earlier
+                else:
+                    self._socket.say(
+                        LeaveProviderRoom(provider_name=full_name, worker_id=worker_id)
+                    )
+                raise
         assert source.id is not None
         return source.id
 

@@ -55,6 +55,23 @@ class Socket:
             # rooms are joined at every connect
             log.debug("could not say %s: %s", event.event_name(), exc)
 
+    def ask(self, event: FrozenEvent) -> None:
+        """Tell the host and wait, for a bounded time, until it has heard."""
+        if not (hasattr(self.tsio, "call") and getattr(self.tsio, "connected", False)):
+            self.say(event)
+            return
+        try:
+            self.tsio.call(
+                event.event_name(),
+                event.model_dump(mode="json"),
+                timeout=CONNECT_SECONDS,
+            )
+        except Exception as exc:
+            log.debug("could not ask for %s: %s", event.event_name(), exc)
+
+    def settle(self) -> None:
+        """Wait until the first try to connect is over, whatever came of it."""
+
 
 class OwnSocket(Socket):
     """A connection of the worker's own, opened when it is first needed.
@@ -69,6 +86,7 @@ class OwnSocket(Socket):
         super().__init__(None)
         self._api = api
         self._closed = threading.Event()
+        self._tried = threading.Event()
         self._opening: threading.Thread | None = None
         if find_spec("websocket") and find_spec("requests"):
             # signals are for the program to handle
@@ -81,6 +99,11 @@ class OwnSocket(Socket):
                 target=self._connect, name="zndraw-socket", daemon=True
             )
             self._opening.start()
+
+    def settle(self) -> None:
+        """Wait until the first try to connect is over, whatever came of it."""
+        if self._opening is not None:
+            self._tried.wait(CONNECT_SECONDS)
 
     def close(self) -> None:
         """Disconnect, and connect no more."""
@@ -101,9 +124,11 @@ class OwnSocket(Socket):
                 )
             except Exception as exc:
                 log.info("no Socket.IO yet, tasks are claimed without it: %s", exc)
+                self._tried.set()
                 self._closed.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 continue
+            self._tried.set()
             if self._closed.is_set():
                 self.tsio.shutdown()
             # from here on the client reconnects by itself
