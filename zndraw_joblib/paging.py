@@ -40,9 +40,9 @@ class Cursor:
         try:
             moment, row_id, total = json.loads(base64.urlsafe_b64decode(token))
             created_at = datetime.fromisoformat(moment)
-            if created_at.tzinfo is None or total not in range(MAX_INT + 1):
+            if created_at.tzinfo is None or not 0 <= total <= MAX_INT:
                 raise ValueError(token)
-            return cls(created_at.astimezone(UTC), UUID(row_id), total)
+            return cls(created_at.astimezone(UTC), UUID(row_id), int(total))
         except (ValueError, TypeError, AttributeError, OverflowError):
             raise ValueError("not a cursor of this listing") from None
 
