@@ -1,0 +1,169 @@
+"""Listings: newest first, by offset, and by a cursor that repeats and misses nothing."""
+
+import base64
+import json
+from urllib.parse import quote
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import update
+from steps import claim, execute, offer, problem, register, report, submit
+
+from zndraw_joblib.models import Job, ProviderRecord, Task, Worker, now
+
+#: characters that a URI, a header or SQL could trip over
+ROOM = "a b'\"?#%25&+é日本>;"
+PATH = quote(ROOM, safe="")
+
+
+async def fill(user, admin, count=7) -> str:
+    """Make so many workers, jobs, providers and tasks in a room."""
+    worker = await offer(admin, "J0", "@global")
+    for n in range(1, count):
+        await register(admin, f"J{n}", "@global")
+    for n in range(count):
+        body = {"category": "files", "name": f"P{n}", "schema": {}}
+        answer = await user.put(f"/rooms/{PATH}/providers", json=body)
+        assert answer.status_code == 201, answer.text
+        await submit(user, "@global:modifiers:J0", PATH)
+    return worker
+
+
+LISTINGS = {
+    "/workers": 14,
+    f"/rooms/{PATH}/workers": 7,
+    f"/rooms/{PATH}/jobs": 7,
+    f"/rooms/{PATH}/jobs/@global:modifiers:J0/tasks": 7,
+    f"/rooms/{PATH}/tasks": 7,
+    f"/rooms/{PATH}/tasks?status=pending": 7,
+    f"/rooms/{PATH}/providers": 7,
+}
+
+
+def key(row):
+    return row.get("id") or row["full_name"]
+
+
+async def pages(user, url):
+    """Follow the links to the next page, as a client does that knows nothing else."""
+    while url:
+        answer = await user.get(url)
+        assert answer.status_code == 200, answer.text
+        yield answer.json()
+        link = answer.links.get("next")
+        assert link is None or link["rel"] == "next"
+        url = link and f"http://host{link['url']}"
+
+
+@pytest.mark.parametrize("same_moment", [False, True], ids=["spread", "same-moment"])
+async def test_every_listing_is_paged(ada, admin, session_maker, same_moment):
+    await fill(ada, admin)
+    if same_moment:
+        tables = (Job, ProviderRecord, Task, Worker)
+        await execute(
+            session_maker, *(update(t).values(created_at=now()) for t in tables)
+        )
+    for url, total in LISTINGS.items():
+        everything = (await ada.get(url)).json()
+        assert (everything["total"], everything["limit"]) == (total, 50)
+        newest_first = [key(row) for row in everything["items"]]
+        assert len(set(newest_first)) == total
+
+        with_limit = f"{url}{'&' if '?' in url else '?'}limit="
+        walked = [page async for page in pages(ada, f"{with_limit}3")]
+        assert [key(row) for page in walked for row in page["items"]] == newest_first
+        assert {page["total"] for page in walked} == {total}
+        assert all(len(page["items"]) == 3 for page in walked[:-1])
+
+        page = await ada.get(f"{with_limit}2&offset=4")
+        assert [key(row) for row in page.json()["items"]] == newest_first[4:6]
+        assert (page.json()["limit"], page.json()["offset"]) == (2, 4)
+        # a link leads on from any page, and from the last one nowhere
+        (following,) = [
+            p async for p in pages(ada, f"{with_limit}{total - 4}&offset=4")
+        ]
+        assert [key(row) for row in following["items"]] == newest_first[4:]
+        page = (await ada.get(f"{with_limit}0")).json()
+        assert (page["items"], page["total"]) == ([], total)
+        page = await ada.get(f"{with_limit}3&offset={2**63 - 1}")
+        assert (page.json()["items"], page.json()["total"]) == ([], total)
+        assert "link" not in page.headers
+        assert len((await ada.get(f"{with_limit}500")).json()["items"]) == total
+
+
+async def test_tasks_come_newest_first(ada):
+    await offer(ada)
+    tasks = [await submit(ada) for _ in range(5)]
+    page = (await ada.get("/rooms/lab/tasks")).json()
+    assert (
+        page["items"]
+        == [{**task, "queue_position": n + 1} for n, task in enumerate(tasks)][::-1]
+    )
+
+
+async def test_a_walk_repeats_and_misses_nothing_while_things_change(ada):
+    worker = await offer(ada)
+    tasks = [await submit(ada) for _ in range(6)]
+    seen = []
+    async for page in pages(ada, "/rooms/lab/tasks?limit=2"):
+        seen += [row["id"] for row in page["items"]]
+        # what comes in is newer than all that is still to come
+        await submit(ada)
+        await claim(ada, worker, max_tasks=2)
+    assert seen == [task["id"] for task in tasks][::-1]
+
+
+async def test_the_filter_goes_along(ada):
+    await offer(ada)
+    tasks = [await submit(ada) for _ in range(6)]
+    for task in tasks[::2]:
+        await report(ada, task, "cancelled")
+    for status, wanted in (("cancelled", tasks[::2]), ("pending", tasks[1::2])):
+        url = f"/rooms/lab/tasks?status={status}&limit=1"
+        walked = [row["id"] async for page in pages(ada, url) for row in page["items"]]
+        assert walked == [task["id"] for task in wanted][::-1]
+
+
+def token(*fields) -> str:
+    return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+
+
+OUT_OF_BOUNDS = [
+    "limit=-1",
+    "limit=501",
+    "limit=ten",
+    "limit=1.5",
+    "limit=",
+    "limit=1&limit=-1",
+    f"limit={2**64}",
+    f"limit={'9' * 5000}",
+    "offset=-1",
+    f"offset={2**63}",
+    f"offset={10**400}",
+    "offset=0x10",
+    "status=done",
+    "status=PENDING",
+    "status=",
+    "status=%00",
+    "cursor=x",
+    "cursor=%00",
+    "cursor=%ff",
+    "cursor=" + "A" * 501,
+    "cursor=" + base64.urlsafe_b64encode(b"[" * 300).decode(),
+    "cursor=" + token(),
+    "cursor=" + token(1, 2, 3),
+    "cursor=" + token("2026-01-01T00:00:00", uuid4().hex, 1),
+    "cursor=" + token("0001-01-01T00:00:00+23:59", uuid4().hex, 1),
+    "cursor=" + token("9999-12-31T23:59:59-23:59", uuid4().hex, 1),
+    "cursor=" + token("2026-01-01T00:00:00+00:00", "no id", 1),
+    "cursor=" + token("2026-01-01T00:00:00+00:00", uuid4().hex, -1),
+    "cursor=" + token("2026-01-01T00:00:00+00:00", uuid4().hex, 2**63),
+    "cursor=" + token("2026-01-01T00:00:00+00:00", uuid4().hex, None),
+]
+
+
+async def test_a_page_out_of_bounds_is_refused(ada):
+    for query in OUT_OF_BOUNDS:
+        answer = await ada.get(f"/rooms/lab/tasks?{query}")
+        body = problem(answer, 422, "invalid-request")
+        assert body["errors"][0]["pointer"].startswith("/query/"), query
