@@ -25,6 +25,15 @@ ALTERNATIVES = {
         "b": {"properties": {"x": {"$ref": "#/$defs/node"}}, "required": ["b"]},
     },
 }
+#: a thousand subschemas have a look at each of a thousand keys
+MANY_PARTS = {"allOf": [{"properties": {f"x{n}": {}}} for n in range(1000)]}
+MANY_PATTERNS = {"patternProperties": {f"^x{n}": {} for n in range(1000)}}
+#: a thousand ways not to fit, of which each is told with all that it looked at
+MANY_MISFITS = {
+    "propertyNames": {"anyOf": [{"pattern": f"^x{n}"} for n in range(1000)]}
+}
+BIG_MISFITS = {"anyOf": [{"properties": {"k0": {"type": "integer"}}}] * 1000}
+MANY_KEYS = {f"k{n}": "" for n in range(90_000)}
 BACKTRACKING = {"properties": {"x": {"pattern": "^(a+)+$"}}}
 
 
@@ -41,6 +50,10 @@ def nested(depth: int) -> dict[str, Any]:
     [
         (DOUBLING, {}),
         (ALTERNATIVES, nested(60)),
+        (MANY_PARTS, MANY_KEYS),
+        (MANY_PATTERNS, MANY_KEYS),
+        (MANY_MISFITS, MANY_KEYS),
+        (BIG_MISFITS, {"k0": "x" * 900_000}),
         (BACKTRACKING, {"x": "a" * 100_000 + "b"}),
     ],
 )
@@ -49,6 +62,7 @@ def test_no_payload_costs_more_than_it_may(schema, payload):
     with pytest.raises(ProblemException) as refused:
         check_payload(schema, payload)
     assert refused.value.problem.status == 422
+    assert len(refused.value.problem.model_dump_json()) < 2000
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ universe.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -19,10 +20,17 @@ from zndraw_joblib.exceptions import InvalidPayload, InvalidSchema, json_pointer
 from zndraw_joblib.schemas import JsonObject
 
 MAX_ERRORS = 10
+MAX_DETAIL = 300
 # About half a second of the validator's time.
 MAX_LOOKS = 5_000_000
 # A payload of the default size has no more values than this.
 _MANY_VALUES = 2**19
+# Looks that take as long as one step in Python.
+_STEP = 16
+# Bytes that the validator may copy to tell of all errors, or of one: each alternative
+# that didn't fit brings its own, and its own copy of what it looked at.
+_TELL_ALL = 200_000
+_TELL_ONE = 20_000_000
 # Comparisons with an `enum` or with `required` names that cost as much as one look.
 _CHEAP = 16
 
@@ -74,10 +82,17 @@ class _Looks(NamedTuple):
     parts: "Counter[_Part]"
 
 
+#: Subschemas that look at a value, and how often each does.
+_Lookers = tuple[tuple[_Part, int], ...]
+#: Where a value's member is; None stands for an object's keys themselves.
+_Key = str | int | None
+
+
 class _Checker(NamedTuple):
     validator: jsonschema_rs.Validator
     looks: Callable[[Any], _Looks]
     schema: JsonObject
+    parts: int
     harmless: bool
 
 
@@ -164,7 +179,7 @@ def _checker(encoded: str) -> _Checker:
     harmless = all(
         each.below <= 1 and each.here * _MANY_VALUES < MAX_LOOKS for each in everywhere
     )
-    return _Checker(validator, looks, schema, harmless)
+    return _Checker(validator, looks, schema, len(everywhere), harmless)
 
 
 def check_schema(schema: JsonObject) -> None:
@@ -178,11 +193,9 @@ def check_schema(schema: JsonObject) -> None:
     try:
         _checker(json.dumps(schema))
     except (jsonschema_rs.ValidationError, ValueError) as exc:
-        detail = getattr(exc, "message", str(exc))
-        where = json_pointer(getattr(exc, "instance_path", []))
-        raise InvalidSchema.exception(
-            detail, errors=[{"pointer": f"/body/schema{where}", "detail": detail}]
-        ) from None
+        where = getattr(exc, "instance_path", [])
+        error = _error("/body/schema", where, getattr(exc, "message", str(exc)))
+        raise InvalidSchema.exception(error["detail"], errors=[error]) from None
 
 
 def check_payload(schema: JsonObject, payload: JsonObject) -> None:
@@ -199,50 +212,75 @@ def check_payload(schema: JsonObject, payload: JsonObject) -> None:
         raise InvalidPayload.exception(
             detail, errors=[{"pointer": "/body/payload", "detail": detail}]
         )
-    errors = []
-    for error in checker.validator.iter_errors(payload):
-        pointer = f"/body/payload{json_pointer(error.instance_path)}"
-        errors.append({"pointer": pointer, "detail": error.message})
-        if len(errors) == MAX_ERRORS:
-            break
-    if errors:
-        raise InvalidPayload.exception(errors=errors)
+    if not checker.validator.is_valid(payload):
+        raise InvalidPayload.exception(errors=_misfits(payload, checker))
+
+
+def _error(where: str, path: list[str | int], detail: str) -> dict[str, str]:
+    # both may hold what was sent, which is as long as its sender likes
+    pointer = json_pointer(path)
+    if len(detail) > MAX_DETAIL:
+        detail = f"{detail[:MAX_DETAIL]}..."
+    return {
+        "pointer": where + (pointer if len(pointer) < MAX_DETAIL else ""),
+        "detail": detail,
+    }
+
+
+def _misfits(payload: JsonObject, checker: _Checker) -> list[dict[str, str]]:
+    copied = len(json.dumps(payload)) * checker.parts
+    found: list[jsonschema_rs.ValidationError] = []
+    if copied <= _TELL_ALL:
+        found = list(islice(checker.validator.iter_errors(payload), MAX_ERRORS))
+    elif copied <= _TELL_ONE:
+        try:
+            checker.validator.validate(payload)
+        except jsonschema_rs.ValidationError as exc:
+            found = [exc]
+    return [_error("/body/payload", e.instance_path, e.message) for e in found] or [
+        _error("/body/payload", [], "too large to tell where it doesn't fit the schema")
+    ]
 
 
 def _costs_too_much(payload: JsonObject, checker: _Checker) -> bool:
     # Level by level, the values that the same subschemas look at equally often go
     # together: so an array of a million numbers is one step.
-    below = lru_cache(maxsize=None)(partial(_below, checker.looks))
     level: dict[_Lookers, list[Any]] = {((_Part(checker.schema), 1),): [payload]}
     total = 0
     while level:
-        deeper: dict[_Lookers, list[Any]] = {}
+        deeper: defaultdict[_Lookers, list[Any]] = defaultdict(list)
         for lookers, values in level.items():
-            each = sum(times * checker.looks(p.schema).here for p, times in lookers)
-            total += each * len(values)
-            if total > MAX_LOOKS:
-                return True
-            for value in values:
-                if isinstance(value, dict):
-                    for key, member in value.items():
-                        deeper.setdefault(below(lookers, key), []).append(member)
-                elif isinstance(value, list):
-                    for index, member in enumerate(value):
-                        position = min(index, _PREFIX)
-                        deeper.setdefault(below(lookers, position), []).append(member)
+            looks = [(times, checker.looks(part.schema)) for part, times in lookers]
+            total += len(values) * sum(times * each.here for times, each in looks)
+            steps = sum(len(each.parts) for _, each in looks)
+            for key, members in _by_key(values).items():
+                below = _below(checker.looks, lookers, key)
+                deeper[below] += members
+                total += (steps + len(below)) * _STEP
+                if total > MAX_LOOKS:
+                    return True
         level = {lookers: values for lookers, values in deeper.items() if lookers}
     return False
 
 
-#: Subschemas that look at a value, and how often each does.
-_Lookers = tuple[tuple[_Part, int], ...]
+def _by_key(values: list[Any]) -> dict[_Key, list[Any]]:
+    members: defaultdict[_Key, list[Any]] = defaultdict(list)
+    for value in values:
+        if isinstance(value, dict):
+            members[None] += value
+            for key, member in value.items():
+                members[key].append(member)
+        elif isinstance(value, list):
+            for index, member in enumerate(value):
+                members[min(index, _PREFIX)].append(member)
+    return members
+
+
 # Array positions that `prefixItems` tells apart here; those after share a schema.
 _PREFIX = 16
 
 
-def _below(
-    looks: Callable[[Any], _Looks], lookers: _Lookers, key: str | int
-) -> _Lookers:
+def _below(looks: Callable[[Any], _Looks], lookers: _Lookers, key: _Key) -> _Lookers:
     """Return who looks at a member of the value that ``lookers`` look at."""
     found: Counter[_Part] = Counter()
     for looker, times in lookers:
@@ -252,7 +290,10 @@ def _below(
     return tuple(found.items())
 
 
-def _members(schema: JsonObject, key: str | int) -> Iterator[Any]:
+def _members(schema: JsonObject, key: _Key) -> Iterator[Any]:
+    if key is None:
+        yield from _subschemas(schema.get("propertyNames"))
+        return
     if isinstance(key, str):
         named = schema.get("properties", {})
         if key in named:
