@@ -60,7 +60,8 @@ async def get_room_access() -> RoomAccess:
 
     The returned ``async (session, caller, room_id) -> bool`` is asked by every route,
     those addressed by a task's id included. It runs its statements on the session that
-    it is given and opens none of its own.
+    it is given and opens none of its own. The override itself is best a coroutine
+    function: FastAPI sends a plain one to a thread, with the session held.
     """
     return _open_to_all
 
