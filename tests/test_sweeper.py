@@ -1,0 +1,263 @@
+"""The sweeper: it ends what is lost, everything that is lost, and that alone."""
+
+from uuid import UUID, uuid4
+
+import anyio
+from sqlalchemy import delete, insert, update
+from steps import (
+    JOB,
+    at_once,
+    claim,
+    execute,
+    move,
+    offer,
+    problem,
+    read,
+    register,
+    report,
+    silence,
+    submit,
+)
+
+from zndraw_joblib.models import Task, Worker, WorkerJobLink, now
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.sweeper import (
+    TASKS_A_BATCH,
+    WORKERS_A_BATCH,
+    cleanup_overdue_attempts,
+    cleanup_stale_workers,
+    cleanup_worker,
+    run_sweeper,
+)
+
+
+def told(events):
+    return [
+        (e.data["id"], e.data["status"])
+        for e in events
+        if e.event == "task_status_event"
+    ]
+
+
+async def pass_deadlines(session_maker):
+    await execute(
+        session_maker,
+        update(Task).where(Task.deadline_at.is_not(None)).values(deadline_at=now(-1)),
+    )
+
+
+async def test_a_silent_worker_goes_with_what_it_held(
+    ada, bob, session_maker, tsio, events
+):
+    lost, alive = await offer(ada), await offer(bob)
+    await register(ada, "Scale", worker_id=lost, max_attempts=2)
+    once = await move(ada, lost, await submit(ada), "running")
+    twice = await move(ada, lost, await submit(ada, "lab:modifiers:Scale"), "running")
+    kept = await submit(ada)
+    await claim(bob, alive)
+    await silence(session_maker, lost)
+    events.clear()
+    assert await cleanup_stale_workers(session_maker, tsio=tsio) == 1
+    assert await cleanup_stale_workers(session_maker, tsio=tsio) == 0
+
+    once, twice, kept = [await read(ada, task) for task in (once, twice, kept)]
+    assert (once["status"], once["error"]) == ("failed", "Worker disconnected")
+    assert (once["error_type"], once["worker_id"]) == ("worker_lost", lost)
+    assert (twice["status"], twice["error_type"]) == ("pending", "worker_lost")
+    assert (twice["worker_id"], twice["queue_position"]) == (None, 1)
+    assert (kept["status"], kept["worker_id"]) == ("claimed", alive)
+    assert sorted(told(events)) == sorted(
+        [(once["id"], "failed"), (twice["id"], "pending")]
+    )
+    assert ("jobs_invalidate", {}, "room:lab") in events
+    problem(await ada.patch(f"/workers/{lost}"), 404, "worker-not-found")
+    page = (await ada.get("/rooms/lab/jobs")).json()["items"]
+    assert {job["full_name"]: job["workers"] for job in page} == {
+        JOB: [alive],
+        "lab:modifiers:Scale": [],
+    }
+
+
+async def test_how_long_silence_may_last_is_a_setting(ada, session_maker):
+    worker = await offer(ada)
+    await silence(session_maker, worker)
+    patient = JobLibSettings(worker_timeout_seconds=7200)
+    assert await cleanup_stale_workers(session_maker, patient) == 0
+    await ada.patch(f"/workers/{worker}")
+    assert await cleanup_stale_workers(session_maker) == 0, "a heartbeat wins"
+    assert (await ada.patch(f"/workers/{worker}")).status_code == 200
+
+
+async def test_replicas_sweep_together(ada, session_maker, tsio, events):
+    """More workers than a batch: each is retired, and told of, by one of them."""
+    count = 2 * WORKERS_A_BATCH + 3
+    first = await offer(ada)
+    job = (await ada.get(f"/rooms/lab/jobs/{JOB}")).json()["id"]
+    workers = [uuid4() for _ in range(count - 1)]
+    await execute(
+        session_maker,
+        insert(Worker).values([{"id": w, "user_id": ada.id} for w in workers]),
+        insert(WorkerJobLink).values(
+            [{"worker_id": w, "job_id": UUID(job)} for w in workers]
+        ),
+    )
+    tasks = [await submit(ada) for _ in range(6)]
+    for worker in [first, *map(str, workers[:5])]:
+        await claim(ada, worker)
+    await silence(session_maker, first, *map(str, workers))
+    events.clear()
+    swept = await at_once(
+        *(cleanup_stale_workers(session_maker, tsio=tsio) for _ in range(3))
+    )
+    assert sum(swept) == count
+    assert sorted(told(events)) == sorted((t["id"], "failed") for t in tasks)
+    assert (await ada.get("/workers")).json()["total"] == 0
+
+
+async def test_a_heartbeat_and_a_sweep_agree(ada, bob, session_maker):
+    """Whichever comes first: a worker that is there holds its task, one that isn't doesn't."""
+    await offer(bob)  # keeps the job
+    for _ in range(6):
+        worker, task = await offer(ada), await submit(ada)
+        await claim(ada, worker)
+        await silence(session_maker, worker)
+        beat, swept = await at_once(
+            ada.patch(f"/workers/{worker}"), cleanup_stale_workers(session_maker)
+        )
+        status = (await read(ada, task))["status"]
+        assert (beat.status_code, swept, status) in [
+            (200, 0, "claimed"),
+            (404, 1, "failed"),
+        ]
+        await ada.delete(f"/workers/{worker}")
+
+
+async def test_a_claim_that_never_starts_costs_no_attempt(
+    ada, session_maker, tsio, events
+):
+    worker = await offer(ada, start_timeout_seconds=60)
+    task = await submit(ada)
+    for attempt in (1, 2):
+        (claimed,) = await claim(ada, worker)
+        assert claimed["attempt"] == attempt
+        assert await cleanup_overdue_attempts(session_maker, tsio=tsio) == 0
+        await pass_deadlines(session_maker)
+        events.clear()
+        swept = await at_once(
+            *(cleanup_overdue_attempts(session_maker, tsio=tsio) for _ in range(3))
+        )
+        assert sum(swept) == 1
+        assert [e.event for e in events] == ["task_status_event", "task_available"]
+        assert (await read(ada, task))["status"] == "pending"
+        late = await report(ada, task, "running", attempt=attempt)
+        problem(late, 409, "lease-lost")
+    # in time it runs as long as it likes
+    await claim(ada, worker)
+    await report(ada, task, "running")
+    await pass_deadlines(session_maker)
+    assert await cleanup_overdue_attempts(session_maker, tsio=tsio) == 0
+    assert (await report(ada, task, "failed")).json()["status"] == "failed"
+
+
+async def test_a_run_that_takes_too_long_is_ended(ada, session_maker, tsio, events):
+    worker = await offer(ada, timeout_seconds=60, max_attempts=2)
+    task = await submit(ada)
+    for attempt, status in ((1, "pending"), (2, "failed")):
+        await claim(ada, worker)
+        await report(ada, task, "running")
+        assert await cleanup_overdue_attempts(session_maker, tsio=tsio) == 0
+        await pass_deadlines(session_maker)
+        events.clear()
+        assert await cleanup_overdue_attempts(session_maker, tsio=tsio) == 1
+        ended = await read(ada, task)
+        assert (ended["status"], ended["error_type"]) == (status, "timeout")
+        assert told(events) == [(task["id"], status)]
+        late = await report(ada, task, "completed", attempt=attempt)
+        problem(late, 409, "lease-lost")
+    assert (await ada.patch(f"/workers/{worker}")).status_code == 200
+
+
+async def test_what_a_vanished_worker_held_is_found(ada, session_maker, tsio):
+    """As when its user was deleted, and it along with the user."""
+    await offer(ada)
+    worker, task = await offer(ada), await submit(ada)
+    await claim(ada, worker)
+    await execute(
+        session_maker,
+        delete(WorkerJobLink).where(WorkerJobLink.worker_id == UUID(worker)),
+        delete(Worker).where(Worker.id == UUID(worker)),
+    )
+    assert await cleanup_overdue_attempts(session_maker, tsio=tsio) == 1
+    lost = await read(ada, task)
+    assert (lost["status"], lost["error_type"]) == ("failed", "worker_lost")
+
+
+async def test_more_than_a_batch_is_ended_in_one_pass(ada, session_maker, tsio, events):
+    worker = await offer(ada, timeout_seconds=60)
+    count = TASKS_A_BATCH + 2
+    job = (await ada.get(f"/rooms/lab/jobs/{JOB}")).json()["id"]
+    running = {
+        "job_id": UUID(job),
+        "job_name": JOB,
+        "room_id": "lab",
+        "payload": {},
+        "status": "RUNNING",
+        "worker_id": UUID(worker),
+        "holder_id": ada.id,
+        "attempt": 1,
+        "deadline_at": now(-1),
+        "started_at": now(-61),
+        "claimed_at": now(-62),
+    }
+    await execute(
+        session_maker,
+        insert(Task).values(
+            [{**running, "id": uuid4(), "queue_order": n} for n in range(count)]
+        ),
+    )
+    events.clear()
+    assert await cleanup_overdue_attempts(session_maker, tsio=tsio) == count
+    assert len(set(told(events))) == len(told(events)) == count
+
+
+async def test_one_worker_can_be_retired_by_name(ada, session_maker, tsio, events):
+    worker, task = await offer(ada), await submit(ada)
+    await claim(ada, worker)
+    events.clear()
+    assert await cleanup_worker(session_maker, UUID(worker), tsio=tsio)
+    assert not await cleanup_worker(session_maker, UUID(worker), tsio=tsio)
+    assert told(events) == [(task["id"], "failed")]
+
+
+async def test_the_sweeper_goes_on_whatever_happens(ada, session_maker, caplog):
+    worker, task = await offer(ada), await submit(ada)
+    await claim(ada, worker)
+    await silence(session_maker, worker)
+    turns = 0
+
+    class Broken:
+        async def emit(self, event, data, *, room):
+            raise ConnectionError("the manager is away")
+
+    def failing_at_first():
+        nonlocal turns
+        turns += 1
+        if turns <= 3:
+            raise ConnectionError("the database is away")
+        return session_maker()
+
+    settings = JobLibSettings(sweeper_interval_seconds=0.01)
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(run_sweeper, failing_at_first, settings, Broken())
+            while (await read(ada, task))["status"] != "failed":
+                await anyio.sleep(0.01)
+            seen = turns
+            while turns < seen + 10:
+                await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+    assert "the database is away" in caplog.text
+    assert "the manager is away" in caplog.text
+    seen = turns
+    await anyio.sleep(0.1)
+    assert turns == seen, "cancelled, it stops"
