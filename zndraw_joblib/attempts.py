@@ -46,11 +46,13 @@ from zndraw_joblib.models import (
     Job,
     Task,
     Worker,
+    due,
     held,
     in_states,
     noise,
     now,
     number,
+    queued,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
 from zndraw_joblib.schemas import (
@@ -499,6 +501,41 @@ async def redispatch(
         .returning(*VIEW)
     )
     return await read_changed(session, resent, settings)
+
+
+async def take_up(
+    session: AsyncSession, settings: JobLibSettings, limit: int
+) -> list[TaskResponse]:
+    """Claim for the broker ``@internal`` tasks that wait for another attempt.
+
+    Returns
+    -------
+    list of TaskResponse
+        At most ``limit`` that wait for no time, and as many whose time has come.
+    """
+    own = select(Job.id).where(Job.room_id == INTERNAL_ROOM)
+    taken: list[TaskResponse] = []
+    # one after the other: each has an index of its own
+    for waiting in (queued(), due()):
+        chosen = (
+            select(Task.id)
+            .where(waiting, Task.job_id.in_(own))
+            .limit(number(limit))
+            .with_for_update(of=Task, skip_locked=True)
+        )
+        claimed = await session.execute(
+            update(Task)
+            .where(Task.id.in_(chosen))
+            .values(
+                {
+                    **born_claimed(settings.internal_redispatch_seconds),
+                    Task.available_at: None,
+                }
+            )
+            .returning(*VIEW)
+        )
+        taken += await read_changed(session, claimed, settings)
+    return taken
 
 
 async def fail_stuck(

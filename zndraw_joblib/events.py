@@ -13,7 +13,7 @@ import anyio
 from pydantic import BaseModel, ConfigDict
 
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.names import FullName
+from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name
 
 log = logging.getLogger(__name__)
 
@@ -249,10 +249,15 @@ class Outbox:
         self.emissions.append(
             build_task_status_emission(task, task.job_name, task.queue_position)
         )
+        waits = task.status is TaskStatus.PENDING
         if task.status in TERMINAL:
             self.ended.append(task_key(task.id))
-        # what waits for its time is not available yet
-        elif task.status is TaskStatus.PENDING and task.available_at == task.created_at:
+        # what waits for its time is not available yet, what waits for the server never
+        elif (
+            waits
+            and task.available_at == task.created_at
+            and split_full_name(task.job_name).room != INTERNAL_ROOM
+        ):
             available = TaskAvailable(
                 job_name=task.job_name, room_id=task.room_id, task_id=str(task.id)
             )

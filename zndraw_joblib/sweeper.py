@@ -185,7 +185,9 @@ async def cleanup_stuck_internal_tasks(
     tsio: Emitter | None = None,
     registry: Dispatcher | None = None,
 ) -> int:
-    """Send ``@internal`` tasks again whose message was lost; end those that are stuck.
+    """Send ``@internal`` tasks whose message was lost, or that have attempts left.
+
+    Those that outlived their time are ended first.
 
     Parameters
     ----------
@@ -208,11 +210,14 @@ async def cleanup_stuck_internal_tasks(
 
     async def resend(session: AsyncSession, outbox: Outbox) -> int:
         overdue = await attempts.redispatch(session, settings, TASKS_A_BATCH)
+        again = await attempts.take_up(session, settings, TASKS_A_BATCH)
+        for task in again:
+            outbox.task_changed(task)
         outbox.dispatches += [
             Dispatch(task.job_name, task.id, task.room_id, task.payload)
-            for task in overdue
+            for task in overdue + again
         ]
-        return len(overdue)
+        return len(overdue) + len(again)
 
     stuck = partial(_change, attempts.fail_stuck, settings)
     ended = await _in_batches(stuck, TASKS_A_BATCH, exits)

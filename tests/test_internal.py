@@ -1,0 +1,354 @@
+"""`@internal` tasks: from the outbox to the broker, run once, and never forgotten."""
+
+from enum import StrEnum
+from typing import Any
+
+import anyio
+import pytest
+from sqlalchemy import select, update
+from steps import (
+    at_once,
+    claim,
+    execute,
+    problem,
+    read,
+    register,
+    report,
+    stored,
+    submit,
+)
+from taskiq import InMemoryBroker
+
+from zndraw_joblib import register_internal_jobs, register_internal_tasks
+from zndraw_joblib.models import Job, Task, now
+from zndraw_joblib.registry import ensure_internal_jobs
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.sweeper import cleanup_stuck_internal_tasks
+
+ECHO = "@internal:modifiers:Echo"
+
+
+class Kind(StrEnum):
+    MODIFIER = "modifiers"
+
+
+class Echo:
+    """A host's own class: nothing of it is known but what is asked of it."""
+
+    category = Kind.MODIFIER
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+class Plain(Echo):
+    category = "analysis"
+
+
+class Runs:
+    """An executor that remembers, and does what it is told to."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.raises: Exception | None = None
+        self.reports: Any = None
+
+    async def __call__(
+        self, extension: Any, payload: Any, room_id: str, task_id: str
+    ) -> None:
+        self.seen.append((extension, payload, room_id, task_id))
+        if self.raises:
+            raise self.raises
+        if self.reports:
+            await self.reports(task_id)
+
+
+class Broker(InMemoryBroker):
+    """Runs a task before it returns, unless it loses the message."""
+
+    def __init__(self) -> None:
+        super().__init__(await_inplace=True)
+        self.lost: list[Any] = []
+        self.loses = False
+        self.before: Any = None
+
+    async def kick(self, message: Any) -> None:
+        if self.before:
+            await self.before()
+        if self.loses:
+            self.lost.append(message)
+        else:
+            await super().kick(message)
+
+
+@pytest.fixture
+def runs() -> Runs:
+    return Runs()
+
+
+@pytest.fixture
+async def broker(app, session_maker, runs) -> Broker:
+    broker = Broker()
+    await register_internal_jobs(
+        app, broker, extensions=[Echo], executor=runs, session_maker=session_maker
+    )
+    return broker
+
+
+def told(events):
+    return [e.data["status"] for e in events if e.event == "task_status_event"]
+
+
+async def overslept(session_maker):
+    await execute(
+        session_maker,
+        update(Task).where(Task.deadline_at.is_not(None)).values(deadline_at=now(-1)),
+    )
+
+
+def completes(admin):
+    async def complete(task_id):
+        answer = await report(admin, {"id": task_id}, "completed", result="done")
+        assert answer.status_code == 200, answer.text
+
+    return complete
+
+
+async def test_it_is_handed_over_after_the_commit(
+    ada, admin, broker, runs, session_maker, events
+):
+    async def look():
+        # its own session: what isn't committed isn't there
+        async with session_maker() as session:
+            rows = await session.execute(select(Task.status, Task.attempt))
+            assert [tuple(row) for row in rows] == [("claimed", 1)]
+
+    broker.before = look
+    runs.reports = completes(admin)
+    submitted = await ada.post(f"/rooms/lab/tasks/{ECHO}", json={"payload": {"a": 1}})
+    assert submitted.status_code == 202
+    task = submitted.json()
+    assert (task["status"], task["attempt"], task["worker_id"]) == ("claimed", 1, None)
+    assert task["queue_position"] is None
+    assert runs.seen == [(Echo, {"a": 1}, "lab", task["id"])]
+    done = await read(ada, task)
+    assert (done["status"], done["result"]) == ("completed", "done")
+    assert told(events) == ["claimed", "running", "completed"]
+    assert "task_available" not in {e.event for e in events}
+
+
+async def test_an_executor_that_raises_fails_the_task(ada, broker, runs, events):
+    runs.raises = ValueError("no such atom")
+    task = await submit(ada, ECHO)
+    failed = await read(ada, task)
+    assert (failed["status"], failed["error_type"]) == ("failed", "user_error")
+    assert "no such atom" in failed["error"]
+    assert told(events) == ["claimed", "running", "failed"]
+
+
+async def test_a_message_that_arrived_is_not_undone_by_its_sender(
+    ada, admin, broker, runs, session_maker, app
+):
+    """The broker took it, and then the connection broke."""
+
+    class Breaks(Broker):
+        async def kick(self, message):
+            await super().kick(message)
+            raise ConnectionError("reset by peer")
+
+    await register_internal_jobs(
+        app, Breaks(), extensions=[Echo], executor=runs, session_maker=session_maker
+    )
+    task = await submit(ada, ECHO)
+    assert (await read(ada, task))["status"] == "running"
+    assert (await report(admin, task, "completed")).status_code == 200
+
+
+async def test_a_lost_message_is_sent_again_once(
+    ada, admin, app, broker, runs, session_maker, events
+):
+    """As when the process died between the commit and the broker."""
+    broker.loses = True
+    task = await submit(ada, ECHO)
+    broker.loses = False
+    runs.reports = completes(admin)
+    registry = app.state.internal_registry
+
+    async def sweep():
+        return await cleanup_stuck_internal_tasks(session_maker, registry=registry)
+
+    await sweep()
+    assert runs.seen == [], "it may still be on its way"
+    await overslept(session_maker)
+    await cleanup_stuck_internal_tasks(session_maker)
+    assert runs.seen == [], "no registry, nothing to send it with"
+    assert await at_once(sweep(), sweep(), sweep()) == [0, 0, 0]
+    assert [run[3] for run in runs.seen] == [task["id"]]
+    assert (await read(ada, task))["status"] == "completed"
+    assert told(events) == ["claimed", "running", "completed"]
+    # the first message turns up after all
+    await InMemoryBroker.kick(broker, broker.lost[0])
+    assert len(runs.seen) == 1
+
+
+async def test_a_run_that_outlives_its_time_is_ended(
+    ada, admin, broker, runs, session_maker, tsio, events
+):
+    task = await submit(ada, ECHO)
+    assert (await read(ada, task))["status"] == "running"
+    settings = JobLibSettings(internal_task_timeout_seconds=60)
+    sweep = cleanup_stuck_internal_tasks
+    assert await sweep(session_maker, settings, tsio) == 0
+    await execute(
+        session_maker, update(Task).values(started_at=now(-61), claimed_at=now(-62))
+    )
+    events.clear()
+    assert await sweep(session_maker, settings, tsio) == 1
+    stuck = await read(ada, task)
+    assert (stuck["status"], stuck["error"]) == ("failed", "Internal task timed out")
+    assert stuck["error_type"] == "timeout"
+    assert told(events) == ["failed"]
+    late = await report(admin, task, "completed")
+    assert problem(late, 409, "invalid-task-transition")["task_status"] == "failed"
+
+
+async def test_what_is_cancelled_on_its_way_is_not_run(
+    ada, app, broker, runs, session_maker
+):
+    broker.loses = True
+    task = await submit(ada, ECHO)
+    assert (await report(ada, task, "cancelled")).status_code == 200
+    await InMemoryBroker.kick(broker, broker.lost[0])
+    assert runs.seen == []
+    await overslept(session_maker)
+    registry = app.state.internal_registry
+    await cleanup_stuck_internal_tasks(session_maker, registry=registry)
+    assert runs.seen == []
+    assert (await read(ada, task))["status"] == "cancelled"
+
+
+async def test_a_retry_is_handed_over_as_well(ada, admin, app, broker, runs, events):
+    runs.raises = ValueError("once")
+    task = await submit(ada, ECHO, payload={"a": 1})
+    runs.raises, runs.reports = None, completes(admin)
+    registry, app.state.internal_registry = app.state.internal_registry, None
+    refused = await ada.post(f"/tasks/{task['id']}/retry")
+    problem(refused, 503, "internal-job-not-configured")
+    assert (await read(ada, task))["status"] == "failed"
+    app.state.internal_registry = registry
+    events.clear()
+    again = await ada.post(f"/tasks/{task['id']}/retry")
+    assert (again.status_code, again.json()["status"]) == (202, "claimed")
+    assert runs.seen[1] == (Echo, {"a": 1}, "lab", task["id"])
+    assert (await read(ada, task))["status"] == "completed"
+    assert told(events) == ["claimed", "running", "completed"]
+
+
+async def test_a_failed_attempt_is_handed_over_again(
+    ada, admin, app, broker, runs, session_maker, events
+):
+    """No task of the server's own waits for a worker that will never come."""
+    answer = await register(
+        admin,
+        "Echo",
+        "@internal",
+        schema=Echo.model_json_schema(),
+        max_attempts=2,
+    )
+    assert answer.status_code == 200
+    worker = answer.json()["worker_id"]
+    runs.raises = ValueError("each time")
+    task = await submit(ada, ECHO)
+    registry = app.state.internal_registry
+    for _ in range(3):
+        await overslept(session_maker)
+        await cleanup_stuck_internal_tasks(session_maker, registry=registry)
+    failed = await read(ada, task)
+    assert (failed["status"], failed["attempt"]) == ("failed", 2)
+    assert len(runs.seen) == 2
+    assert "task_available" not in {e.event for e in events}
+    assert await claim(admin, worker) == []
+
+
+async def test_one_key_hands_it_over_once(ada, broker, runs):
+    key = {"Idempotency-Key": "k"}
+    answers = await at_once(
+        *(ada.post(f"/rooms/lab/tasks/{ECHO}", json={}, headers=key) for _ in range(4))
+    )
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert len(runs.seen) == 1
+
+
+async def test_a_job_that_only_its_row_knows_is_not_configured(
+    ada, admin, broker, session_maker
+):
+    await register(admin, "Other", "@internal")
+    other = "@internal:modifiers:Other"
+    answer = await ada.post(f"/rooms/lab/tasks/{other}", json={})
+    problem(answer, 503, "internal-job-not-configured")
+    assert (await stored(session_maker))["task"] == 0
+    missing = await ada.post("/rooms/lab/tasks/@internal:modifiers:No", json={})
+    problem(missing, 404, "job-not-found")
+    wrong = await ada.post(f"/rooms/lab/tasks/{ECHO}", json={"payload": {"a": "b"}})
+    problem(wrong, 422, "invalid-payload")
+
+
+async def test_replicas_write_the_rows_together(app, ada, session_maker):
+    class Changed(Echo):
+        @classmethod
+        def model_json_schema(cls) -> dict[str, Any]:
+            return {"type": "object", "title": "changed"}
+
+    Changed.__name__ = "Echo"
+    for extensions in ([Echo, Plain], [Plain, Changed]):
+        await at_once(
+            *(ensure_internal_jobs(extensions, session_maker) for _ in range(4))
+        )
+    async with session_maker() as session:
+        rows = await session.execute(select(Job.category, Job.name, Job.schema_))
+    assert sorted((row.category, row.name) for row in rows.all()) == [
+        ("analysis", "Plain"),
+        ("modifiers", "Echo"),
+    ]
+    job = (await ada.get(f"/rooms/lab/jobs/{ECHO}")).json()
+    assert job["schema"]["title"] == "changed"
+    assert (job["workers"], job["worker_id"]) == ([], None)
+    await execute(session_maker, update(Job).values(deleted=True))
+    await ensure_internal_jobs([Echo], session_maker)
+    assert (await ada.get(f"/rooms/lab/jobs/{ECHO}")).status_code == 200
+
+
+async def test_a_process_without_app_and_database_takes_the_tasks(runs):
+    broker = Broker()
+    registry = register_internal_tasks(broker, [Echo, Plain], runs)
+    names = [ECHO, "@internal:analysis:Plain"]
+    assert sorted(registry.tasks) == sorted(names)
+    assert all(name in registry for name in names)
+    assert "@internal:modifiers:Plain" not in registry
+    for name in names:
+        sent = broker.find_task(name)
+        assert sent is not None
+        await sent.kiq(task_id="t", room_id="lab", payload={"a": 1})
+    assert runs.seen == [(Echo, {"a": 1}, "lab", "t"), (Plain, {"a": 1}, "lab", "t")]
+
+
+async def test_the_broker_is_given_a_while_and_no_more(
+    ada, bob, app, broker, session_maker
+):
+    """The room hears of it, the answer stands, and nobody else waits for it."""
+
+    async def hang():
+        await anyio.sleep(3600)
+
+    app.state.joblib_settings.dispatch_timeout_seconds = 0.5
+    broker.before = hang
+    worker = (await bob.post("/workers")).json()["id"]
+    with anyio.fail_after(30):
+        task, *beats = await at_once(
+            submit(ada, ECHO), *(bob.patch(f"/workers/{worker}") for _ in range(3))
+        )
+    assert {beat.status_code for beat in beats} == {200}
+    failed = await read(ada, task)
+    assert (failed["status"], failed["error_type"]) == ("failed", "dispatch")
