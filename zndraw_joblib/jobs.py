@@ -207,11 +207,12 @@ async def delete_idle(
     list of FullName
         The jobs that went.
     """
-    # Locked first, judged by a second statement: only that one sees the links and
-    # tasks of whoever held the rows until now.
+    # Locked first, all of them, and judged by a second statement: only that one sees
+    # the links and tasks of whoever held the rows until now, and that the other of two
+    # workers that go at once took its link with it.
     locked = await session.scalars(
         select(Job.id)
-        .where(chosen, Job.deleted.is_(False), Job.room_id != INTERNAL_ROOM, ~_wanted())
+        .where(chosen, Job.deleted.is_(False), Job.room_id != INTERNAL_ROOM)
         .order_by(Job.id)
         .with_for_update()
     )
