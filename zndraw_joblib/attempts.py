@@ -53,6 +53,7 @@ from zndraw_joblib.models import (
     now,
     number,
     queued,
+    rechecked,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
 from zndraw_joblib.schemas import (
@@ -322,7 +323,7 @@ async def fail(
     """
     ended = await session.execute(
         update(Task)
-        .where(held(), chosen)
+        .where(rechecked(held()), chosen)
         .values(_failed(error, error_type, settings))
         .returning(*VIEW)
     )
@@ -335,7 +336,7 @@ async def lose(
     """End the attempts of workers that are gone."""
     return await fail(
         session,
-        Task.worker_id.in_(worker_ids),
+        and_(held(), Task.worker_id.in_(worker_ids)),
         settings,
         error=WORKER_LOST_ERROR,
         error_type=ErrorType.WORKER_LOST,

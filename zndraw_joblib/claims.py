@@ -16,7 +16,6 @@ from sqlalchemy import (
     case,
     cast,
     exists,
-    false,
     func,
     literal,
     select,
@@ -39,6 +38,7 @@ from zndraw_joblib.models import (
     now,
     number,
     queued,
+    rechecked,
 )
 from zndraw_joblib.names import FullName
 from zndraw_joblib.schemas import (
@@ -158,10 +158,7 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
 def _claiming(jobs: int, limit: int, keyed: bool) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
     head = _heads(jobs, limit).subquery()
-    # Still queued, once it is locked? Said in a way that does not imply the condition of
-    # the queue's index: with statistics from when the queue was empty, PostgreSQL would
-    # begin with that index, and read the heads again for each task in it.
-    still_queued = case((queued(), true()), else_=false())
+    still_queued = rechecked(queued())
     oldest = (
         select(Task.id)
         .join(head, head.c.id == Task.id)

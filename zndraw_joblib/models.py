@@ -21,8 +21,11 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
     and_,
+    case,
+    false,
     literal,
     literal_column,
+    true,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapped, mapped_column
@@ -325,6 +328,16 @@ def due() -> ColumnElement[bool]:
 def held(task: Any = Task) -> ColumnElement[bool]:
     """Return the condition under which a task is in somebody's hands."""
     return and_(task.status.in_(map(constant, sorted(HELD))))
+
+
+def rechecked(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Return ``condition`` in words that imply the condition of no partial index.
+
+    For an UPDATE of rows that a subquery found and locked. With statistics from when
+    few rows were like that, PostgreSQL would take them from the index, and run the
+    subquery for each of them.
+    """
+    return case((condition, true()), else_=false())
 
 
 def in_states(states: frozenset[TaskStatus]) -> ColumnElement[bool]:

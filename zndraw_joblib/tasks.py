@@ -109,7 +109,10 @@ def position(job_id: Any, order: Any, position_max: int) -> ColumnElement[int]:
     before = (
         select(literal_column("1"))
         .where(ahead.job_id == job_id, queued(ahead), ahead.queue_order < order)
-        .limit(number(position_max - 1))
+        # In the order of the queue, and up to a number that PostgreSQL can't know: else
+        # it would rather read a whole queue, if the jobs' queues are short on average.
+        .order_by(ahead.queue_order)
+        .limit(select(number(position_max - 1)).scalar_subquery())
         .correlate_except(ahead)
         .subquery()
     )
