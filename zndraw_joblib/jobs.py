@@ -218,14 +218,15 @@ async def delete_idle(
     )
     deleted = await session.execute(
         update(Job)
-        .where(Job.id.in_(locked.all()), ~_wanted())
+        .where(Job.id.in_(locked.all()), ~wanted())
         .values(deleted=True)
         .returning(Job.room_id, Job.category, Job.name)
     )
     return [FullName(*row) for row in deleted]
 
 
-def _wanted() -> ColumnElement[bool]:
+def wanted() -> ColumnElement[bool]:
+    """Return the condition under which a job is served, or a task waits for it."""
     return or_(
         exists().where(WorkerJobLink.job_id == Job.id),
         _first(Task.queue_order, queued()).is_not(None),

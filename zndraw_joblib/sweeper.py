@@ -6,7 +6,7 @@ from functools import partial
 from uuid import UUID
 
 import anyio
-from sqlalchemy import select, true
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, jobs, tasks, workers
@@ -249,7 +249,8 @@ async def cleanup_idle_jobs(
     """
     outbox = Outbox()
     async with session_maker() as session:
-        idle = await jobs.delete_idle(session, true())
+        # of all jobs only these are locked: submissions to others go on
+        idle = await jobs.delete_idle(session, ~jobs.wanted())
         await session.commit()
     outbox.jobs_changed({name.room for name in idle})
     await deliver(outbox, Exits(session_maker, settings or get_settings(), tsio))
