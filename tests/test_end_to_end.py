@@ -1,26 +1,32 @@
 """The example host, its browsers and its workers, each in a process of its own."""
 
-import os
 import re
-import secrets
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import anyio
 import host
 import httpx
 import pytest
-import socketio
 from conftest import User
 from fastapi import FastAPI
 from internal_jobs import EXTENSIONS, Composition
-from sqlalchemy import func, make_url, select, text
-from sqlalchemy.ext.asyncio import create_async_engine
+from processes import (
+    ADMIN,
+    DOCS,
+    HANG,
+    SECRET,
+    Host,
+    browsing,
+    fresh_database,
+    hosting,
+    read,
+    running,
+    submit,
+    until,
+    working,
+)
+from sqlalchemy import func, select
 from taskiq_redis import ListQueueBroker
 from zndraw_auth import User as UserRow
 
@@ -29,173 +35,13 @@ from zndraw_joblib import JobLibSettings, register_internal_tasks, request_hash
 # a host in a process of its own has a database of its own
 pytestmark = pytest.mark.makers("plain")
 
-HANG = 30
-DOCS = Path(host.__file__).parent
-WORKER = Path(__file__).parent / "end_to_end_worker.py"
 COMPOSITION = f"@internal:analysis:{Composition.__name__}"
-ADMIN = {"username": "admin@example.org", "password": secrets.token_urlsafe()}
-SECRET = {"ZNDRAW_AUTH_SECRET_KEY": secrets.token_urlsafe()}
-
-
-async def until(
-    done: Callable[[], Any], told: Callable[[], Any] = lambda: "in vain"
-) -> None:
-    with anyio.move_on_after(HANG):
-        while not done():
-            await anyio.sleep(0.01)
-    assert done(), told()
-
-
-class Process:
-    """A process, and what it has written so far."""
-
-    def __init__(self, popen: subprocess.Popen[bytes], log: Path) -> None:
-        self.popen = popen
-        self.written = log.read_text
-
-    async def writes(self, pattern: str) -> str:
-        """Return what it writes that is like ``pattern``."""
-        await until(
-            lambda: re.search(pattern, self.written()) or self.popen.poll() is not None,
-            self.written,
-        )
-        found = re.search(pattern, self.written())
-        assert found, self.written()
-        return found[0]
-
-    async def ends(self) -> int:
-        """Return its exit status."""
-        await until(lambda: self.popen.poll() is not None, self.written)
-        return self.popen.returncode
-
-
-def start(*command: Any, log: Path, **env: str) -> Process:
-    with log.open("wb") as output:
-        popen = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            # while this end is open, docs/tied.py lets it live
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **env},
-            start_new_session=True,
-        )
-    return Process(popen, log)
-
-
-@asynccontextmanager
-async def running(*command: Any, log: Path, **env: str) -> AsyncIterator[Process]:
-    """Run Python in a process; it ends with the block, and its children with it."""
-    process = start(*command, log=log, **env)
-    with process.popen:
-        try:
-            yield process
-        finally:
-            # also when it has ended: its children may not have
-            with suppress(ProcessLookupError):
-                os.killpg(process.popen.pid, signal.SIGKILL)
-
-
-class Host:
-    """A host in a process of its own, and a user of it."""
-
-    def __init__(self, process: Process, url: str, token: str) -> None:
-        self.process = process
-        self.url = url
-        self.token = token
-
-    def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=f"{self.url}/v1/joblib",
-            headers={"Authorization": f"Bearer {self.token}"},
-            timeout=HANG,
-        )
-
-
-@asynccontextmanager
-async def hosting(directory: Path, **env: str) -> AsyncIterator[Host]:
-    settings = {
-        "DATABASE_URL": f"sqlite+aiosqlite:///{directory / 'host.db'}",
-        "REDIS_URL": "",
-        "PORT": "0",
-        "ZNDRAW_AUTH_DEFAULT_ADMIN_EMAIL": ADMIN["username"],
-        "ZNDRAW_AUTH_DEFAULT_ADMIN_PASSWORD": ADMIN["password"],
-        "ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "3",
-        "ZNDRAW_JOBLIB_SWEEPER_INTERVAL_SECONDS": "0.2",
-        **SECRET,
-        **env,
-    }
-    script = (DOCS / "tied.py", DOCS / "host.py")
-    async with running(*script, log=directory / "host.log", **settings) as process:
-        url = await process.writes(r"http://127\S+")
-        async with httpx.AsyncClient(base_url=url) as http:
-            answer = await http.post("/auth/jwt/login", data=ADMIN)
-        yield Host(process, url, answer.raise_for_status().json()["access_token"])
-        process.popen.terminate()
-        # uvicorn shuts down, and then ends as the signal says
-        assert await process.ends() == -signal.SIGTERM
-        assert "Application shutdown complete" in process.written()
-        assert "Exception in ASGI" not in process.written(), process.written()
 
 
 @pytest.fixture(scope="module")
 async def hosted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Host]:
     async with hosting(tmp_path_factory.mktemp("host")) as host:
         yield host
-
-
-@asynccontextmanager
-async def working(
-    url: str, token: str, room: str, log: Path, *options: str
-) -> AsyncIterator[Process]:
-    """Run a worker; it serves the room when the block begins."""
-    script = (DOCS / "tied.py", WORKER)
-    async with running(*script, url, token, room, *options, log=log) as process:
-        await process.writes("ready")
-        yield process
-
-
-class Browser:
-    """What a browser hears, in order."""
-
-    def __init__(self, tsio: socketio.AsyncClient) -> None:
-        self.join = tsio.call
-        self.heard: list[tuple[str, dict[str, Any]]] = []
-        tsio.on("*", lambda event, data: self.heard.append((event, data)))
-
-    async def hears(self, *names: str) -> list[dict[str, Any]]:
-        """Return what it has heard since the last time: exactly these events.
-
-        Of a `task_status_event` the status is named.
-        """
-        await until(lambda: len(self.heard) >= len(names), lambda: self.heard)
-        assert [data.get("status", event) for event, data in self.heard] == [*names]
-        events = [data for _, data in self.heard]
-        self.heard.clear()
-        return events
-
-
-@asynccontextmanager
-async def browsing(host: Host, room: str) -> AsyncIterator[Browser]:
-    tsio = socketio.AsyncClient()
-    browser = Browser(tsio)
-    await tsio.connect(host.url, auth={"token": host.token})
-    try:
-        await browser.join("join_room", {"room_id": room})
-        yield browser
-    finally:
-        await tsio.disconnect()
-
-
-async def submit(http: httpx.AsyncClient, room: str, job: str, **payload: Any) -> str:
-    answer = await http.post(f"/rooms/{room}/tasks/{job}", json={"payload": payload})
-    assert answer.status_code == 202, answer.text
-    return answer.json()["id"]
-
-
-async def read(http: httpx.AsyncClient, path: str, **headers: str) -> Any:
-    answer = await http.get(path, headers=headers)
-    return answer.raise_for_status().json()
 
 
 async def offered(http: httpx.AsyncClient, room: str) -> list[str]:
@@ -383,11 +229,6 @@ async def test_what_is_delivered_twice_through_redis_runs_once(
 async def test_replicas_may_start_together_on_an_empty_database(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ):
-    engine = create_async_engine(postgres_url, isolation_level="AUTOCOMMIT")
-    async with engine.connect() as connection:
-        await connection.execute(text("CREATE DATABASE fresh"))
-    fresh = make_url(postgres_url).set(database="fresh")
-    monkeypatch.setenv("DATABASE_URL", fresh.render_as_string(hide_password=False))
     monkeypatch.setenv("ZNDRAW_AUTH_DEFAULT_ADMIN_EMAIL", ADMIN["username"])
     monkeypatch.setenv("ZNDRAW_AUTH_DEFAULT_ADMIN_PASSWORD", ADMIN["password"])
     users = []
@@ -399,10 +240,9 @@ async def test_replicas_may_start_together_on_an_empty_database(
                 await session.scalar(select(func.count()).select_from(UserRow))
             )
 
-    async with anyio.create_task_group() as tasks:
-        for _ in range(4):
-            tasks.start_soon(replica)
-    assert users == [2] * 4
-    async with engine.connect() as connection:
-        await connection.execute(text("DROP DATABASE fresh"))
-    await engine.dispose()
+    async with fresh_database(postgres_url, "fresh") as fresh:
+        monkeypatch.setenv("DATABASE_URL", fresh)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(replica)
+        assert users == [2] * 4
