@@ -22,7 +22,7 @@ FLOORS = [
     ["names", "lifecycle", "settings", "exceptions"],
     ["schemas", "payloads", "extension", "provider"],
     ["events", "waiting", "results"],
-    ["models", "paging"],
+    ["models", "paging", "migration"],
     ["workers", "jobs", "tasks", "attempts", "claims", "providers"],
     ["delivery", "relay", "registry", "sweeper"],
     ["dependencies", "door"],

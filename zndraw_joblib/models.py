@@ -1,4 +1,10 @@
-"""Tables, constraints, indexes, and the predicates that statements are made of."""
+"""Tables, constraints, indexes, and the predicates that statements are made of.
+
+Every constraint and index has a name of its own, whatever convention the host's metadata
+has: ``uq_``, ``ck_`` or ``ix_`` with the table and what it is about; foreign keys as
+PostgreSQL would name them. A change to a column, a constraint or an index is a change to
+:mod:`zndraw_joblib.migration` too.
+"""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -29,6 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.schema import conv
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from uuid_utils.compat import uuid7
@@ -135,8 +142,8 @@ class Job(Base):
 
     __tablename__ = "job"
     __table_args__ = (
-        UniqueConstraint("room_id", "category", "name", name="unique_job"),
-        CheckConstraint("max_attempts >= 1", name="ck_job_max_attempts"),
+        UniqueConstraint("room_id", "category", "name", name="uq_job_full_name"),
+        CheckConstraint("max_attempts >= 1", name=conv("ck_job_max_attempts")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
@@ -163,7 +170,9 @@ class Worker(Base):
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
-    user_id: Mapped[UUID] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
+    user_id: Mapped[UUID] = mapped_column(
+        ForeignKey("user.id", name="worker_user_id_fkey", ondelete="CASCADE")
+    )
     last_heartbeat: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     state: Mapped[str] = mapped_column(String(16), default=WorkerState.ACTIVE.value)
@@ -176,10 +185,14 @@ class WorkerJobLink(Base):
     __table_args__ = (Index("ix_worker_job_link_job_id", "job_id"),)
 
     worker_id: Mapped[UUID] = mapped_column(
-        ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True
+        ForeignKey(
+            "worker.id", name="worker_job_link_worker_id_fkey", ondelete="CASCADE"
+        ),
+        primary_key=True,
     )
     job_id: Mapped[UUID] = mapped_column(
-        ForeignKey("job.id", ondelete="CASCADE"), primary_key=True
+        ForeignKey("job.id", name="worker_job_link_job_id_fkey", ondelete="CASCADE"),
+        primary_key=True,
     )
 
 
@@ -188,7 +201,7 @@ class ProviderRecord(Base):
 
     __tablename__ = "provider"
     __table_args__ = (
-        UniqueConstraint("room_id", "category", "name", name="unique_provider"),
+        UniqueConstraint("room_id", "category", "name", name="uq_provider_full_name"),
         Index("ix_provider_worker_id", "worker_id"),
         Index("ix_provider_created_at", "created_at", "id"),
     )
@@ -199,9 +212,11 @@ class ProviderRecord(Base):
     name: Mapped[str]
     schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON)
     content_type: Mapped[str] = mapped_column(default="application/json")
-    user_id: Mapped[UUID] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
+    user_id: Mapped[UUID] = mapped_column(
+        ForeignKey("user.id", name="provider_user_id_fkey", ondelete="CASCADE")
+    )
     worker_id: Mapped[UUID | None] = mapped_column(
-        ForeignKey("worker.id", ondelete="CASCADE")
+        ForeignKey("worker.id", name="provider_worker_id_fkey", ondelete="CASCADE")
     )
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
 
@@ -239,31 +254,33 @@ class Task(Base):
         CheckConstraint(
             "(status IN ('COMPLETED', 'FAILED', 'CANCELLED'))"
             " = (completed_at IS NOT NULL)",
-            name="ck_task_completed_at",
+            name=conv("ck_task_completed_at"),
         ),
         CheckConstraint(
-            "status <> 'RUNNING' OR started_at IS NOT NULL", name="ck_task_started_at"
+            "status <> 'RUNNING' OR started_at IS NOT NULL",
+            name=conv("ck_task_started_at"),
         ),
         CheckConstraint(
-            "status <> 'PENDING' OR worker_id IS NULL", name="ck_task_worker_id"
+            "status <> 'PENDING' OR worker_id IS NULL", name=conv("ck_task_worker_id")
         ),
         CheckConstraint(
-            "status = 'PENDING' OR available_at IS NULL", name="ck_task_available_at"
+            "status = 'PENDING' OR available_at IS NULL",
+            name=conv("ck_task_available_at"),
         ),
         CheckConstraint(
             "status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL",
-            name="ck_task_deadline_at",
+            name=conv("ck_task_deadline_at"),
         ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
-    job_id: Mapped[UUID] = mapped_column(ForeignKey("job.id"))
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("job.id", name="task_job_id_fkey"))
     job_name: Mapped[str]
     worker_id: Mapped[UUID | None]
     holder_id: Mapped[UUID | None]
     room_id: Mapped[str]
     created_by_id: Mapped[UUID | None] = mapped_column(
-        ForeignKey("user.id", ondelete="SET NULL")
+        ForeignKey("user.id", name="task_created_by_id_fkey", ondelete="SET NULL")
     )
     payload: Mapped[dict[str, Any]] = mapped_column(JSON)
     status: Mapped[TaskStatus] = mapped_column(
