@@ -23,6 +23,9 @@
 `postgres_url`     URL of a private PostgreSQL with the tables made, under any maker
 =================  =================================================================
 
+Whatever these clients are answered has to be as the OpenAPI document says (see
+``documented.py``).
+
 Coroutine tests need no mark (`anyio_mode = "auto"`). A test that uses no `session_maker`,
 directly or through another fixture, says nothing of makers and runs under `plain` alone;
 `@pytest.mark.makers("postgres")` restricts a test to the makers that it names. Sessions and
@@ -36,6 +39,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
+import documented
 import host
 import httpx
 import jwt
@@ -262,7 +266,9 @@ class User(httpx.AsyncClient):
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client without a token."""
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app), base_url=f"http://host{PREFIX}"
+        transport=httpx.ASGITransport(app),
+        base_url=f"http://host{PREFIX}",
+        event_hooks={"response": [documented.check]},
     ) as client:
         yield client
 
@@ -276,6 +282,7 @@ async def log_in(client: httpx.AsyncClient, app: FastAPI, email: str) -> User:
         transport=httpx.ASGITransport(app),
         base_url=f"http://host{PREFIX}",
         headers={"Authorization": f"Bearer {token}"},
+        event_hooks={"response": [documented.check]},
     )
     claims = jwt.decode(token, options={"verify_signature": False})
     user.id, user.email, user.token = UUID(claims["sub"]), email, token

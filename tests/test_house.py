@@ -25,7 +25,7 @@ FLOORS = [
     ["models", "paging", "migration"],
     ["workers", "jobs", "tasks", "attempts", "claims", "providers"],
     ["delivery", "relay", "registry", "sweeper"],
-    ["dependencies", "door"],
+    ["dependencies", "door", "openapi"],
     ["routes"],
 ]
 #: the worker's side, beside the house: it stands on the floors 0 to 2

@@ -55,6 +55,8 @@ class Problem:
     title: ClassVar[str]
     status: ClassVar[int]
     client_error: ClassVar[type[Exception]] = ValueError
+    #: Names of the headers that it may carry.
+    headers: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def problem_id(cls) -> str:
@@ -130,6 +132,7 @@ class Unauthorized(Problem):
 
     title = "Unauthorized"
     status = 401
+    headers = ("WWW-Authenticate",)
     client_error = PermissionError
 
 
@@ -202,7 +205,7 @@ class PayloadTooLarge(Problem):
 
 
 class InvalidRequest(Problem):
-    """The request does not have the documented shape; ``errors`` says where."""
+    """The request does not have the documented shape; `errors` says where."""
 
     title = "Unprocessable Content"
     status = 422
@@ -216,7 +219,7 @@ class InvalidSchema(Problem):
 
 
 class InvalidPayload(Problem):
-    """The payload does not fit the job's schema; ``errors`` says where."""
+    """The payload does not fit the job's schema; `errors` says where."""
 
     title = "Unprocessable Content"
     status = 422
@@ -248,6 +251,7 @@ class ServiceUnavailable(Problem):
 
     title = "Service Unavailable"
     status = 503
+    headers = ("Retry-After",)
     client_error = ConnectionError
 
 
@@ -256,6 +260,7 @@ class ProviderTimeout(Problem):
 
     title = "Gateway Timeout"
     status = 504
+    headers = ("Retry-After",)
     client_error = ProviderTimeoutError
 
 

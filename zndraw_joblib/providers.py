@@ -17,7 +17,7 @@ from zndraw_joblib.models import ProviderRecord, visible_from
 from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
-from zndraw_joblib.workers import Caller
+from zndraw_joblib.workers import Caller, RoomAccess
 
 _VIEW = (
     ProviderRecord.id,
@@ -161,14 +161,15 @@ async def list_visible(
 
 
 async def owned(
-    session: AsyncSession, provider_id: UUID, caller: Caller
+    session: AsyncSession, provider_id: UUID, caller: Caller, may_enter: RoomAccess
 ) -> ProviderResponse:
     """Return a provider that the caller may serve.
 
     Raises
     ------
     ProblemException
-        ``provider-not-found``, or ``forbidden`` for another user's.
+        ``provider-not-found``, also where its room is closed to the caller;
+        ``forbidden`` for another user's.
     """
     found = await session.execute(
         select(*_VIEW, _owned(caller).label("owned")).where(
@@ -176,32 +177,33 @@ async def owned(
         )
     )
     row = found.one_or_none()
-    if row is None:
+    if row is None or not await may_enter(session, caller, row.room_id):
         raise ProviderNotFound.exception(f"there is no provider {provider_id}")
     if not row.owned:
         raise Forbidden.exception(f"provider {provider_id} belongs to another user")
     return _view(row)
 
 
-async def remove(session: AsyncSession, provider_id: UUID, caller: Caller) -> FullName:
+async def remove(
+    session: AsyncSession, provider_id: UUID, caller: Caller, may_enter: RoomAccess
+) -> FullName:
     """Delete a provider and return its name.
 
     Raises
     ------
     ProblemException
-        ``provider-not-found``, or ``forbidden`` for another user's and the server's.
+        ``provider-not-found``, also where its room is closed to the caller;
+        ``forbidden`` for another user's and the server's.
     """
+    provider = await owned(session, provider_id, caller, may_enter)
+    if provider.room_id == INTERNAL_ROOM:
+        raise Forbidden.exception("the server's own providers stay")
     removed = await session.execute(
         delete(ProviderRecord)
-        .where(
-            ProviderRecord.id == provider_id,
-            ProviderRecord.room_id != INTERNAL_ROOM,
-            _owned(caller),
-        )
+        .where(ProviderRecord.id == provider_id, _owned(caller))
         .returning(*_NAME)
     )
     row = removed.one_or_none()
     if row is None:
-        await owned(session, provider_id, caller)
-        raise Forbidden.exception("the server's own providers stay")
+        raise ProviderNotFound.exception(f"there is no provider {provider_id}")
     return FullName(*row)

@@ -44,13 +44,40 @@ from zndraw_joblib.door import Door
 from zndraw_joblib.events import Dispatch, job_key, task_key, worker_key
 from zndraw_joblib.exceptions import (
     Forbidden,
+    IdempotencyKeyReused,
     InternalJobNotConfigured,
+    InternalProviderNotConfigured,
     InvalidCategory,
+    InvalidPayload,
     InvalidRequest,
+    InvalidSchema,
+    InvalidTaskTransition,
+    JobNotFound,
+    LeaseLost,
+    PayloadTooLarge,
+    ProviderExecutionFailed,
     ProviderNotFound,
+    ProviderTimeout,
+    SchemaConflict,
+    TaskNotFound,
+    WorkerNotFound,
 )
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.names import GLOBAL_ROOM, INTERNAL_ROOM, SPECIAL_ROOMS, FullName
+from zndraw_joblib.openapi import (
+    ANY_QUERY,
+    ANYTHING,
+    BODY,
+    CLAIM_LINKS,
+    JOB_LINKS,
+    PAGE,
+    PROVIDER_LINKS,
+    ROOM,
+    TASK_LINKS,
+    WORKER_LINKS,
+    answer,
+    problems,
+)
 from zndraw_joblib.schemas import (
     HeartbeatResponse,
     JobPolicy,
@@ -79,13 +106,18 @@ router = APIRouter(
     tags=["joblib"],
     route_class=Door,
     dependencies=[Depends(outbox)],
+    responses=problems(),
 )
 
 
 # --- workers ---
 
 
-@router.post("/workers", status_code=status.HTTP_201_CREATED)
+@router.post(
+    "/workers",
+    status_code=status.HTTP_201_CREATED,
+    responses=answer(201, links=WORKER_LINKS),
+)
 async def create_worker(caller: CurrentCaller, session: SessionDep) -> WorkerResponse:
     """Make a worker that belongs to the caller."""
     row = await workers.create(session, caller.id)
@@ -93,7 +125,7 @@ async def create_worker(caller: CurrentCaller, session: SessionDep) -> WorkerRes
     return WorkerResponse(**row._mapping)
 
 
-@router.get("/workers")
+@router.get("/workers", responses=PAGE)
 async def list_workers(
     caller: CurrentCaller,
     session: SessionDep,
@@ -105,7 +137,9 @@ async def list_workers(
     return pager.show(listing, items)
 
 
-@router.patch("/workers/{worker_id}")
+@router.patch(
+    "/workers/{worker_id}", responses=problems(*BODY, WorkerNotFound, Forbidden)
+)
 async def heartbeat(
     worker_id: UUID,
     caller: CurrentCaller,
@@ -133,7 +167,12 @@ async def heartbeat(
     )
 
 
-@router.delete("/workers/{worker_id}", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete(
+    "/workers/{worker_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    response_class=Response,
+    responses=problems(WorkerNotFound, Forbidden),
+)
 async def delete_worker(
     worker_id: UUID,
     caller: CurrentCaller,
@@ -147,7 +186,7 @@ async def delete_worker(
     await session.commit()
 
 
-@router.get("/rooms/{room_id}/workers")
+@router.get("/rooms/{room_id}/workers", responses=PAGE | problems(*ROOM))
 async def list_room_workers(
     room: ReadableRoom,
     session: SessionDep,
@@ -165,7 +204,13 @@ async def list_room_workers(
 @router.put(
     "/rooms/{room_id}/jobs",
     status_code=status.HTTP_201_CREATED,
-    responses={200: {"model": JobResponse, "description": "It was there already"}},
+    responses=answer(201, links=JOB_LINKS)
+    | answer(
+        200, model=JobResponse, description="It was there already", links=JOB_LINKS
+    )
+    | problems(
+        *ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound, SchemaConflict
+    ),
 )
 async def register_job(
     room: WritableRoom,
@@ -201,7 +246,7 @@ async def register_job(
     return job
 
 
-@router.get("/rooms/{room_id}/jobs")
+@router.get("/rooms/{room_id}/jobs", responses=PAGE | problems(*ROOM))
 async def list_jobs(
     room: ReadableRoom,
     session: SessionDep,
@@ -215,7 +260,10 @@ async def list_jobs(
     return pager.show(listing, items)
 
 
-@router.get("/rooms/{room_id}/jobs/{job_name:path}/tasks")
+@router.get(
+    "/rooms/{room_id}/jobs/{job_name:path}/tasks",
+    responses=PAGE | problems(*ROOM, JobNotFound),
+)
 async def list_job_tasks(
     room: ReadableRoom,
     job_name: str,
@@ -234,7 +282,9 @@ async def list_job_tasks(
     return pager.show(listing, items)
 
 
-@router.get("/rooms/{room_id}/jobs/{job_name:path}")
+@router.get(
+    "/rooms/{room_id}/jobs/{job_name:path}", responses=problems(*ROOM, JobNotFound)
+)
 async def read_job(
     room: ReadableRoom, job_name: str, session: SessionDep, settings: Settings
 ) -> JobResponse:
@@ -248,7 +298,17 @@ async def read_job(
 
 
 @router.post(
-    "/rooms/{room_id}/tasks/{job_name:path}", status_code=status.HTTP_202_ACCEPTED
+    "/rooms/{room_id}/tasks/{job_name:path}",
+    status_code=status.HTTP_202_ACCEPTED,
+    responses=answer(202, "Location", "Retry-After", links=TASK_LINKS)
+    | problems(
+        *ROOM,
+        *BODY,
+        JobNotFound,
+        InvalidPayload,
+        IdempotencyKeyReused,
+        InternalJobNotConfigured,
+    ),
 )
 async def submit_task(
     room: WritableRoom,
@@ -298,7 +358,7 @@ async def submit_task(
     return task
 
 
-@router.get("/rooms/{room_id}/tasks")
+@router.get("/rooms/{room_id}/tasks", responses=PAGE | problems(*ROOM))
 async def list_room_tasks(
     room: ReadableRoom,
     session: SessionDep,
@@ -313,7 +373,11 @@ async def list_room_tasks(
     return pager.show(listing, items)
 
 
-@router.post("/tasks/claim")
+@router.post(
+    "/tasks/claim",
+    responses=answer(200, "Preference-Applied", links=CLAIM_LINKS)
+    | problems(*BODY, WorkerNotFound, Forbidden),
+)
 async def claim_tasks(
     body: TaskClaimRequest,
     caller: WaitingCaller,
@@ -370,7 +434,10 @@ def _applied(wait: float | None, response: Response) -> float:
     return wait
 
 
-@router.get("/tasks/{task_id}")
+@router.get(
+    "/tasks/{task_id}",
+    responses=answer(200, "Preference-Applied") | problems(TaskNotFound),
+)
 async def read_task(
     task_id: UUID,
     caller: WaitingCaller,
@@ -393,7 +460,11 @@ async def read_task(
             await waiter.wait(min(left, settings.recheck_seconds))
 
 
-@router.patch("/tasks/{task_id}")
+@router.patch(
+    "/tasks/{task_id}",
+    responses=answer(200, links=TASK_LINKS)
+    | problems(*BODY, TaskNotFound, Forbidden, InvalidTaskTransition, LeaseLost),
+)
 async def report_task(
     task_id: UUID,
     body: TaskUpdateRequest,
@@ -414,7 +485,18 @@ async def report_task(
     return reported.task
 
 
-@router.post("/tasks/{task_id}/retry", status_code=status.HTTP_202_ACCEPTED)
+@router.post(
+    "/tasks/{task_id}/retry",
+    status_code=status.HTTP_202_ACCEPTED,
+    responses=answer(202, "Location", links=TASK_LINKS)
+    | problems(
+        TaskNotFound,
+        JobNotFound,
+        Forbidden,
+        InvalidTaskTransition,
+        InternalJobNotConfigured,
+    ),
+)
 async def retry_task(
     task_id: UUID,
     caller: CurrentCaller,
@@ -446,7 +528,11 @@ async def retry_task(
 @router.put(
     "/rooms/{room_id}/providers",
     status_code=status.HTTP_201_CREATED,
-    responses={200: {"model": ProviderResponse, "description": "It was replaced"}},
+    responses=answer(201, links=PROVIDER_LINKS)
+    | answer(
+        200, model=ProviderResponse, description="It was replaced", links=PROVIDER_LINKS
+    )
+    | problems(*ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound),
 )
 async def register_provider(
     room: WritableRoom,
@@ -484,7 +570,7 @@ async def register_provider(
     return provider
 
 
-@router.get("/rooms/{room_id}/providers")
+@router.get("/rooms/{room_id}/providers", responses=PAGE | problems(*ROOM))
 async def list_providers(
     room: ReadableRoom,
     session: SessionDep,
@@ -495,7 +581,10 @@ async def list_providers(
     return pager.show(listing, items)
 
 
-@router.get("/rooms/{room_id}/providers/{provider_name:path}/info")
+@router.get(
+    "/rooms/{room_id}/providers/{provider_name:path}/info",
+    responses=problems(*ROOM, ProviderNotFound),
+)
 async def read_provider_info(
     room: ReadableRoom, provider_name: str, session: SessionDep
 ) -> ProviderResponse:
@@ -503,7 +592,19 @@ async def read_provider_info(
     return await providers.read(session, room, provider_name)
 
 
-@router.get("/rooms/{room_id}/providers/{provider_name:path}")
+@router.get(
+    "/rooms/{room_id}/providers/{provider_name:path}",
+    responses=answer(200, "Preference-Applied", content=ANYTHING)
+    | problems(
+        *ROOM,
+        ProviderNotFound,
+        ProviderTimeout,
+        InternalProviderNotConfigured,
+        ProviderExecutionFailed,
+        handed_on=True,
+    ),
+    openapi_extra={"parameters": [ANY_QUERY]},
+)
 async def read_provider(
     room_id: str,
     provider_name: str,
@@ -547,7 +648,13 @@ async def read_provider(
     return StreamingResponse(relay.pieces(data), headers=headers)
 
 
-@router.post("/providers/{provider_id}/results", status_code=status.HTTP_204_NO_CONTENT)
+@router.post(
+    "/providers/{provider_id}/results",
+    status_code=status.HTTP_204_NO_CONTENT,
+    response_class=Response,
+    responses=problems(ProviderNotFound, Forbidden, PayloadTooLarge),
+    openapi_extra={"requestBody": {"content": ANYTHING}},
+)
 async def upload_result(
     provider_id: UUID,
     caller: WaitingCaller,
@@ -564,10 +671,7 @@ async def upload_result(
 
     async def look() -> ProviderResponse:
         async with session_maker() as session:
-            provider = await providers.owned(session, provider_id, caller)
-            if not await may_enter(session, caller, provider.room_id):
-                raise ProviderNotFound.exception(f"there is no provider {provider_id}")
-            return provider
+            return await providers.owned(session, provider_id, caller, may_enter)
 
     await look()
     failed = x_result_status == "error"
@@ -582,7 +686,12 @@ async def upload_result(
         outbox.result_ready(provider.full_name, digest, provider.room_id)
 
 
-@router.delete("/providers/{provider_id}", status_code=status.HTTP_204_NO_CONTENT)
+@router.delete(
+    "/providers/{provider_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    response_class=Response,
+    responses=problems(ProviderNotFound, Forbidden),
+)
 async def delete_provider(
     provider_id: UUID,
     caller: CurrentCaller,
@@ -591,8 +700,6 @@ async def delete_provider(
     outbox: OutboxDep,
 ) -> None:
     """Withdraw a provider."""
-    name = await providers.remove(session, provider_id, caller)
-    if not await may_enter(session, caller, name.room):
-        raise ProviderNotFound.exception(f"there is no provider {provider_id}")
+    name = await providers.remove(session, provider_id, caller, may_enter)
     await session.commit()
     outbox.providers_gone([name])

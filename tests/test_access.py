@@ -1,0 +1,228 @@
+"""Who may do what: the table of docs/access.md, walked against the routes themselves."""
+
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import documented
+import httpx
+import pytest
+from conftest import PREFIX
+from fastapi import FastAPI
+from sqlalchemy import update
+from steps import execute, move, offer, submit
+from zndraw_auth import User as UserRow
+
+from zndraw_joblib import get_room_access, request_hash
+from zndraw_joblib.workers import RoomAccess
+
+pytestmark = pytest.mark.makers("plain", "postgres")
+
+PAGE = Path(__file__).parent.parent / "docs" / "access.md"
+UPLOAD = {"X-Request-Hash": request_hash({})}
+
+Row = tuple[str, str]
+#: What each row of the table says: a status code for each role.
+Table = dict[Row, dict[str, int]]
+
+
+def read_table(page: str) -> Table:
+    lines = re.findall(r"^\|(.*)\|$", page, re.MULTILINE)
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    table = {
+        (route.strip("`"), what): dict(zip(head[2:], map(int, cells), strict=True))
+        for route, what, *cells in rows
+    }
+    assert len(table) == len(rows), "a row stands twice"
+    return table
+
+
+DOCUMENTED = read_table(PAGE.read_text())
+
+
+class Scene:
+    """A private room with a worker, its job, a task of that job, and a provider."""
+
+    def __init__(self, room: str, users: dict[str, Any]) -> None:
+        self.room = room
+        self.owner, self.submitter = users["owner"], users["submitter"]
+        self.job = f"{room}:modifiers:Rotate"
+        self.files = {"category": "files", "name": "files", "schema": {}}
+        self.provider = f"{room}:files:files"
+
+    async def set_up(self) -> None:
+        self.worker = await offer(self.owner, room=self.room)
+        self.task = await submit(self.submitter, self.job, self.room)
+        offered = await self.owner.put(f"/rooms/{self.room}/providers", json=self.files)
+        self.provider_id = offered.json()["id"]
+        await self.upload(self.owner)
+
+    async def upload(self, user: httpx.AsyncClient) -> httpx.Response:
+        results = f"/providers/{self.provider_id}/results"
+        return await user.post(results, content=b"{}", headers=UPLOAD)
+
+    async def offer(
+        self, user: httpx.AsyncClient, noun: str, room: str = "", **fields: Any
+    ) -> httpx.Response:
+        body = {"category": "modifiers", "name": uuid4().hex, "schema": {}, **fields}
+        return await user.put(f"/rooms/{room or self.room}/{noun}", json=body)
+
+    async def report(
+        self, user: httpx.AsyncClient, before: str, status: str
+    ) -> httpx.Response:
+        await self.bring_to(before)
+        return await user.patch(f"/tasks/{self.task['id']}", json={"status": status})
+
+    async def retry(self, user: httpx.AsyncClient) -> httpx.Response:
+        await self.bring_to("failed")
+        return await user.post(f"/tasks/{self.task['id']}/retry")
+
+    async def bring_to(self, status: str) -> None:
+        if self.task["status"] != status:
+            self.task = await move(self.owner, self.worker, self.task, status)
+
+
+#: How a row is asked: a request that succeeds where it may.
+ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]] = {
+    ("POST /workers", ""): lambda s, u: u.post("/workers"),
+    ("GET /workers", ""): lambda s, u: u.get("/workers"),
+    ("PATCH /workers/{worker_id}", "heartbeat"): lambda s, u: u.patch(
+        f"/workers/{s.worker}"
+    ),
+    ("PATCH /workers/{worker_id}", "state"): lambda s, u: u.patch(
+        f"/workers/{s.worker}", json={"state": "draining"}
+    ),
+    ("DELETE /workers/{worker_id}", ""): lambda s, u: u.delete(f"/workers/{s.worker}"),
+    ("GET /rooms/{room_id}/workers", ""): lambda s, u: u.get(
+        f"/rooms/{s.room}/workers"
+    ),
+    ("PUT /rooms/{room_id}/jobs", ""): lambda s, u: s.offer(u, "jobs"),
+    ("PUT /rooms/{room_id}/jobs", "in `@global`"): lambda s, u: s.offer(
+        u, "jobs", "@global"
+    ),
+    ("PUT /rooms/{room_id}/jobs", "in `@internal`"): lambda s, u: s.offer(
+        u, "jobs", "@internal"
+    ),
+    ("PUT /rooms/{room_id}/jobs", "with the owner's worker"): lambda s, u: s.offer(
+        u, "jobs", worker_id=s.worker
+    ),
+    ("GET /rooms/{room_id}/jobs", ""): lambda s, u: u.get(f"/rooms/{s.room}/jobs"),
+    ("GET /rooms/{room_id}/jobs", "of `@global`"): lambda s, u: u.get(
+        "/rooms/@global/jobs"
+    ),
+    ("GET /rooms/{room_id}/jobs/{job_name}", ""): lambda s, u: u.get(
+        f"/rooms/{s.room}/jobs/{s.job}"
+    ),
+    ("GET /rooms/{room_id}/jobs/{job_name}", "from another room"): lambda s, u: u.get(
+        f"/rooms/open/jobs/{s.job}"
+    ),
+    ("GET /rooms/{room_id}/jobs/{job_name}/tasks", ""): lambda s, u: u.get(
+        f"/rooms/{s.room}/jobs/{s.job}/tasks"
+    ),
+    ("POST /rooms/{room_id}/tasks/{job_name}", ""): lambda s, u: u.post(
+        f"/rooms/{s.room}/tasks/{s.job}", json={}
+    ),
+    ("POST /rooms/{room_id}/tasks/{job_name}", "from another room"): lambda s, u: (
+        u.post(f"/rooms/open/tasks/{s.job}", json={})
+    ),
+    ("GET /rooms/{room_id}/tasks", ""): lambda s, u: u.get(f"/rooms/{s.room}/tasks"),
+    ("POST /tasks/claim", ""): lambda s, u: u.post(
+        "/tasks/claim", json={"worker_id": s.worker}
+    ),
+    ("GET /tasks/{task_id}", ""): lambda s, u: u.get(f"/tasks/{s.task['id']}"),
+    ("PATCH /tasks/{task_id}", "`running`"): lambda s, u: s.report(
+        u, "claimed", "running"
+    ),
+    ("PATCH /tasks/{task_id}", "`completed`"): lambda s, u: s.report(
+        u, "running", "completed"
+    ),
+    ("PATCH /tasks/{task_id}", "`failed`"): lambda s, u: s.report(
+        u, "running", "failed"
+    ),
+    ("PATCH /tasks/{task_id}", "`cancelled`"): lambda s, u: s.report(
+        u, "running", "cancelled"
+    ),
+    ("POST /tasks/{task_id}/retry", ""): lambda s, u: s.retry(u),
+    ("PUT /rooms/{room_id}/providers", ""): lambda s, u: s.offer(u, "providers"),
+    ("PUT /rooms/{room_id}/providers", "in the owner's place"): lambda s, u: s.offer(
+        u, "providers", **s.files
+    ),
+    ("PUT /rooms/{room_id}/providers", "in `@global`"): lambda s, u: s.offer(
+        u, "providers", "@global"
+    ),
+    ("PUT /rooms/{room_id}/providers", "in `@internal`"): lambda s, u: s.offer(
+        u, "providers", "@internal"
+    ),
+    ("GET /rooms/{room_id}/providers", ""): lambda s, u: u.get(
+        f"/rooms/{s.room}/providers"
+    ),
+    ("GET /rooms/{room_id}/providers/{provider_name}/info", ""): lambda s, u: u.get(
+        f"/rooms/{s.room}/providers/{s.provider}/info"
+    ),
+    ("GET /rooms/{room_id}/providers/{provider_name}", ""): lambda s, u: u.get(
+        f"/rooms/{s.room}/providers/{s.provider}"
+    ),
+    (
+        "GET /rooms/{room_id}/providers/{provider_name}",
+        "from another room",
+    ): lambda s, u: u.get(f"/rooms/open/providers/{s.provider}"),
+    ("POST /providers/{provider_id}/results", ""): lambda s, u: s.upload(u),
+    ("DELETE /providers/{provider_id}", ""): lambda s, u: u.delete(
+        f"/providers/{s.provider_id}"
+    ),
+}
+
+
+def test_each_route_has_a_row_and_each_row_a_route():
+    routes = {
+        f"{method.upper()} {path.removeprefix(PREFIX)}"
+        for path, operations in documented.document()["paths"].items()
+        for method in operations
+    }
+    assert {route for route, _ in DOCUMENTED} == routes
+    assert DOCUMENTED.keys() == ASKED.keys()
+
+
+@pytest.fixture
+async def users(app: FastAPI, client, admin, register, session_maker) -> dict[str, Any]:
+    """Return the roles of the table, and close all rooms but `open` to strangers."""
+    users = {"anonymous": client, "inactive": await register("inactive")}
+    for role in ("stranger", "member", "submitter", "owner"):
+        users[role] = await register(role)
+    users["superuser"] = admin
+    inactive = UserRow.id == users["inactive"].id
+    await execute(
+        session_maker, update(UserRow).where(inactive).values(is_active=False)
+    )
+    members = {users[role].id for role in ("member", "submitter", "owner")}
+
+    async def may_enter(session: Any, caller: Any, room_id: str) -> bool:
+        public = room_id in ("open", "@global", "@internal")
+        return public or caller.is_superuser or caller.id in members
+
+    async def room_access() -> RoomAccess:
+        return may_enter
+
+    app.dependency_overrides[get_room_access] = room_access
+    return users
+
+
+async def test_the_table_is_what_the_routes_answer(users):
+    observed: Table = {}
+    scenes = 0
+    scene = None
+    for row, ask in ASKED.items():
+        observed[row] = {}
+        for role, user in users.items():
+            if scene is None:
+                scene = Scene(f"room{scenes}", users)
+                await scene.set_up()
+                scenes += 1
+            answer = await ask(scene, user)
+            observed[row][role] = answer.status_code
+            if answer.is_success and answer.request.method != "GET":
+                # it may have changed
+                scene = None
+    assert observed == DOCUMENTED
