@@ -5,6 +5,8 @@ One test under one session maker, in seconds::
     nox -R -s "tests(postgres)" -- tests/test_tasks.py -k claim
 """
 
+import os
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -45,3 +47,12 @@ def demo(session: nox.Session) -> None:
     """Run real structures through a host and a worker."""
     install(session, "host", "demo")
     session.run("python", "docs/demo.py", *session.posargs, **PATIENT)
+
+
+@nox.session
+def history(session: nox.Session) -> None:
+    """Kill replicas and workers for minutes, and judge what all of them tell of it."""
+    install(session, "test")
+    # the suite's directories, as pytest has them
+    env = {"PYTHONPATH": os.pathsep.join(("tests", "docs"))}
+    session.run("python", "tests/history_run.py", *session.posargs, env=env, **PATIENT)

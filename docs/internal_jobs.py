@@ -86,7 +86,8 @@ def make_executor(http: httpx.AsyncClient, settings: AuthSettings) -> InternalEx
 
 def worker_broker() -> AsyncBroker:
     """Return the broker of a TaskIQ worker."""
-    broker = ListQueueBroker(os.environ["REDIS_URL"])
+    # it waits for messages as long as none comes; redis-py 8 would give up after 5 s
+    broker = ListQueueBroker(os.environ["REDIS_URL"], socket_timeout=None)
     http = httpx.AsyncClient(base_url=os.environ["HOST_URL"])
     register_internal_tasks(broker, EXTENSIONS, make_executor(http, AuthSettings()))
     return broker
