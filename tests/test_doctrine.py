@@ -205,7 +205,14 @@ async def test_a_private_room_is_closed_on_every_route(app, ada, bob):
     worker, task = await offer(ada), await submit(ada)
     (claimed,) = await claim(ada, worker)
     assert claimed["id"] == task["id"]
-    for path in ("jobs", f"jobs/{JOB}", f"jobs/{JOB}/tasks", "tasks", "workers"):
+    for path in (
+        "jobs",
+        f"jobs/{JOB}",
+        f"jobs/{JOB}/tasks",
+        "tasks",
+        "workers",
+        "stats",
+    ):
         assert (await bob.get(f"/rooms/lab/{path}")).status_code == 403, path
     assert (await bob.post(f"/rooms/lab/tasks/{JOB}", json={})).status_code == 403
     assert (await register(bob)).status_code == 403

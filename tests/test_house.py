@@ -23,7 +23,7 @@ FLOORS = [
     ["schemas", "payloads", "extension", "provider"],
     ["events", "waiting", "results"],
     ["models", "paging", "migration"],
-    ["workers", "jobs", "tasks", "attempts", "claims", "providers"],
+    ["workers", "jobs", "tasks", "attempts", "claims", "providers", "stats"],
     ["delivery", "relay", "registry", "sweeper"],
     ["dependencies", "door", "openapi"],
     ["routes"],

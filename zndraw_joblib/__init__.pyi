@@ -68,7 +68,9 @@ from zndraw_joblib.results import RedisResults as RedisResults
 from zndraw_joblib.results import ResultBackend as ResultBackend
 from zndraw_joblib.routes import router as router
 from zndraw_joblib.schemas import JobPolicy as JobPolicy
+from zndraw_joblib.schemas import JobStats as JobStats
 from zndraw_joblib.settings import JobLibSettings as JobLibSettings
+from zndraw_joblib.stats import queue_stats as queue_stats
 from zndraw_joblib.sweeper import cleanup_idle_jobs as cleanup_idle_jobs
 from zndraw_joblib.sweeper import cleanup_overdue_attempts as cleanup_overdue_attempts
 from zndraw_joblib.sweeper import cleanup_stale_workers as cleanup_stale_workers

@@ -15,6 +15,7 @@ from zndraw_joblib import (
     payloads,
     providers,
     relay,
+    stats,
     tasks,
     workers,
 )
@@ -83,6 +84,7 @@ from zndraw_joblib.schemas import (
     JobPolicy,
     JobRegisterRequest,
     JobResponse,
+    JobStats,
     JobSummary,
     PaginatedResponse,
     ProviderRegisterRequest,
@@ -292,6 +294,18 @@ async def read_job(
     return await jobs.read_named(
         session, room, job_name, settings.worker_timeout_seconds
     )
+
+
+@router.get("/rooms/{room_id}/stats")
+async def read_stats(
+    room: ReadableRoom,
+    session: SessionDep,
+    settings: Settings,
+    pager: PagerDep,
+) -> PaginatedResponse[JobStats]:
+    """Show what goes on in the jobs that the room sees, over all rooms."""
+    items, listing = await stats.list_visible(session, room, pager.page, settings)
+    return pager.show(listing, items)
 
 
 # --- tasks ---

@@ -202,6 +202,38 @@ class JobResponse(JobPolicy):
     worker_id: UUID | None = None
 
 
+class JobStats(BaseModel):
+    """What goes on in a job, over all rooms.
+
+    Attributes
+    ----------
+    job_name : str
+        The job's full name.
+    pending : int
+        Tasks that wait for a worker, counted up to ``queue_position_max``.
+    delayed : int
+        Pending tasks that wait for their time, counted up to the same.
+    claimed, running : int
+        Tasks in somebody's hands.
+    oldest_pending_seconds : float or None
+        Since when the oldest of the counted pending tasks was submitted.
+    completed_last_minute, failed_last_minute : int
+        Tasks that ended within the last 60 seconds.
+    workers_alive : int
+        Workers of the job that were heard within ``worker_timeout_seconds``.
+    """
+
+    job_name: str
+    pending: int
+    delayed: int
+    claimed: int
+    running: int
+    oldest_pending_seconds: float | None
+    completed_last_minute: int
+    failed_last_minute: int
+    workers_alive: int
+
+
 class TaskSubmitRequest(BaseModel):
     """A task to run."""
 
