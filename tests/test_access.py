@@ -112,6 +112,7 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("GET /rooms/{room_id}/jobs", "of `@global`"): lambda s, u: u.get(
         "/rooms/@global/jobs"
     ),
+    ("GET /rooms/{room_id}/stats", ""): lambda s, u: u.get(f"/rooms/{s.room}/stats"),
     ("GET /rooms/{room_id}/jobs/{job_name}", ""): lambda s, u: u.get(
         f"/rooms/{s.room}/jobs/{s.job}"
     ),

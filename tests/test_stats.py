@@ -6,10 +6,9 @@ import pytest
 from conftest import User
 from makers import SessionMaker
 from sqlalchemy import update
-from steps import JOB, claim, execute, offer, problem, report, silence, submit
+from steps import JOB, claim, execute, offer, report, silence, submit
 
 from zndraw_joblib import queue_stats
-from zndraw_joblib.dependencies import get_room_access
 from zndraw_joblib.models import Task, now
 from zndraw_joblib.settings import JobLibSettings
 
@@ -73,17 +72,3 @@ async def test_each_task_is_counted_where_it_is(
     (idle,) = (s for s in every if s.job_name == private)
     assert idle.model_dump(exclude={"job_name"}) == NOTHING | {"workers_alive": 1}
     assert {s.job_name: s.pending for s in capped}[JOB] == 2
-
-
-async def test_a_private_room_shows_nothing_to_others(app, ada: User, bob: User):
-    await offer(ada)
-
-    async def only_ada():
-        async def may_enter(session, caller, room_id):
-            return caller.id == ada.id
-
-        return may_enter
-
-    app.dependency_overrides[get_room_access] = only_ada
-    assert (await ada.get("/rooms/lab/stats")).json()["total"] == 1
-    problem(await bob.get("/rooms/lab/stats"), 403, "forbidden")

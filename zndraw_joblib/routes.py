@@ -296,7 +296,7 @@ async def read_job(
     )
 
 
-@router.get("/rooms/{room_id}/stats")
+@router.get("/rooms/{room_id}/stats", responses=PAGE | problems(*ROOM))
 async def read_stats(
     room: ReadableRoom,
     session: SessionDep,
