@@ -75,6 +75,24 @@ class Scene:
         await self.bring_to(before)
         return await user.patch(f"/tasks/{self.task['id']}", json={"status": status})
 
+    async def report_in_batch(
+        self, user: httpx.AsyncClient, status: str
+    ) -> httpx.Response:
+        """Return the answer as if it were that of the one report in it."""
+        await self.bring_to("running")
+        reports = [{"id": self.task["id"], "status": status}]
+        answer = await user.patch("/tasks", json={"reports": reports})
+        if answer.is_success:
+            (outcome,) = answer.json()["outcomes"]
+            answer.status_code = outcome["status"]
+        return answer
+
+    async def query(self, user: httpx.AsyncClient) -> httpx.Response:
+        answer = await user.post("/tasks/query", json={"ids": [self.task["id"]]})
+        if answer.is_success and answer.json()["missing"]:
+            answer.status_code = 404
+        return answer
+
     async def retry(self, user: httpx.AsyncClient) -> httpx.Response:
         await self.bring_to("failed")
         return await user.post(f"/tasks/{self.task['id']}/retry")
@@ -128,11 +146,21 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("POST /rooms/{room_id}/tasks/{job_name}", "from another room"): lambda s, u: (
         u.post(f"/rooms/open/tasks/{s.job}", json={})
     ),
+    ("POST /rooms/{room_id}/batches/{job_name}", ""): lambda s, u: u.post(
+        f"/rooms/{s.room}/batches/{s.job}", json={"tasks": [{}]}
+    ),
     ("GET /rooms/{room_id}/tasks", ""): lambda s, u: u.get(f"/rooms/{s.room}/tasks"),
     ("POST /tasks/claim", ""): lambda s, u: u.post(
         "/tasks/claim", json={"worker_id": s.worker}
     ),
     ("GET /tasks/{task_id}", ""): lambda s, u: u.get(f"/tasks/{s.task['id']}"),
+    ("POST /tasks/query", "404: `missing`"): lambda s, u: s.query(u),
+    ("PATCH /tasks", "outcome of `completed`"): lambda s, u: s.report_in_batch(
+        u, "completed"
+    ),
+    ("PATCH /tasks", "outcome of `cancelled`"): lambda s, u: s.report_in_batch(
+        u, "cancelled"
+    ),
     ("PATCH /tasks/{task_id}", "`running`"): lambda s, u: s.report(
         u, "claimed", "running"
     ),

@@ -1,11 +1,12 @@
 """Attempts: a task in somebody's hands, and what becomes of it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Float,
     Row,
@@ -15,7 +16,6 @@ from sqlalchemy import (
     case,
     cast,
     exists,
-    false,
     func,
     literal,
     null,
@@ -25,12 +25,14 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.types import TypeEngine
 
 from zndraw_joblib.exceptions import (
     Forbidden,
     InvalidTaskTransition,
     JobNotFound,
     LeaseLost,
+    ProblemException,
 )
 from zndraw_joblib.lifecycle import (
     HELD,
@@ -88,28 +90,22 @@ def _back_in_queue() -> dict[Any, Any]:
 
 
 def _failed(
-    error: str | None,
+    error: str | ColumnElement[Any] | None,
+    told: str | ColumnElement[Any],
     error_type: ErrorType,
     settings: JobLibSettings,
-    retryable: bool = True,
+    retryable: ColumnElement[bool],
 ) -> dict[Any, Any]:
     # The one place that decides what a failed attempt leads to: reports, lost workers
     # and time-outs all end here.
-    again = and_(
-        true() if retryable else false(), Task.failed_attempts + 1 < Task.max_attempts
-    )
+    again = and_(retryable, Task.failed_attempts + 1 < Task.max_attempts)
     doubling = case((Task.failed_attempts > 20, 20), else_=Task.failed_attempts)
     full = of_job(Job.retry_delay_seconds) * literal(1).bitwise_lshift(doubling)
     # "equal jitter": half of the backoff stands, half is drawn (AWS Architecture Blog,
     # "Exponential Backoff And Jitter", 2015)
     cap = settings.retry_delay_max_seconds
     backoff = case((full > cap, cap), else_=full) * (0.5 + noise() / 2)
-    told = {"error_type": error_type, "error": (error or "")[:MAX_KEPT_ERROR] or None}
-    line = (
-        literal('{"attempt": ')
-        + cast(Task.attempt, String)
-        + (", " + json.dumps(told)[1:])
-    )
+    line = literal('{"attempt": ') + cast(Task.attempt, String) + told
     kept = case((again, null()), else_=Task.worker_id)
     holder = case((again, null()), else_=Task.holder_id)
     status_type = Task.status.type
@@ -136,31 +132,62 @@ def _failed(
     }
 
 
+def _told(error: str | None, error_type: ErrorType) -> str:
+    """Return how an attempt ended, as what follows its number in ``Task.errors``."""
+    told = {"error_type": error_type, "error": (error or "")[:MAX_KEPT_ERROR] or None}
+    return ", " + json.dumps(told)[1:]
+
+
+def _each(
+    reports: Mapping[UUID, TaskUpdateRequest],
+    what: Callable[[TaskUpdateRequest], Any],
+    kind: TypeEngine[Any],
+) -> ColumnElement[Any]:
+    """Return of each task what its own report says."""
+    said = {task_id: what(report) for task_id, report in reports.items()}
+    first = next(iter(said.values()))
+    if all(value is first for value in said.values()):
+        return literal(first, kind)
+    return case(
+        *((Task.id == task_id, literal(value, kind)) for task_id, value in said.items())
+    )
+
+
 def _reported(
-    report: TaskUpdateRequest, key: str | None, settings: JobLibSettings
+    status: TaskStatus,
+    reports: Mapping[UUID, TaskUpdateRequest],
+    key: str | None,
+    settings: JobLibSettings,
 ) -> dict[Any, Any]:
-    match report.status:
+    """Return what reports of one status make of their tasks."""
+    match status:
         case TaskStatus.RUNNING:
             return {
-                Task.status: report.status,
+                Task.status: status,
                 Task.started_at: now(),
                 Task.deadline_at: now(of_job(Job.timeout_seconds)),
                 Task.claim_key: func.coalesce(key, Task.claim_key),
             }
         case TaskStatus.FAILED:
+            failure = ErrorType.USER_ERROR
             return _failed(
-                report.error, ErrorType.USER_ERROR, settings, report.retryable
+                _each(reports, lambda report: report.error, Task.error.type),
+                _each(reports, lambda report: _told(report.error, failure), String()),
+                failure,
+                settings,
+                # a comparison, since a lone parameter is no condition everywhere
+                _each(reports, lambda report: report.retryable, Boolean()).is_(true()),
             )
         case TaskStatus.PENDING:
             return _back_in_queue()
     return {
-        Task.status: report.status,
+        Task.status: status,
         Task.completed_at: now(),
         Task.available_at: None,
         Task.deadline_at: None,
-        Task.error: report.error,
+        Task.error: _each(reports, lambda report: report.error, Task.error.type),
         Task.error_type: None,
-        Task.result: report.result,
+        Task.result: _each(reports, lambda report: report.result, Task.result.type),
     }
 
 
@@ -221,11 +248,11 @@ async def report(
         update(Task)
         .where(
             Task.id == task_id,
-            in_states(REPORTABLE.get(request.status, frozenset())),
+            _may_become(request.status),
             _may_report(caller, request.status),
             true() if request.attempt is None else Task.attempt == request.attempt,
         )
-        .values(_reported(request, key, settings))
+        .values(_reported(request.status, {task_id: request}, key, settings))
         .returning(*VIEW)
     )
     changed = await read_changed(session, moved, settings)
@@ -235,6 +262,105 @@ async def report(
         session, task_id, caller, may_enter, request, key, settings
     )
     return Reported(standing, changed=False)
+
+
+async def report_many(
+    session: AsyncSession,
+    reports: Mapping[UUID, TaskUpdateRequest],
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
+) -> list[Reported | ProblemException]:
+    """Move each task to the state that is reported of it, if it is the caller's to move.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    reports : mapping of UUID to TaskUpdateRequest
+        By task.
+    caller : Caller
+        As for :func:`report`.
+    may_enter : RoomAccess
+        To whom else it is told that there are such tasks.
+    settings : JobLibSettings
+        The host's.
+
+    Returns
+    -------
+    list of Reported or ProblemException
+        What :func:`report` would have returned or raised for each.
+    """
+    # workers, then tasks, each by id: see docs/house.md
+    holders = select(Task.worker_id).where(Task.id.in_(reports))
+    mine = (
+        select(Worker.id)
+        .where(Worker.id.in_(holders), Worker.user_id == caller.id)
+        .order_by(Worker.id)
+        .with_for_update()
+    )
+    await session.execute(
+        update(Worker).where(Worker.id.in_(mine)).values({Worker.last_heartbeat: now()})
+    )
+    found = await session.execute(
+        seen(settings.queue_position_max)
+        .add_columns(
+            _may_report(caller, TaskStatus.COMPLETED).label("entitled"),
+            _may_report(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
+            Task.claim_key,
+        )
+        .where(Task.id.in_(reports))
+        .order_by(Task.id)
+        .with_for_update(of=Task)
+    )
+    standing = {row.id: row for row in found}
+    moved: dict[UUID, TaskResponse] = {}
+    for status in {report.status: None for report in reports.values()}:
+        alike = {i: r for i, r in reports.items() if r.status is status}
+        changed = await session.execute(
+            update(Task)
+            .where(
+                Task.id.in_(alike),
+                _may_become(status),
+                _may_report(caller, status),
+                Task.attempt
+                == func.coalesce(
+                    _each(alike, lambda report: report.attempt, Task.attempt.type),
+                    Task.attempt,
+                ),
+            )
+            .values(_reported(status, alike, None, settings))
+            .returning(*VIEW)
+        )
+        views = await read_changed(session, changed, settings)
+        moved |= {task.id: task for task in views}
+    outcomes: list[Reported | ProblemException] = []
+    for task_id, request in reports.items():
+        if task_id in moved:
+            outcomes.append(Reported(moved[task_id], changed=True))
+            continue
+        cancel = request.status is TaskStatus.CANCELLED
+        try:
+            # locked above: what was read there is what stands
+            row = standing.get(task_id)
+            entitled = row and (row.entitled_to_cancel if cancel else row.entitled)
+            if row is None or not (
+                entitled or await may_enter(session, caller, row.room_id)
+            ):
+                raise not_found(task_id)
+            unmoved = _explain(row, bool(entitled), request, None)
+            outcomes.append(Reported(unmoved, changed=False))
+        except ProblemException as exc:
+            outcomes.append(exc)
+    return outcomes
+
+
+def _may_become(status: TaskStatus) -> ColumnElement[bool]:
+    allowed = in_states(REPORTABLE.get(status, frozenset()))
+    if status is not TaskStatus.PENDING:
+        return allowed
+    started = func.coalesce(Task.started_at, Task.claimed_at)
+    return and_(allowed, started == Task.claimed_at)
 
 
 def _may_report(caller: Caller, status: TaskStatus) -> ColumnElement[bool]:
@@ -257,13 +383,20 @@ async def _standing(
     # nothing moved: only now is it worth a read to tell why
     entitled = _may_report(caller, request.status)
     row = await _find(session, task_id, entitled, caller, may_enter, settings)
+    return _explain(row, row.entitled, request, key)
+
+
+def _explain(
+    row: Row[Any], entitled: bool, request: TaskUpdateRequest, key: str | None
+) -> TaskResponse:
+    task_id = row.id
     current = request.attempt is None or row.attempt == request.attempt
     taken = request.status is TaskStatus.RUNNING and (
         key is not None and row.claim_key not in (None, key)
     )
     repeated = row.status == request.status and request.status in REPORTABLE
     fenced_out = not current or (request.attempt is not None and row.status not in HELD)
-    if not row.entitled:
+    if not entitled:
         # a zombie is told that its lease is over, and a stranger no more than that
         raise (
             LeaseLost.exception()
@@ -324,7 +457,7 @@ async def fail(
     ended = await session.execute(
         update(Task)
         .where(rechecked(held()), chosen)
-        .values(_failed(error, error_type, settings))
+        .values(_failed(error, _told(error, error_type), error_type, settings, true()))
         .returning(*VIEW)
     )
     return await read_changed(session, ended, settings)

@@ -155,7 +155,7 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
 
 
 @lru_cache(maxsize=256)
-def _claiming(jobs: int, limit: int, keyed: bool) -> ReturningUpdate[Any]:
+def _claiming(jobs: int, limit: int, keyed: bool, start: bool) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
     head = _heads(jobs, limit).subquery()
     still_queued = rechecked(queued())
@@ -169,18 +169,27 @@ def _claiming(jobs: int, limit: int, keyed: bool) -> ReturningUpdate[Any]:
         .limit(number(limit))
         .with_for_update(of=Task, skip_locked=True)
     )
+    taken: dict[Any, Any] = {
+        Task.status: TaskStatus.CLAIMED,
+        Task.deadline_at: now(of_job(Job.start_timeout_seconds)),
+    }
+    if start:
+        taken = {
+            Task.status: TaskStatus.RUNNING,
+            Task.started_at: now(),
+            Task.deadline_at: now(of_job(Job.timeout_seconds)),
+        }
     return (
         update(Task)
         .where(Task.id.in_(oldest))
         .values(
             {
-                Task.status: TaskStatus.CLAIMED,
+                **taken,
                 Task.worker_id: bindparam("worker"),
                 Task.holder_id: bindparam("holder"),
                 Task.attempt: Task.attempt + 1,
                 Task.claimed_at: now(),
                 Task.claim_key: bindparam("key"),
-                Task.deadline_at: now(of_job(Job.start_timeout_seconds)),
                 Task.progress: None,
                 Task.progress_message: None,
             }
@@ -215,6 +224,7 @@ async def claim(
     *,
     limit: int,
     key: str | None = None,
+    start: bool = False,
 ) -> Claim:
     """Give a worker the oldest tasks of its jobs; a draining one gets nothing.
 
@@ -232,6 +242,8 @@ async def claim(
         The host's.
     key : str, optional
         The claim's idempotency key: what it brought once, it brings again.
+    start : bool
+        The tasks are running at once.
 
     Raises
     ------
@@ -256,7 +268,7 @@ async def claim(
         padded = {f"job_{n}": UUID(int=0) for n in range(branches)}
         chosen = padded | {f"job_{n}": job for n, job in enumerate(ids)}
         claimed = await session.execute(
-            _claiming(branches, limit, key is not None),
+            _claiming(branches, limit, key is not None, start),
             chosen | names | {"holder": caller.id},
         )
         rows = claimed.all()

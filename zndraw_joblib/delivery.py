@@ -1,7 +1,7 @@
 """Where a committed change goes: waiting requests, Socket.IO, the broker."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,20 +76,7 @@ async def deliver(outbox: Outbox, exits: Exits) -> None:
         waiting.wake_all(key)
     for key in outbox.queued:
         waiting.wake_one(key)
-    for dispatch in outbox.dispatches:
-        try:
-            if exits.registry is None:
-                raise RuntimeError("there is no broker")
-            with anyio.fail_after(patience):
-                await exits.registry.send(
-                    dispatch.job_name,
-                    task_id=str(dispatch.task_id),
-                    room_id=dispatch.room_id,
-                    payload=dispatch.payload,
-                )
-        except Exception as exc:
-            log.exception("task %s was not taken by the broker", dispatch.task_id)
-            await _undeliverable(dispatch, exc, exits)
+    await _dispatch(outbox.dispatches, exits)
     if outbox.providers_removed and exits.on_providers_removed is not None:
         try:
             with anyio.fail_after(patience):
@@ -98,21 +85,53 @@ async def deliver(outbox: Outbox, exits: Exits) -> None:
             log.exception("the host's hook for removed providers failed")
 
 
-async def _undeliverable(dispatch: Dispatch, exc: Exception, exits: Exits) -> None:
+async def _dispatch(dispatches: Sequence[Dispatch], exits: Exits) -> None:
+    left: list[Dispatch] = []
+    why: Exception | None = None
+    for dispatch in dispatches:
+        # a broker that hangs would let each of a thousand messages wait as long
+        if not isinstance(why, TimeoutError):
+            try:
+                await _send(dispatch, exits)
+                continue
+            except Exception as exc:
+                log.exception("task %s was not taken by the broker", dispatch.task_id)
+                why = exc
+        left.append(dispatch)
+    if why is not None:
+        await _undeliverable(left, why, exits)
+
+
+async def _send(dispatch: Dispatch, exits: Exits) -> None:
+    if exits.registry is None:
+        raise RuntimeError("there is no broker")
+    with anyio.fail_after(exits.settings.dispatch_timeout_seconds):
+        await exits.registry.send(
+            dispatch.job_name,
+            task_id=str(dispatch.task_id),
+            room_id=dispatch.room_id,
+            payload=dispatch.payload,
+        )
+
+
+async def _undeliverable(
+    dispatches: Sequence[Dispatch], why: Exception, exits: Exits
+) -> None:
     told = Outbox()
+    ids = [dispatch.task_id for dispatch in dispatches]
     try:
         async with exits.session_maker() as session:
-            for task in await attempts.fail(
+            failed = await attempts.fail(
                 session,
                 # a message that arrived although its sending failed is not undone
-                and_(Task.id == dispatch.task_id, Task.started_at.is_(None)),
+                and_(Task.id.in_(ids), Task.started_at.is_(None)),
                 exits.settings,
-                error=f"The broker did not take the task: {exc!r}",
+                error=f"The broker did not take the task: {why!r}",
                 error_type=ErrorType.DISPATCH,
-            ):
-                told.task_changed(task)
+            )
             await session.commit()
+        told.tasks_changed(failed)
     except Exception:
-        # it stays claimed, and the sweeper sends it again
-        log.exception("task %s could not be failed either", dispatch.task_id)
+        # they stay claimed, and the sweeper sends them again
+        log.exception("%s tasks could not be failed either", len(ids))
     await deliver(told, exits)

@@ -190,6 +190,8 @@ async def emit(
 ) -> None:
     """Send events in their order; one that can't leave is logged and skipped.
 
+    Once the server's manager has let one wait for too long, the rest is skipped too.
+
     Parameters
     ----------
     tsio : socketio.AsyncServer or a wrapper of one, or None
@@ -207,6 +209,10 @@ async def emit(
                 await tsio.emit(
                     event.event_name(), event.model_dump(mode="json"), room=room
                 )
+        except TimeoutError:
+            # of a thousand events each would wait as long
+            log.exception("event %s for %s did not leave", event.event_name(), room)
+            return
         except Exception:
             log.exception("event %s for %s did not leave", event.event_name(), room)
 
@@ -246,23 +252,36 @@ class Outbox:
 
     def task_changed(self, task: "TaskView") -> None:
         """Tell everybody whom a task's new state concerns."""
-        self.emissions.append(
-            build_task_status_emission(task, task.job_name, task.queue_position)
-        )
-        waits = task.status is TaskStatus.PENDING
-        if task.status in TERMINAL:
-            self.ended.append(task_key(task.id))
-        # what waits for its time is not available yet, what waits for the server never
-        elif (
-            waits
-            and task.available_at == task.created_at
-            and split_full_name(task.job_name).room != INTERNAL_ROOM
-        ):
-            available = TaskAvailable(
-                job_name=task.job_name, room_id=task.room_id, task_id=str(task.id)
+        self.tasks_changed([task])
+
+    def tasks_changed(self, tasks: Iterable["TaskView"]) -> None:
+        """Tell everybody whom a change of several tasks concerns.
+
+        The room hears of each, the workers of a job once.
+        """
+        available: dict[str, TaskAvailable] = {}
+        for task in tasks:
+            self.emissions.append(
+                build_task_status_emission(task, task.job_name, task.queue_position)
             )
-            self.emissions.append(Emission(available, jobs_channel(task.job_name)))
-            self.queued.append(job_key(task.job_name))
+            name = task.job_name
+            if task.status in TERMINAL:
+                self.ended.append(task_key(task.id))
+            # what waits for its time is not available yet, what waits for the server
+            # never
+            elif (
+                task.status is TaskStatus.PENDING
+                and task.available_at == task.created_at
+                and split_full_name(name).room != INTERNAL_ROOM
+            ):
+                self.queued.append(job_key(name))
+                if name not in available:
+                    available[name] = TaskAvailable(
+                        job_name=name, room_id=task.room_id, task_id=str(task.id)
+                    )
+        self.emissions += [
+            Emission(event, jobs_channel(name)) for name, event in available.items()
+        ]
 
     def jobs_changed(self, rooms: Iterable[str]) -> None:
         """Tell rooms that their list of jobs, or of their workers, changed."""

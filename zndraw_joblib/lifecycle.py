@@ -8,6 +8,8 @@
        │ └──cancel─────▶  │                  ▼
        │    cancelled  ◀──┘ cancel        failed
        └──────── retry, lost worker, time-out: while attempts are left ┘
+
+A claim may start what it brings: its tasks are running at once.
 """
 
 from enum import StrEnum
@@ -57,8 +59,9 @@ TERMINAL = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCEL
 
 #: For each state that a report can ask for: the states it may follow.
 REPORTABLE: dict[TaskStatus, frozenset[TaskStatus]] = {
-    # handed back by a worker that goes: no attempt is lost
-    TaskStatus.PENDING: frozenset({TaskStatus.CLAIMED}),
+    # Handed back by a worker that goes: no attempt is lost. A running task only as its
+    # claim left it, which started it: nobody has said that its work began.
+    TaskStatus.PENDING: HELD,
     TaskStatus.RUNNING: frozenset({TaskStatus.CLAIMED}),
     TaskStatus.COMPLETED: frozenset({TaskStatus.RUNNING}),
     TaskStatus.FAILED: HELD,

@@ -8,7 +8,7 @@ universe.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,7 +16,13 @@ from urllib.parse import unquote
 
 import jsonschema_rs
 
-from zndraw_joblib.exceptions import InvalidPayload, InvalidSchema, json_pointer
+from zndraw_joblib.exceptions import (
+    InvalidPayload,
+    InvalidSchema,
+    PayloadTooLarge,
+    ProblemException,
+    json_pointer,
+)
 from zndraw_joblib.schemas import JsonObject
 
 MAX_ERRORS = 10
@@ -207,13 +213,54 @@ def check_payload(schema: JsonObject, payload: JsonObject) -> None:
         ``invalid-payload``, with at most ten ``errors``.
     """
     checker = _checker(json.dumps(schema))
-    if not checker.harmless and _costs_too_much(payload, checker):
-        detail = "nested too deep for the alternatives in the job's schema"
-        raise InvalidPayload.exception(
-            detail, errors=[{"pointer": "/body/payload", "detail": detail}]
-        )
+    if _cost(payload, checker) > MAX_LOOKS:
+        raise _too_deep("/body/payload")
     if not checker.validator.is_valid(payload):
-        raise InvalidPayload.exception(errors=_misfits(payload, checker))
+        raise InvalidPayload.exception(
+            errors=_misfits(payload, checker, "/body/payload")
+        )
+
+
+def check_payloads(schema: JsonObject, payloads: Sequence[JsonObject]) -> None:
+    """Refuse a batch if one of its payloads doesn't fit the job's schema.
+
+    Together they may cost as much as a single payload may: the event loop stands still
+    meanwhile.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-payload``, with at most ten ``errors``, or ``payload-too-large`` for
+        payloads that fit one by one, and take too long together.
+    """
+    checker = _checker(json.dumps(schema))
+    errors: list[dict[str, str]] = []
+    total = 0
+    for n, payload in enumerate(payloads):
+        where = f"/body/tasks/{n}/payload"
+        cost = _cost(payload, checker)
+        if cost > MAX_LOOKS:
+            raise _too_deep(where)
+        total += cost
+        if total > MAX_LOOKS:
+            raise PayloadTooLarge.exception(
+                "the payloads take too long to check: submit fewer tasks at once"
+            )
+        if not checker.validator.is_valid(payload):
+            # the first one as in a request of its own, the others if it costs little
+            most = _TELL_ALL if errors else _TELL_ONE
+            errors += _misfits(payload, checker, where, most)
+            if len(errors) >= MAX_ERRORS:
+                break
+    if errors:
+        raise InvalidPayload.exception(errors=errors[:MAX_ERRORS])
+
+
+def _too_deep(where: str) -> ProblemException:
+    detail = "nested too deep for the alternatives in the job's schema"
+    return InvalidPayload.exception(
+        detail, errors=[{"pointer": where, "detail": detail}]
+    )
 
 
 def _error(where: str, path: list[str | int], detail: str) -> dict[str, str]:
@@ -227,22 +274,27 @@ def _error(where: str, path: list[str | int], detail: str) -> dict[str, str]:
     }
 
 
-def _misfits(payload: JsonObject, checker: _Checker) -> list[dict[str, str]]:
+def _misfits(
+    payload: JsonObject, checker: _Checker, where: str, most: int = _TELL_ONE
+) -> list[dict[str, str]]:
     copied = len(json.dumps(payload)) * checker.parts
     found: list[jsonschema_rs.ValidationError] = []
     if copied <= _TELL_ALL:
         found = list(islice(checker.validator.iter_errors(payload), MAX_ERRORS))
-    elif copied <= _TELL_ONE:
+    elif copied <= most:
         try:
             checker.validator.validate(payload)
         except jsonschema_rs.ValidationError as exc:
             found = [exc]
-    return [_error("/body/payload", e.instance_path, e.message) for e in found] or [
-        _error("/body/payload", [], "too large to tell where it doesn't fit the schema")
+    return [_error(where, e.instance_path, e.message) for e in found] or [
+        _error(where, [], "too large to tell where it doesn't fit the schema")
     ]
 
 
-def _costs_too_much(payload: JsonObject, checker: _Checker) -> bool:
+def _cost(payload: JsonObject, checker: _Checker) -> int:
+    """Return how many looks a payload costs, counted to a little beyond the most."""
+    if checker.harmless:
+        return 0
     # Level by level, the values that the same subschemas look at equally often go
     # together: so an array of a million numbers is one step.
     level: dict[_Lookers, list[Any]] = {((_Part(checker.schema), 1),): [payload]}
@@ -258,9 +310,9 @@ def _costs_too_much(payload: JsonObject, checker: _Checker) -> bool:
                 deeper[below] += members
                 total += (steps + len(below)) * _STEP
                 if total > MAX_LOOKS:
-                    return True
+                    return total
         level = {lookers: values for lookers, values in deeper.items() if lookers}
-    return False
+    return total
 
 
 def _by_key(values: list[Any]) -> dict[_Key, list[Any]]:

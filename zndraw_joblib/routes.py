@@ -1,11 +1,13 @@
 """The HTTP surface: what is asked for, who may ask, and which step answers."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
+from sqlalchemy import Row
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import (
@@ -56,6 +58,7 @@ from zndraw_joblib.exceptions import (
     JobNotFound,
     LeaseLost,
     PayloadTooLarge,
+    ProblemException,
     ProviderExecutionFailed,
     ProviderNotFound,
     ProviderTimeout,
@@ -89,8 +92,15 @@ from zndraw_joblib.schemas import (
     PaginatedResponse,
     ProviderRegisterRequest,
     ProviderResponse,
+    TaskBatchRequest,
+    TaskBatchResponse,
     TaskClaimRequest,
     TaskClaimResponse,
+    TaskOutcome,
+    TaskQueryRequest,
+    TaskQueryResponse,
+    TaskReportsRequest,
+    TaskReportsResponse,
     TaskResponse,
     TaskSubmitRequest,
     TaskUpdateRequest,
@@ -338,14 +348,7 @@ async def submit_task(
 ) -> TaskResponse:
     """Submit a task to a job that the room sees."""
     job = await tasks.resolve(session, room, job_name, body.priority, settings)
-    internal = job.room_id == INTERNAL_ROOM
-    if internal and (registry is None or job_name not in registry):
-        raise InternalJobNotConfigured.exception(f"nothing here runs {job_name}")
-    if internal and body.delay_seconds:
-        detail = "an @internal task starts at once"
-        raise InvalidRequest.exception(
-            detail, errors=[{"pointer": "/body/delay_seconds", "detail": detail}]
-        )
+    internal = _runs_here(job, job_name, registry, [body], "/body")
     payloads.check_payload(job.schema_, body.payload)
     submitted = await tasks.submit(
         session,
@@ -370,6 +373,81 @@ async def submit_task(
     response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
     response.headers["Retry-After"] = "1"
     return task
+
+
+@router.post(
+    "/rooms/{room_id}/batches/{job_name:path}",
+    status_code=status.HTTP_202_ACCEPTED,
+    responses=problems(
+        *ROOM,
+        *BODY,
+        JobNotFound,
+        InvalidPayload,
+        IdempotencyKeyReused,
+        InternalJobNotConfigured,
+    ),
+)
+async def submit_batch(
+    room: WritableRoom,
+    job_name: str,
+    body: TaskBatchRequest,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    registry: Registry,
+    outbox: OutboxDep,
+    idempotency_key: IdempotencyKey,
+) -> TaskBatchResponse:
+    """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
+    name = jobs.find(room, job_name)
+    rows = await session.execute(jobs.SERVED, name._asdict())
+    job = jobs.found(rows.one_or_none(), room, job_name)
+    internal = _runs_here(job, job_name, registry, body.tasks, "/body/tasks/{}")
+    payloads.check_payloads(job.schema_, [task.payload for task in body.tasks])
+    batch = await tasks.submit_many(
+        session,
+        job,
+        job_name,
+        room,
+        caller,
+        body.tasks,
+        settings,
+        idempotency_key=idempotency_key,
+        internal=internal,
+    )
+    if batch is None:
+        raise jobs.not_found(room, job_name)
+    await session.commit()
+    outbox.tasks_changed(batch.created)
+    if internal:
+        outbox.dispatches += [
+            Dispatch(job_name, task.id, task.room_id, task.payload)
+            for task in batch.created
+        ]
+    return TaskBatchResponse(ids=batch.ids)
+
+
+def _runs_here(
+    job: Row[Any],
+    name: str,
+    registry: Registry,
+    submitted: Sequence[TaskSubmitRequest],
+    where: str,
+) -> bool:
+    """Tell whether tasks go to the broker, if this server has one that takes them."""
+    if job.room_id != INTERNAL_ROOM:
+        return False
+    if registry is None or name not in registry:
+        raise InternalJobNotConfigured.exception(f"nothing here runs {name}")
+    detail = "an @internal task starts at once"
+    errors = [
+        {"pointer": f"{where.format(n)}/delay_seconds", "detail": detail}
+        for n, task in enumerate(submitted)
+        if task.delay_seconds
+    ]
+    if errors:
+        raise InvalidRequest.exception(detail, errors=errors[: payloads.MAX_ERRORS])
+    return True
 
 
 @router.get("/rooms/{room_id}/tasks", responses=PAGE | problems(*ROOM))
@@ -422,6 +500,7 @@ async def claim_tasks(
                     settings,
                     limit=body.max_tasks,
                     key=idempotency_key,
+                    start=body.start,
                 )
                 await session.commit()
             left = deadline - anyio.current_time()
@@ -435,8 +514,8 @@ async def claim_tasks(
         # what it was woken for is still there
         for key in keys:
             wake_one(key)
-    for task in [] if claim.repeated else claim.tasks:
-        outbox.task_changed(task)
+    if not claim.repeated:
+        outbox.tasks_changed(claim.tasks)
     return TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
 
 
@@ -472,6 +551,71 @@ async def read_task(
             if task.status in TERMINAL or left <= 0 or await request.is_disconnected():
                 return task
             await waiter.wait(min(left, settings.recheck_seconds))
+
+
+@router.post(
+    "/tasks/query", responses=answer(200, "Preference-Applied") | problems(*BODY)
+)
+async def query_tasks(
+    body: TaskQueryRequest,
+    caller: WaitingCaller,
+    session_maker: Sessions,
+    settings: Settings,
+    may_enter: Access,
+    request: Request,
+    response: Response,
+    wait: PreferredWait,
+) -> TaskQueryResponse:
+    """Show up to 500 tasks; with `Prefer: wait` once all of them have ended."""
+    deadline = anyio.current_time() + _applied(wait, response)
+    async with session_maker() as session:
+        there = await tasks.readable(session, body.ids, caller, may_enter)
+    # Not all ends are waited for but that of the last task in the queue, and then that
+    # of the last one left: however many there are, it is woken a few times.
+    last: UUID | None = None
+    while anyio.current_time() < deadline and not await request.is_disconnected():
+        with waiting_for([] if last is None else [task_key(last)]) as waiter:
+            async with session_maker() as session:
+                unfinished = await tasks.last_unfinished(session, there)
+            if unfinished is None:
+                break
+            left = deadline - anyio.current_time()
+            if unfinished == last and left > 0:
+                await waiter.wait(min(left, settings.recheck_seconds))
+            last = unfinished
+    async with session_maker() as session:
+        found = await tasks.read_many(session, there, settings)
+    missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
+    return TaskQueryResponse(tasks=found, missing=sorted(missing))
+
+
+@router.patch("/tasks", responses=problems(*BODY))
+async def report_tasks(
+    body: TaskReportsRequest,
+    caller: CurrentCaller,
+    session: SessionDep,
+    settings: Settings,
+    outbox: OutboxDep,
+    may_enter: Access,
+) -> TaskReportsResponse:
+    """Report what became of up to 32 tasks, each as if it were reported alone."""
+    reports = {report.id: report for report in body.reports}
+    reported = await attempts.report_many(session, reports, caller, may_enter, settings)
+    await session.commit()
+    outcomes: list[TaskOutcome] = []
+    for task_id, outcome in zip(reports, reported, strict=True):
+        if isinstance(outcome, ProblemException):
+            problem = outcome.problem
+            told = TaskOutcome(id=task_id, status=problem.status, problem=problem)
+        else:
+            told = TaskOutcome(id=task_id, status=200, task=outcome.task)
+        outcomes.append(told)
+    outbox.tasks_changed(
+        outcome.task
+        for outcome in reported
+        if isinstance(outcome, attempts.Reported) and outcome.changed
+    )
+    return TaskReportsResponse(outcomes=outcomes)
 
 
 @router.patch(

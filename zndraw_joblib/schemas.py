@@ -14,8 +14,10 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    field_validator,
 )
 
+from zndraw_joblib.exceptions import ProblemDetail
 from zndraw_joblib.lifecycle import (
     MAX_ATTEMPTS,
     MAX_PRIORITY,
@@ -26,6 +28,8 @@ from zndraw_joblib.lifecycle import (
 from zndraw_joblib.names import UNPRINTABLE, check_name
 
 MAX_CLAIM = 32
+MAX_REPORTS = 32
+MAX_BATCH = 1000
 MAX_PAGE = 500
 MAX_INT = 2**63 - 1
 
@@ -242,6 +246,18 @@ class TaskSubmitRequest(BaseModel):
     delay_seconds: Seconds = 0
 
 
+class TaskBatchRequest(BaseModel):
+    """Tasks of one job to run: all of them are submitted, or none."""
+
+    tasks: list[TaskSubmitRequest] = Field(min_length=1, max_length=MAX_BATCH)
+
+
+class TaskBatchResponse(BaseModel):
+    """The ids of submitted tasks, in the order of the request."""
+
+    ids: list[UUID]
+
+
 class TaskError(BaseModel):
     """How one attempt ended."""
 
@@ -282,6 +298,7 @@ class TaskClaimRequest(BaseModel):
 
     worker_id: UUID
     max_tasks: int = Field(default=1, ge=1, le=MAX_CLAIM)
+    start: bool = Field(default=False, description="The tasks are running at once.")
 
 
 class TaskClaimResponse(BaseModel):
@@ -299,6 +316,53 @@ class TaskUpdateRequest(BaseModel):
     attempt: Attempt | None = None
     retryable: bool = True
     result: Json = None
+
+
+class TaskReport(TaskUpdateRequest):
+    """A report, and of which task."""
+
+    id: UUID
+
+
+class TaskReportsRequest(BaseModel):
+    """What became of several tasks; each report is judged on its own."""
+
+    reports: list[TaskReport] = Field(min_length=1, max_length=MAX_REPORTS)
+
+    @field_validator("reports")
+    @classmethod
+    def _one_each(cls, reports: list[TaskReport]) -> list[TaskReport]:
+        if len({report.id for report in reports}) < len(reports):
+            raise ValueError("there may be one report of each task")
+        return reports
+
+
+class TaskOutcome(BaseModel):
+    """What a single report of this task would have been answered."""
+
+    id: UUID
+    status: int = Field(description="200, or the `status` of the problem.")
+    task: TaskResponse | None = None
+    problem: ProblemDetail | None = None
+
+
+class TaskReportsResponse(BaseModel):
+    """The outcome of each report, in the order of the request."""
+
+    outcomes: list[TaskOutcome]
+
+
+class TaskQueryRequest(BaseModel):
+    """Tasks that somebody waits for."""
+
+    ids: list[UUID] = Field(min_length=1, max_length=MAX_PAGE)
+
+
+class TaskQueryResponse(BaseModel):
+    """Tasks in the order of the request, and ids of which there is none."""
+
+    tasks: list[TaskResponse]
+    missing: list[UUID] = []
 
 
 class ProviderRegisterRequest(BaseModel):

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 from uuid import UUID
@@ -14,6 +17,7 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
+    and_,
     bindparam,
     case,
     delete,
@@ -38,6 +42,7 @@ from zndraw_joblib.exceptions import (
     TaskNotFound,
 )
 from zndraw_joblib.lifecycle import (
+    TERMINAL,
     TaskStatus,
 )
 from zndraw_joblib.models import (
@@ -167,6 +172,19 @@ def born_claimed(redispatch_seconds: float | ColumnElement[float]) -> dict[Any, 
     }
 
 
+def _digest(asked: Any) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _keyed(caller: Caller, job_id: UUID, room: str, key: str) -> ColumnElement[bool]:
+    return and_(
+        Task.created_by_id == caller.id,
+        Task.job_id == job_id,
+        Task.room_id == room,
+        Task.idempotency_key == key,
+    )
+
+
 class Submitted(NamedTuple):
     """A task, and whether it is new or was there under its idempotency key."""
 
@@ -293,8 +311,7 @@ async def submit(
     """
     digest = None
     if idempotency_key is not None:
-        canonical = json.dumps(request.model_dump(mode="json"), sort_keys=True)
-        digest = hashlib.sha256(canonical.encode()).hexdigest()
+        digest = _digest(request.model_dump(mode="json"))
     inserted = await session.execute(
         _inserting(internal, request.delay_seconds > 0, idempotency_key is not None),
         {
@@ -322,12 +339,7 @@ async def submit(
     earlier = await session.execute(
         seen(settings.queue_position_max)
         .add_columns(Task.request_digest)
-        .where(
-            Task.created_by_id == caller.id,
-            Task.job_id == job.id,
-            Task.room_id == room,
-            Task.idempotency_key == idempotency_key,
-        )
+        .where(_keyed(caller, job.id, room, idempotency_key))
     )
     row = earlier.one_or_none()
     if row is None:
@@ -335,6 +347,179 @@ async def submit(
     if row.request_digest != digest:
         raise IdempotencyKeyReused.exception()
     return Submitted(read_view(row), created=False)
+
+
+class Batch(NamedTuple):
+    """The ids of a batch, and those tasks of it that are new."""
+
+    ids: list[UUID]
+    created: list[TaskResponse]
+
+
+# The ids of a batch follow each other, from one whose last bits are zero: the first
+# task's key finds them all, and they are in the order of the request.
+_BATCH_BITS = 10
+
+
+def _ids(first: UUID, count: int) -> list[UUID]:
+    return [UUID(int=first.int + n) for n in range(count)]
+
+
+async def submit_many(
+    session: AsyncSession,
+    job: Row[Any],
+    full_name: str,
+    room: str,
+    caller: Caller,
+    requests: Sequence[TaskSubmitRequest],
+    settings: JobLibSettings,
+    *,
+    idempotency_key: str | None = None,
+    internal: bool = False,
+) -> Batch | None:
+    """Insert tasks of one job, at most 1000.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    job : Row
+        ``id`` of the job; it stays locked against soft-deletion until the commit.
+    full_name : str
+        The job's.
+    room : str
+        The room that asks.
+    caller : Caller
+        The submitter.
+    requests : sequence of TaskSubmitRequest
+        What to run; their payloads were checked before.
+    settings : JobLibSettings
+        The host's.
+    idempotency_key : str, optional
+        For this user, room and job it names one batch.
+    internal : bool
+        The tasks are born claimed, for the broker instead of a worker.
+
+    Returns
+    -------
+    Batch or None
+        None when the job went away meanwhile.
+
+    Raises
+    ------
+    ProblemException
+        ``idempotency-key-reused``.
+    """
+    digest = None
+    if idempotency_key is not None:
+        digest = _digest([request.model_dump(mode="json") for request in requests])
+    start = UUID(int=uuid7().int >> _BATCH_BITS << _BATCH_BITS)
+    orders = [queue_order(request.priority) for request in requests]
+    redispatch = settings.internal_redispatch_seconds
+    inserted = await session.execute(
+        _inserting(
+            internal, requests[0].delay_seconds > 0, idempotency_key is not None
+        ),
+        {
+            "new_id": start,
+            "in_room": room,
+            "submitter": caller.id,
+            "given": requests[0].payload,
+            "rank": requests[0].priority,
+            "place": orders[0],
+            "full_name": full_name,
+            "key": idempotency_key,
+            "digest": digest,
+            "job": job.id,
+            "seconds": redispatch if internal else requests[0].delay_seconds,
+        },
+    )
+    first = inserted.one_or_none()
+    if first is not None:
+        created = await _add(session, job.id, first, requests, orders, settings)
+        return Batch([task.id for task in created], created)
+    if idempotency_key is None:
+        return None
+    earlier = await session.execute(
+        select(Task.id, Task.request_digest).where(
+            _keyed(caller, job.id, room, idempotency_key)
+        )
+    )
+    row = earlier.one_or_none()
+    if row is None:
+        return None
+    if row.request_digest != digest:
+        raise IdempotencyKeyReused.exception()
+    return Batch(_ids(row.id, len(requests)), [])
+
+
+async def _add(
+    session: AsyncSession,
+    job_id: UUID,
+    first: Row[Any],
+    requests: Sequence[TaskSubmitRequest],
+    orders: Sequence[int],
+    settings: JobLibSettings,
+) -> list[TaskResponse]:
+    """Insert the other tasks of a batch beside its first, which holds the job."""
+    waits = first.status is TaskStatus.PENDING
+    common = {
+        "job_id": job_id,
+        "failed_attempts": 0,
+        "deadline_at": None
+        if waits
+        else first.claimed_at + timedelta(seconds=settings.internal_redispatch_seconds),
+        **{
+            column.key: getattr(first, column.key)
+            for column in (
+                Task.job_name, Task.room_id, Task.created_by_id, Task.status,
+                Task.attempt, Task.max_attempts, Task.created_at, Task.claimed_at,
+            )
+        },
+    }  # fmt: skip
+    own = [
+        {
+            "id": id_,
+            "payload": request.payload,
+            "priority": request.priority,
+            "available_at": first.created_at + timedelta(seconds=request.delay_seconds)
+            if request.delay_seconds
+            else None,
+        }
+        for id_, request in zip(_ids(first.id, len(requests)), requests, strict=True)
+    ]
+    if len(own) > 1:
+        # many rows of parameters for one small statement: no number of tasks makes a
+        # large one
+        await session.execute(
+            insert(cast(Table, Task.__table__)),
+            [
+                {**common, **row, "queue_order": order}
+                for row, order in zip(own[1:], orders[1:], strict=True)
+            ],
+        )
+    places: list[int | None] = [None] * len(own)
+    if waits:
+        most = settings.queue_position_max
+        head = await session.scalars(
+            select(Task.queue_order)
+            .where(Task.job_id == job_id, queued())
+            .order_by(Task.queue_order)
+            .limit(number(most))
+        )
+        before = head.all()
+        places = [min(bisect_left(before, order) + 1, most) for order in orders]
+    shown = read_view(first)
+    return [
+        shown.model_copy(
+            update={
+                **row,
+                "available_at": row["available_at"] or first.created_at,
+                "queue_position": place,
+            }
+        )
+        for row, place in zip(own, places, strict=True)
+    ]
 
 
 def not_found(task_id: UUID) -> Exception:
@@ -368,6 +553,56 @@ async def read(
     ):
         raise not_found(task_id)
     return read_view(row)
+
+
+async def readable(
+    session: AsyncSession,
+    task_ids: Sequence[UUID],
+    caller: Caller,
+    may_enter: RoomAccess,
+) -> list[UUID]:
+    """Return which of these tasks the caller may read, in the order of the ids."""
+    found = await session.execute(
+        select(Task.id, Task.room_id, Task.created_by_id, Task.holder_id).where(
+            Task.id.in_(task_ids)
+        )
+    )
+    rooms: dict[UUID, str | None] = {
+        # None: the task is the caller's own
+        row.id: None if caller.id in (row.created_by_id, row.holder_id) else row.room_id
+        for row in found
+    }
+    entered = {None} | {
+        room
+        for room in sorted(set(filter(None, rooms.values())))
+        if await may_enter(session, caller, room)
+    }
+    known = dict.fromkeys(task_id for task_id in task_ids if task_id in rooms)
+    return [task_id for task_id in known if rooms[task_id] in entered]
+
+
+async def read_many(
+    session: AsyncSession, task_ids: Sequence[UUID], settings: JobLibSettings
+) -> list[TaskResponse]:
+    """Return the tasks with these ids, in their order."""
+    found = await session.execute(
+        seen(settings.queue_position_max).where(Task.id.in_(task_ids))
+    )
+    views = {row.id: read_view(row) for row in found}
+    return [views[task_id] for task_id in task_ids if task_id in views]
+
+
+async def last_unfinished(
+    session: AsyncSession, task_ids: Sequence[UUID]
+) -> UUID | None:
+    """Return which of the tasks will probably end last; None when all have ended."""
+    last: UUID | None = await session.scalar(
+        select(Task.id)
+        .where(Task.id.in_(task_ids), Task.status.not_in(TERMINAL))
+        .order_by(Task.queue_order.desc())
+        .limit(number(1))
+    )
+    return last
 
 
 async def list_tasks(
