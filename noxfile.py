@@ -56,3 +56,12 @@ def history(session: nox.Session) -> None:
     # the suite's directories, as pytest has them
     env = {"PYTHONPATH": os.pathsep.join(("tests", "docs"))}
     session.run("python", "tests/history_run.py", *session.posargs, env=env, **PATIENT)
+
+
+@nox.session
+def sweep(session: nox.Session) -> None:
+    """Measure heartbeats while the sweeper ends what 10,000 silent workers held."""
+    install(session, "test")
+    session.run(
+        "pytest", "-s", "--maker", "locked", "tests/sweep_load.py", *session.posargs
+    )

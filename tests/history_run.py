@@ -49,7 +49,7 @@ from zndraw_joblib.models import Task, Worker, in_states
 
 NURSERY = multiprocessing.get_context("forkserver")
 NURSERY.set_forkserver_preload(["host", "history_worker", "taskiq.api"])
-WORKER_TIMEOUT = 3.0
+WORKER_TIMEOUT = 4.0
 #: how long what is left may take when nobody is killed any more
 DRAIN_SECONDS = 60
 START_SECONDS = 60

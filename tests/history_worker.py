@@ -60,7 +60,7 @@ class Replicas:
         self.headers = {"Authorization": f"Bearer {token}"}
         # an answer that takes longer is one that is lost
         self.http = httpx.Client(
-            timeout=3, event_hooks=history.recorded(record, rng, LOST)
+            timeout=8, event_hooks=history.recorded(record, rng, LOST)
         )
 
     @property

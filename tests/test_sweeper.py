@@ -1,9 +1,11 @@
 """The sweeper: it ends what is lost, everything that is lost, and that alone."""
 
+from contextlib import asynccontextmanager
+from itertools import pairwise
 from uuid import UUID, uuid4
 
 import anyio
-from sqlalchemy import delete, insert, update
+from sqlalchemy import delete, func, insert, select, update
 from steps import (
     JOB,
     at_once,
@@ -192,32 +194,64 @@ async def test_what_a_vanished_worker_held_is_found(ada, session_maker, tsio):
     assert (lost["status"], lost["error_type"]) == ("failed", "worker_lost")
 
 
-async def test_more_than_a_batch_is_ended_in_one_pass(ada, session_maker, tsio, events):
-    worker = await offer(ada, timeout_seconds=60)
-    count = TASKS_A_BATCH + 2
-    job = (await ada.get(f"/rooms/lab/jobs/{JOB}")).json()["id"]
-    running = {
+def running(user, job, worker, order):
+    """Return a row of a task that a worker should have ended by now."""
+    return {
+        "id": uuid4(),
         "job_id": UUID(job),
         "job_name": JOB,
         "room_id": "lab",
         "payload": {},
         "status": "RUNNING",
         "worker_id": UUID(worker),
-        "holder_id": ada.id,
+        "holder_id": user.id,
         "attempt": 1,
         "deadline_at": now(-1),
         "started_at": now(-61),
         "claimed_at": now(-62),
+        "queue_order": order,
     }
-    await execute(
-        session_maker,
-        insert(Task).values(
-            [{**running, "id": uuid4(), "queue_order": n} for n in range(count)]
-        ),
-    )
+
+
+async def test_more_than_a_batch_is_ended_in_one_pass(ada, session_maker, tsio, events):
+    worker = await offer(ada, timeout_seconds=60)
+    count = TASKS_A_BATCH + 2
+    job = (await ada.get(f"/rooms/lab/jobs/{JOB}")).json()["id"]
+    overdue = [running(ada, job, worker, order=n) for n in range(count)]
+    await execute(session_maker, insert(Task).values(overdue))
     events.clear()
     assert await cleanup_overdue_attempts(session_maker, tsio=tsio) == count
     assert len(set(told(events))) == len(told(events)) == count
+
+
+async def test_who_waits_for_the_database_waits_for_one_batch(
+    ada, bob, session_maker, tsio, events
+):
+    """However much a silent worker holds: each transaction ends so much of it."""
+    lost, alive = await offer(ada), await offer(bob)
+    count = 2 * TASKS_A_BATCH + 7
+    job = (await ada.get(f"/rooms/lab/jobs/{JOB}")).json()["id"]
+    held = [running(ada, job, lost, order=n) for n in range(count)]
+    await execute(session_maker, insert(Task).values(held))
+    await silence(session_maker, lost)
+    left = [count]
+
+    @asynccontextmanager
+    async def counting():
+        async with session_maker() as session:
+            yield session
+        async with session_maker() as session:
+            holds = select(func.count()).where(Task.worker_id == UUID(lost))
+            left.append(await session.scalar(holds.where(Task.completed_at.is_(None))))
+        # whoever has waited comes now
+        assert (await bob.patch(f"/workers/{alive}")).status_code == 200
+
+    events.clear()
+    assert await cleanup_stale_workers(counting, tsio=tsio) == 1
+    assert left[-1] == 0
+    assert max(before - after for before, after in pairwise(left)) <= TASKS_A_BATCH
+    assert len(set(told(events))) == len(told(events)) == count
+    problem(await ada.patch(f"/workers/{lost}"), 404, "worker-not-found")
 
 
 async def test_one_worker_can_be_retired_by_name(ada, session_maker, tsio, events):

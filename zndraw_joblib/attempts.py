@@ -464,12 +464,19 @@ async def fail(
 
 
 async def lose(
-    session: AsyncSession, worker_ids: Sequence[UUID], settings: JobLibSettings
+    session: AsyncSession,
+    worker_ids: Sequence[UUID],
+    settings: JobLibSettings,
+    limit: int | None = None,
 ) -> list[TaskResponse]:
-    """End the attempts of workers that are gone."""
+    """End the attempts of workers that are lost: all, or at most ``limit`` of them."""
+    theirs = and_(held(), Task.worker_id.in_(worker_ids))
+    if limit is not None:
+        some = select(Task.id).where(theirs).limit(number(limit)).with_for_update()
+        theirs = Task.id.in_(some)
     return await fail(
         session,
-        and_(held(), Task.worker_id.in_(worker_ids)),
+        theirs,
         settings,
         error=WORKER_LOST_ERROR,
         error_type=ErrorType.WORKER_LOST,

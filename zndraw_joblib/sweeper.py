@@ -85,19 +85,33 @@ async def cleanup_stale_workers(
         session_maker, settings, tsio, on_providers_removed=on_providers_removed
     )
 
+    retired = 0
+
     async def silent(session: AsyncSession, outbox: Outbox) -> int:
+        nonlocal retired
         chosen = (
             select(Worker.id)
             .where(silent_for(settings.worker_timeout_seconds))
             .limit(number(WORKERS_A_BATCH))
             .with_for_update(skip_locked=True)
         )
-        gone = await workers.retire_where(session, chosen)
+        ids = await workers.lock(session, chosen)
+        lost = await attempts.lose(session, ids, settings, TASKS_A_BATCH)
+        for task in lost:
+            outbox.task_changed(task)
+        if len(lost) == TASKS_A_BATCH:
+            # a later batch ends the rest, and then the workers
+            return WORKERS_A_BATCH
+        gone = await workers.retire_where(
+            session, select(Worker.id).where(Worker.id.in_(ids)).with_for_update()
+        )
         if gone.worker_ids:
             await retire(session, gone, settings, outbox)
+            retired += len(gone.worker_ids)
         return len(gone.worker_ids)
 
-    return await _in_batches(silent, WORKERS_A_BATCH, exits)
+    await _in_batches(silent, WORKERS_A_BATCH, exits)
+    return retired
 
 
 async def cleanup_worker(

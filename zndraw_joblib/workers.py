@@ -200,6 +200,20 @@ async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Gone
     return gone
 
 
+async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[UUID]:
+    """Lock the chosen workers until the commit, and return their ids.
+
+    Until then no claim, heartbeat or registration of theirs can commit, on any database.
+    """
+    locked = await session.scalars(
+        update(Worker)
+        .where(Worker.id.in_(chosen))
+        .values(state=Worker.state)
+        .returning(Worker.id)
+    )
+    return locked.all()
+
+
 async def retire_where(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Gone:
     """Remove the chosen workers with their links and providers.
 
