@@ -22,7 +22,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi_users.password import PasswordHelper
 from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from taskiq import InMemoryBroker
@@ -156,8 +156,11 @@ def create_app() -> FastAPI:
         state.session_maker = locked_maker
 
     if state.redis_url:
-        state.redis = Redis.from_url(state.redis_url)
+        # who finds all connections taken waits for one instead of failing
+        pool = BlockingConnectionPool.from_url(state.redis_url, max_connections=50)
+        state.redis = Redis.from_pool(pool)
         state.result_backend = joblib.RedisResults(state.redis)
+        state.wakeups = joblib.RedisWakeups(state.redis)
     state.tsio = socket_server(app, state.redis_url)
     app.mount("/socket.io", socketio.ASGIApp(state.tsio))
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)

@@ -21,10 +21,10 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 FLOORS = [
     ["names", "lifecycle", "settings", "exceptions"],
     ["schemas", "payloads", "extension", "provider"],
-    ["events", "waiting", "results"],
+    ["events", "waiting", "wakeups", "results"],
     ["models", "paging", "migration"],
     ["workers", "jobs", "tasks", "attempts", "claims", "providers", "stats"],
-    ["delivery", "relay", "registry", "sweeper"],
+    ["delivery", "watch", "relay", "registry", "sweeper"],
     ["dependencies", "door", "openapi"],
     ["routes"],
 ]

@@ -87,13 +87,13 @@ def wait_for(seconds):
     return {"Prefer": f"wait={seconds}"}
 
 
-async def until_waited_for(count: int = 1):
+async def until_waited_for(count: int = 1, pause: float = 0.1):
     """Return when so many requests of this process wait."""
     with anyio.fail_after(20):
         while len({w for ws in waiting._waiters.values() for w in ws}) < count:
             await anyio.sleep(0.01)
         # it listens first and looks then
-        await anyio.sleep(0.1)
+        await anyio.sleep(pause)
 
 
 async def after_it_waits(act, count: int = 1):
@@ -296,7 +296,7 @@ async def test_who_hung_up_claims_nothing(ada, server):
     with anyio.fail_after(30):
         answer, task = await at_once(
             ada.post("/tasks/claim", json={"worker_id": other}, headers=wait_for(60)),
-            after_it_waits(submit(ada), 2),
+            after_it_waits(submit(ada)),
         )
     assert answer.json()["task"]["id"] == task["id"]
     assert answer.json()["task"]["worker_id"] == other

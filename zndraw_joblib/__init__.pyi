@@ -6,6 +6,7 @@ from zndraw_joblib.dependencies import get_joblib_settings as get_joblib_setting
 from zndraw_joblib.dependencies import get_result_backend as get_result_backend
 from zndraw_joblib.dependencies import get_room_access as get_room_access
 from zndraw_joblib.dependencies import get_tsio as get_tsio
+from zndraw_joblib.dependencies import get_wakeups as get_wakeups
 from zndraw_joblib.dependencies import request_hash as request_hash
 from zndraw_joblib.dependencies import validate_room_id as validate_room_id
 from zndraw_joblib.dependencies import verify_writable_room as verify_writable_room
@@ -80,5 +81,7 @@ from zndraw_joblib.sweeper import (
 from zndraw_joblib.sweeper import cleanup_worker as cleanup_worker
 from zndraw_joblib.sweeper import purge_tasks as purge_tasks
 from zndraw_joblib.sweeper import run_sweeper as run_sweeper
+from zndraw_joblib.wakeups import RedisWakeups as RedisWakeups
+from zndraw_joblib.wakeups import Wakeups as Wakeups
 
 __all__: list[str]

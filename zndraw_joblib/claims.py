@@ -79,14 +79,14 @@ def _due(worker_id: UUID) -> Select[tuple[UUID]]:
     return select(Task.id).where(due(), Task.job_id.in_(served))
 
 
-async def served(session: AsyncSession, worker_id: UUID) -> list[str]:
-    """Return the full names of a worker's jobs."""
+async def served(session: AsyncSession, worker_id: UUID) -> dict[UUID, str]:
+    """Return a worker's jobs, with their full names."""
     found = await session.execute(
-        select(Job.room_id, Job.category, Job.name)
+        select(Job.id, Job.room_id, Job.category, Job.name)
         .join(WorkerJobLink, WorkerJobLink.job_id == Job.id)
         .where(WorkerJobLink.worker_id == worker_id)
     )
-    return [str(FullName(*row)) for row in found]
+    return {job_id: str(FullName(*name)) for job_id, *name in found}
 
 
 async def promote(session: AsyncSession, worker_id: UUID) -> None:

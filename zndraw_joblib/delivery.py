@@ -1,6 +1,7 @@
 """Where a committed change goes: waiting requests, Socket.IO, the broker."""
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from zndraw_joblib.lifecycle import ErrorType
 from zndraw_joblib.models import Task
 from zndraw_joblib.names import FullName
 from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ class Exits:
         Where ``@internal`` tasks go.
     on_providers_removed : coroutine function, optional
         Hears of providers that went away.
+    wakeups : Wakeups, optional
+        What wakes requests that wait in other processes.
     """
 
     session_maker: SessionMaker
@@ -61,6 +65,7 @@ class Exits:
     tsio: Emitter | None = None
     registry: Dispatcher | None = None
     on_providers_removed: ProvidersRemoved | None = None
+    wakeups: Wakeups | None = None
 
 
 async def deliver(outbox: Outbox, exits: Exits) -> None:
@@ -74,8 +79,10 @@ async def deliver(outbox: Outbox, exits: Exits) -> None:
     # while a manager hangs, they look again by themselves
     for key in outbox.ended:
         waiting.wake_all(key)
-    for key in outbox.queued:
-        waiting.wake_one(key)
+    for key, count in Counter(outbox.queued).items():
+        waiting.wake_some(key, count)
+    if exits.wakeups is not None and (outbox.ended or outbox.queued):
+        exits.wakeups.tell(outbox.ended, outbox.queued)
     await _dispatch(outbox.dispatches, exits)
     if outbox.providers_removed and exits.on_providers_removed is not None:
         try:

@@ -25,6 +25,8 @@ from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
 from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, PaginatedResponse
 from zndraw_joblib.settings import JobLibSettings, settings_of
+from zndraw_joblib.wakeups import Wakeups
+from zndraw_joblib.watch import Desk, watch_of
 from zndraw_joblib.workers import Caller, RoomAccess
 
 T = TypeVar("T")
@@ -69,6 +71,14 @@ async def get_room_access() -> RoomAccess:
 async def get_result_backend(request: Request) -> ResultBackend:
     """Return ``app.state.result_backend``, by default one in memory."""
     return results_of(request.app)
+
+
+async def get_wakeups(request: Request) -> Wakeups | None:
+    """Return ``app.state.wakeups``: what wakes requests that wait in other processes.
+
+    Without one they look every ``recheck_seconds``.
+    """
+    return getattr(request.app.state, "wakeups", None)
 
 
 async def get_internal_providers(request: Request) -> InternalRegistry | None:
@@ -135,6 +145,7 @@ Results = Annotated[ResultBackend, Depends(get_result_backend)]
 Tsio = Annotated[Emitter | None, Depends(get_tsio)]
 Access = Annotated[RoomAccess, Depends(get_room_access)]
 Sessions = Annotated[SessionMaker, Depends(get_session_maker)]
+WakeupsDep = Annotated[Wakeups | None, Depends(get_wakeups)]
 
 
 async def _caller(user: Annotated[User, Depends(current_active_user)]) -> Caller:
@@ -158,6 +169,7 @@ async def outbox(
     registry: Registry,
     tsio: Tsio,
     removed: Annotated[ProvidersRemoved | None, Depends(get_providers_removed)],
+    wakeups: WakeupsDep,
 ) -> AsyncIterator[Outbox]:
     """Yield the request's outbox and deliver it at the end.
 
@@ -167,10 +179,21 @@ async def outbox(
     """
     box = Outbox()
     yield box
-    await deliver(box, Exits(session_maker, settings, tsio, registry, removed))
+    await deliver(box, Exits(session_maker, settings, tsio, registry, removed, wakeups))
 
 
 OutboxDep = Annotated[Outbox, Depends(outbox)]
+
+
+async def _desk(
+    request: Request, session_maker: Sessions, settings: Settings, wakeups: WakeupsDep
+) -> Desk:
+    return Desk(
+        watch_of(request.app), session_maker, settings, wakeups, request.receive
+    )
+
+
+WaitingDesk = Annotated[Desk, Depends(_desk)]
 
 
 async def enter(

@@ -232,6 +232,14 @@ class IdempotencyKeyReused(Problem):
     status = 422
 
 
+class QuotaExceeded(Problem):
+    """This user has reached a limit of this server."""
+
+    title = "Too Many Requests"
+    status = 429
+    headers = ("Retry-After",)
+
+
 class InternalJobNotConfigured(Problem):
     """This server runs no executor for the internal job."""
 
@@ -248,6 +256,15 @@ class InternalProviderNotConfigured(Problem):
 
 class ServiceUnavailable(Problem):
     """A service that this server needs can't be reached right now."""
+
+    title = "Service Unavailable"
+    status = 503
+    headers = ("Retry-After",)
+    client_error = ConnectionError
+
+
+class ServerBusy(Problem):
+    """This server takes no more requests that wait, from anybody, right now."""
 
     title = "Service Unavailable"
     status = 503

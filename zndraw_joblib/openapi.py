@@ -13,6 +13,8 @@ from zndraw_joblib.exceptions import (
     PayloadTooLarge,
     Problem,
     ProblemDetail,
+    QuotaExceeded,
+    ServerBusy,
     ServiceUnavailable,
     Unauthorized,
 )
@@ -123,6 +125,7 @@ def link(
 
 ROOM = (InvalidRoomId, Forbidden)
 BODY = (MalformedBody, PayloadTooLarge)
+WAITING = (QuotaExceeded, ServerBusy)
 #: Bytes of whatever media type.
 ANYTHING = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 ANY_QUERY = {

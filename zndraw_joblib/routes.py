@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-import anyio
 from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Row
@@ -19,6 +18,7 @@ from zndraw_joblib import (
     relay,
     stats,
     tasks,
+    watch,
     workers,
 )
 from zndraw_joblib.dependencies import (
@@ -37,6 +37,7 @@ from zndraw_joblib.dependencies import (
     Settings,
     Tsio,
     WaitingCaller,
+    WaitingDesk,
     WritableRoom,
     enter,
     outbox,
@@ -44,7 +45,7 @@ from zndraw_joblib.dependencies import (
     request_hash,
 )
 from zndraw_joblib.door import Door
-from zndraw_joblib.events import Dispatch, job_key, task_key, worker_key
+from zndraw_joblib.events import Dispatch, worker_key
 from zndraw_joblib.exceptions import (
     Forbidden,
     IdempotencyKeyReused,
@@ -66,7 +67,7 @@ from zndraw_joblib.exceptions import (
     TaskNotFound,
     WorkerNotFound,
 )
-from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
+from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.names import GLOBAL_ROOM, INTERNAL_ROOM, SPECIAL_ROOMS, FullName
 from zndraw_joblib.openapi import (
     ANY_QUERY,
@@ -78,6 +79,7 @@ from zndraw_joblib.openapi import (
     PROVIDER_LINKS,
     ROOM,
     TASK_LINKS,
+    WAITING,
     WORKER_LINKS,
     answer,
     problems,
@@ -109,7 +111,6 @@ from zndraw_joblib.schemas import (
     WorkerUpdateRequest,
 )
 from zndraw_joblib.sweeper import retire
-from zndraw_joblib.waiting import waiting_for, wake_one
 
 StatusFilter = Annotated[TaskStatus | None, Query(alias="status")]
 
@@ -251,6 +252,8 @@ async def register_job(
         session, registered.job_id, settings.worker_timeout_seconds, worker_id
     )
     await session.commit()
+    # a claim of this worker may wait for other jobs only
+    outbox.ended.append(worker_key(worker_id))
     if registered.created or registered.joined:
         outbox.jobs_changed([room])
     if not registered.created:
@@ -468,52 +471,39 @@ async def list_room_tasks(
 @router.post(
     "/tasks/claim",
     responses=answer(200, "Preference-Applied", links=CLAIM_LINKS)
-    | problems(*BODY, WorkerNotFound, Forbidden),
+    | problems(*BODY, *WAITING, WorkerNotFound, Forbidden),
 )
 async def claim_tasks(
     body: TaskClaimRequest,
     caller: WaitingCaller,
-    session_maker: Sessions,
+    desk: WaitingDesk,
     settings: Settings,
     outbox: OutboxDep,
-    request: Request,
     response: Response,
     wait: PreferredWait,
     idempotency_key: IdempotencyKey,
 ) -> TaskClaimResponse:
     """Give a worker the oldest tasks of its jobs, waiting for them if preferred."""
-    applied = _applied(wait, response)
-    deadline = anyio.current_time() + applied
-    keys: list[str] = []
-    hung_up = False
-    if applied:
-        async with session_maker() as session:
-            served = await claims.served(session, body.worker_id)
-        keys = [worker_key(body.worker_id), *map(job_key, served)]
-    with waiting_for(keys) as waiter:
-        while True:
-            async with session_maker() as session:
-                claim = await claims.claim(
-                    session,
-                    body.worker_id,
-                    caller,
-                    settings,
-                    limit=body.max_tasks,
-                    key=idempotency_key,
-                    start=body.start,
-                )
-                await session.commit()
-            left = deadline - anyio.current_time()
-            if claim.tasks or claim.done or left <= 0:
-                break
-            await waiter.wait(min(left, settings.recheck_seconds))
-            # before it claims: nobody would be told what
-            if hung_up := await request.is_disconnected():
-                break
-    if hung_up:
-        # what it was woken for is still there
-        for key in keys:
-            wake_one(key)
+
+    async def look() -> claims.Claim:
+        async with desk.session_maker() as session:
+            claim = await claims.claim(
+                session,
+                body.worker_id,
+                caller,
+                settings,
+                limit=body.max_tasks,
+                key=idempotency_key,
+                start=body.start,
+            )
+            await session.commit()
+        return claim
+
+    seconds = _applied(wait, response)
+    if seconds:
+        claim = await watch.for_work(desk, caller, body.worker_id, seconds, look)
+    else:
+        claim = await look()
     if not claim.repeated:
         outbox.tasks_changed(claim.tasks)
     return TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
@@ -529,61 +519,50 @@ def _applied(wait: float | None, response: Response) -> float:
 
 @router.get(
     "/tasks/{task_id}",
-    responses=answer(200, "Preference-Applied") | problems(TaskNotFound),
+    responses=answer(200, "Preference-Applied") | problems(*WAITING, TaskNotFound),
 )
 async def read_task(
     task_id: UUID,
     caller: WaitingCaller,
-    session_maker: Sessions,
+    desk: WaitingDesk,
     settings: Settings,
     may_enter: Access,
-    request: Request,
     response: Response,
     wait: PreferredWait,
 ) -> TaskResponse:
     """Show a task; with `Prefer: wait` once it has ended."""
-    deadline = anyio.current_time() + _applied(wait, response)
-    with waiting_for([task_key(task_id)]) as waiter:
-        while True:
-            async with session_maker() as session:
-                task = await tasks.read(session, task_id, caller, may_enter, settings)
-            left = deadline - anyio.current_time()
-            if task.status in TERMINAL or left <= 0 or await request.is_disconnected():
-                return task
-            await waiter.wait(min(left, settings.recheck_seconds))
+
+    async def look() -> TaskResponse:
+        async with desk.session_maker() as session:
+            return await tasks.read(session, task_id, caller, may_enter, settings)
+
+    seconds = _applied(wait, response)
+    return await watch.for_end(desk, caller, task_id, seconds, look)
 
 
 @router.post(
-    "/tasks/query", responses=answer(200, "Preference-Applied") | problems(*BODY)
+    "/tasks/query",
+    responses=answer(200, "Preference-Applied") | problems(*BODY, *WAITING),
 )
 async def query_tasks(
     body: TaskQueryRequest,
     caller: WaitingCaller,
-    session_maker: Sessions,
+    desk: WaitingDesk,
     settings: Settings,
     may_enter: Access,
-    request: Request,
     response: Response,
     wait: PreferredWait,
 ) -> TaskQueryResponse:
     """Show up to 500 tasks; with `Prefer: wait` once all of them have ended."""
-    deadline = anyio.current_time() + _applied(wait, response)
-    async with session_maker() as session:
+    async with desk.session_maker() as session:
         there = await tasks.readable(session, body.ids, caller, may_enter)
-    # Not all ends are waited for but that of the last task in the queue, and then that
-    # of the last one left: however many there are, it is woken a few times.
-    last: UUID | None = None
-    while anyio.current_time() < deadline and not await request.is_disconnected():
-        with waiting_for([] if last is None else [task_key(last)]) as waiter:
-            async with session_maker() as session:
-                unfinished = await tasks.last_unfinished(session, there)
-            if unfinished is None:
-                break
-            left = deadline - anyio.current_time()
-            if unfinished == last and left > 0:
-                await waiter.wait(min(left, settings.recheck_seconds))
-            last = unfinished
-    async with session_maker() as session:
+
+    async def unfinished() -> UUID | None:
+        async with desk.session_maker() as session:
+            return await tasks.last_unfinished(session, there)
+
+    await watch.for_ends(desk, caller, _applied(wait, response), unfinished)
+    async with desk.session_maker() as session:
         found = await tasks.read_many(session, there, settings)
     missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
     return TaskQueryResponse(tasks=found, missing=sorted(missing))

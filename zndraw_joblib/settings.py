@@ -44,7 +44,15 @@ class JobLibSettings(BaseSettings):
     )
     recheck_seconds: PositiveFloat = Field(
         default=1,
-        description="How often a waiting request looks for what other processes did.",
+        description="How often a process looks, for all requests that wait in it at"
+        " once, what other processes did.",
+    )
+    max_waiting_per_user: PositiveInt = Field(
+        default=2000,
+        description="Requests of one user that may wait in a process (429 beyond).",
+    )
+    max_waiting: PositiveInt = Field(
+        default=10_000, description="Requests that may wait in a process (503 beyond)."
     )
     queue_position_max: PositiveInt = Field(
         default=1000, description="`queue_position` counts exactly up to here."

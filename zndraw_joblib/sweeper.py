@@ -17,7 +17,7 @@ from zndraw_joblib.delivery import (
     SessionMaker,
     deliver,
 )
-from zndraw_joblib.events import Dispatch, Emitter, Outbox
+from zndraw_joblib.events import Dispatch, Emitter, Outbox, worker_key
 from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.models import Job, Worker, number, silent_for
 from zndraw_joblib.schemas import TaskResponse
@@ -38,6 +38,7 @@ async def retire(
     """End what retired workers held, and the jobs that only they served."""
     for task in await attempts.lose(session, gone.worker_ids, settings):
         outbox.task_changed(task)
+    outbox.ended += map(worker_key, gone.worker_ids)
     outbox.jobs_changed(gone.job_rooms)
     outbox.providers_gone(gone.providers)
     await jobs.delete_idle(session, Job.id.in_(gone.job_ids))

@@ -1,6 +1,6 @@
 """Workers: who they are, whether they live, and what goes when they go."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -139,6 +139,19 @@ def _touch(worker_id: UUID, caller: Caller) -> Update:
         update(Worker)
         .where(Worker.id == worker_id, Worker.user_id == caller.id)
         .values({Worker.last_heartbeat: now()})
+    )
+
+
+async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:
+    """Record a sign of life of many workers; one that is being written to needs none."""
+    free = (
+        select(Worker.id)
+        .where(Worker.id.in_(worker_ids))
+        .order_by(Worker.id)
+        .with_for_update(skip_locked=True)
+    )
+    await session.execute(
+        update(Worker).where(Worker.id.in_(free)).values({Worker.last_heartbeat: now()})
     )
 
 
