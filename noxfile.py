@@ -11,7 +11,7 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "docs", "tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 MAKERS = ["plain", "locked", "locked-memory", "strict", "postgres"]
@@ -32,6 +32,34 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into build/site: each warning fails, links that lead nowhere too."""
+    install(session, "docs")
+    session.run(
+        "python",
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-E",
+        "-j",
+        "auto",
+        "-d",
+        "build/doctrees",
+        "docs",
+        "build/site",
+    )
+
+
+@nox.session
+def pictures(session: nox.Session) -> None:
+    """Draw the state machine anew, from the code."""
+    session.install("-e", ".")
+    session.run("python", "docs/states.py")
 
 
 @nox.session

@@ -251,27 +251,6 @@ def test_a_worker_loads_no_web_server_and_no_orm():
     assert (ran.returncode, ran.stdout) == (0, "set()\n"), ran.stderr
 
 
-BLOCK = re.compile(
-    r"(?P<skip><!-- no-test -->\s*)?^```python\n(?P<code>.*?)^```",
-    re.MULTILINE | re.DOTALL,
-)
-
-
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda p: p.name
-)
-def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The blocks of a page run in order, in one namespace, in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    text = page.read_text()
-    for block in BLOCK.finditer(text):
-        if not block["skip"]:
-            # blank lines in front, so that a traceback tells the page's own line
-            before = "\n" * text.count("\n", 0, block.start("code"))
-            exec(compile(before + block["code"], page, "exec"), namespace)
-
-
 def test_type_checkers_see_what_is_handed_on():
     stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
     seen = {

@@ -34,6 +34,7 @@ from hypothesis.stateful import (
 from makers import SessionMaker
 from sqlalchemy import bindparam, delete, select, update
 
+from zndraw_joblib.lifecycle import TRANSITIONS
 from zndraw_joblib.models import Job as JobRow
 from zndraw_joblib.models import Task as TaskRow
 from zndraw_joblib.models import Worker as WorkerRow
@@ -53,6 +54,9 @@ MAY_FOLLOW = {
     FAILED: HELD,
     CANCELLED: {PENDING, *HELD},
 }
+
+# whence and where; what is not there before comes from nowhere
+WAYS = {(source, way.target) for way in TRANSITIONS for source in way.sources or [None]}
 
 # Time leaps by whole hours and everything is due between two of them: the seconds that a
 # walk takes, and the jitter of the backoff, decide nothing.
@@ -257,6 +261,8 @@ class Walk(RuleBasedStateMachine):
         self.attempts: list[tuple[Task, int, Worker]] = []
         #: what has to leave, by task
         self.told: dict[str, list[Any]] = defaultdict(list)
+        #: the state in which each task was last heard of
+        self.shown: dict[str, str] = {}
 
     @rule(
         step=one_of(
@@ -373,6 +379,10 @@ class Walk(RuleBasedStateMachine):
             if event == "task_status_event":
                 assert room == "room:lab"
                 what = data["status"], data["attempt"], data["worker_id"]
+                before = self.shown.get(data["id"])
+                # of progress it is told in the same state
+                assert what[0] == before or (before, what[0]) in WAYS
+                self.shown[data["id"]] = what[0]
                 told[data["id"]].append((*what, data["progress"]))
             elif event == "task_available":
                 told[data["task_id"]].append("available")

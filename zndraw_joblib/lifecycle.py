@@ -1,18 +1,7 @@
-"""The life of a task: its states, and which may follow which.
-
-::
-
-    pending ──claim──▶ claimed ──start──▶ running ──complete──▶ completed
-       ▲ │                │  │               │ │
-       │ │                │  └──────fail─────┤ └──cancel──▶ cancelled
-       │ └──cancel─────▶  │                  ▼
-       │    cancelled  ◀──┘ cancel        failed
-       └──────── retry, lost worker, time-out: while attempts are left ┘
-
-A claim may start what it brings: its tasks are running at once.
-"""
+"""The life of a task: its states, and which may follow which."""
 
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class TaskStatus(StrEnum):
@@ -57,16 +46,59 @@ class WorkerState(StrEnum):
 HELD = frozenset({TaskStatus.CLAIMED, TaskStatus.RUNNING})
 TERMINAL = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED})
 
+#: Where a task comes from that was not there before.
+UNBORN: frozenset[TaskStatus] = frozenset()
+
+
+class Transition(NamedTuple):
+    """A way on: what it is called, whence it comes, and where it leads.
+
+    Attributes
+    ----------
+    name : str
+        What happens.
+    sources : frozenset of TaskStatus
+        The states that the task may be in before.
+    target : TaskStatus
+        The state that it is in afterwards.
+    reported : bool
+        Whether a report can ask for it.
+    """
+
+    name: str
+    sources: frozenset[TaskStatus]
+    target: TaskStatus
+    reported: bool = False
+
+
+#: Every way there is. What is not here does not happen.
+TRANSITIONS = (
+    Transition("submit", UNBORN, TaskStatus.PENDING),
+    Transition("submit, @internal", UNBORN, TaskStatus.CLAIMED),
+    Transition("claim", frozenset({TaskStatus.PENDING}), TaskStatus.CLAIMED),
+    # by a claim that asks for it
+    Transition("claim and start", frozenset({TaskStatus.PENDING}), TaskStatus.RUNNING),
+    # By a worker that goes, or because it was never started: no attempt is lost. A running
+    # task only as its claim left it, which started it: nobody has said that its work began.
+    Transition("hand back", HELD, TaskStatus.PENDING, reported=True),
+    Transition(
+        "start", frozenset({TaskStatus.CLAIMED}), TaskStatus.RUNNING, reported=True
+    ),
+    Transition(
+        "complete", frozenset({TaskStatus.RUNNING}), TaskStatus.COMPLETED, reported=True
+    ),
+    # reported, or its worker is lost, or its time is over
+    Transition("fail", HELD, TaskStatus.FAILED, reported=True),
+    Transition("try again", HELD, TaskStatus.PENDING),
+    Transition(
+        "cancel", HELD | {TaskStatus.PENDING}, TaskStatus.CANCELLED, reported=True
+    ),
+    Transition("retry", TERMINAL, TaskStatus.PENDING),
+    Transition("retry, @internal", TERMINAL, TaskStatus.CLAIMED),
+)
+
 #: For each state that a report can ask for: the states it may follow.
-REPORTABLE: dict[TaskStatus, frozenset[TaskStatus]] = {
-    # Handed back by a worker that goes: no attempt is lost. A running task only as its
-    # claim left it, which started it: nobody has said that its work began.
-    TaskStatus.PENDING: HELD,
-    TaskStatus.RUNNING: frozenset({TaskStatus.CLAIMED}),
-    TaskStatus.COMPLETED: frozenset({TaskStatus.RUNNING}),
-    TaskStatus.FAILED: HELD,
-    TaskStatus.CANCELLED: HELD | {TaskStatus.PENDING},
-}
+REPORTABLE = {way.target: way.sources for way in TRANSITIONS if way.reported}
 
 MAX_ATTEMPTS = 100
 MAX_PRIORITY = 1000
