@@ -101,6 +101,40 @@ async def test_tasks_come_newest_first(ada):
     )
 
 
+async def test_a_page_leaves_large_contents_out(app, ada):
+    """A page of 10 that may take 10,000 bytes shows rows of up to 1,000 each."""
+    app.state.joblib_settings.max_page_bytes = 10_000
+    worker = await offer(ada)
+    small, large = {"text": "é" * 100}, {"text": "é" * 1000}
+    tasks = [await submit(ada, payload=p) for p in (small, large, small, small)]
+    await claim(ada, worker, max_tasks=4)
+    await report(ada, tasks[2], "running")
+    await report(ada, tasks[2], "completed", result=["x" * 1000])
+    await report(ada, tasks[3], "failed", error="x" * 3000)
+    url = "/rooms/lab/tasks?limit="
+    ok, full, completed, failed = (await ada.get(f"{url}10")).json()["items"][::-1]
+    assert (ok["payload"], ok["abridged"]) == (small, False)
+    assert (full["payload"], full["abridged"]) == ({}, True)
+    assert (completed["payload"], completed["result"]) == ({}, None)
+    assert (len(failed["error"]), failed["errors"]) == (1000, [])
+    # nothing is missing but the contents, and the task itself has them
+    for shown in (full, completed, failed):
+        whole = (await ada.get(f"/tasks/{shown['id']}")).json()
+        assert shown.keys() == whole.keys()
+        assert whole["payload"] in (small, large)
+        assert not whole["abridged"]
+    assert not any(t["abridged"] for t in (await ada.get(f"{url}1")).json()["items"])
+
+    for name, title in (("small", "x"), ("large", "x" * 2000)):
+        body = {"category": "files", "name": name, "schema": {"title": title}}
+        assert (await ada.put("/rooms/lab/providers", json=body)).status_code == 201
+    items = (await ada.get("/rooms/lab/providers?limit=10")).json()["items"]
+    assert [(p["abridged"], len(str(p["schema"])) > 2) for p in items] == [
+        (True, False),
+        (False, True),
+    ]
+
+
 async def test_a_walk_repeats_and_misses_nothing_while_things_change(ada):
     worker = await offer(ada)
     tasks = [await submit(ada) for _ in range(6)]

@@ -60,6 +60,7 @@ async def test_a_provider_is_made_then_replaced_by_its_owner(ada, bob, admin, ev
         "content_type": "application/json",
         "worker_id": provider["worker_id"],
         "created_at": provider["created_at"],
+        "abridged": False,
     }
     assert [e[:] for e in events] == [("providers_invalidate", {}, "room:lab")]
     worker = (await ada.post("/workers")).json()["id"]

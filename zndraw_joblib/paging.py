@@ -8,7 +8,17 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, func, literal, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Text,
+    cast,
+    func,
+    literal,
+    select,
+    tuple_,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.models import number
@@ -73,6 +83,12 @@ class Listing:
     rows: Sequence[Row[Any]]
     total: int
     next: Cursor | None
+
+
+def size_of(*columns: Any) -> ColumnElement[int]:
+    """Return how many characters columns take together, as text."""
+    sizes = (func.coalesce(func.length(cast(c, Text)), number(0)) for c in columns)
+    return sum(sizes, start=number(0))
 
 
 async def paginate(

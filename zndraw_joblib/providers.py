@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, and_, case, delete, select, true
+from sqlalchemy import ColumnElement, Row, and_, case, delete, literal, select, true
 
 # ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
 # construct for both.
@@ -13,10 +13,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
-from zndraw_joblib.models import ProviderRecord, visible_from
+from zndraw_joblib.models import ProviderRecord, number, visible_from
 from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
-from zndraw_joblib.paging import Listing, Page, paginate
+from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
+from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import Caller, RoomAccess
 
 _VIEW = (
@@ -152,10 +153,20 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
 
 
 async def list_visible(
-    session: AsyncSession, room: str, page: Page
+    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> tuple[list[ProviderResponse], Listing]:
     """Return a page of the providers that ``room`` sees."""
-    statement = select(*_VIEW).where(visible_from(ProviderRecord, room))
+    schema = ProviderRecord.schema_
+    fits = size_of(schema) <= number(settings.max_page_bytes // max(page.limit, 1))
+    shown = [
+        case((fits, schema), else_=literal({}, schema.type)).label("schema_")
+        if column is schema
+        else column
+        for column in _VIEW
+    ]
+    statement = select(*shown, (~fits).label("abridged")).where(
+        visible_from(ProviderRecord, room)
+    )
     listing = await paginate(session, statement, ProviderRecord, page)
     return [_view(row) for row in listing.rows], listing
 

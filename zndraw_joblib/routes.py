@@ -711,10 +711,11 @@ async def register_provider(
 async def list_providers(
     room: ReadableRoom,
     session: SessionDep,
+    settings: Settings,
     pager: PagerDep,
 ) -> PaginatedResponse[ProviderResponse]:
     """List the providers that the room sees."""
-    items, listing = await providers.list_visible(session, room, pager.page)
+    items, listing = await providers.list_visible(session, room, pager.page, settings)
     return pager.show(listing, items)
 
 

@@ -291,6 +291,11 @@ class TaskResponse(BaseModel):
     progress_message: str | None = None
     priority: int = 0
     created_by_id: UUID | None = None
+    abridged: bool = Field(
+        default=False,
+        description="Too large for a listing: `payload`, `result` and `errors` are left"
+        " out and `error` is cut. The task itself tells them.",
+    )
 
 
 class TaskClaimRequest(BaseModel):
@@ -393,3 +398,7 @@ class ProviderResponse(BaseModel):
     content_type: str = "application/json"
     worker_id: UUID | None
     created_at: datetime
+    abridged: bool = Field(
+        default=False,
+        description="Too large for a listing: `schema` is left out. `/info` tells it.",
+    )

@@ -60,6 +60,11 @@ class JobLibSettings(BaseSettings):
     max_payload_bytes: PositiveInt = Field(
         default=1024 * 1024, description="Largest JSON body of a request (413 beyond)."
     )
+    max_page_bytes: PositiveInt = Field(
+        default=1024 * 1024,
+        description="What the contents on a page of a listing may take; a row that takes"
+        " more than its share comes `abridged`.",
+    )
     retry_delay_max_seconds: PositiveFloat = Field(
         default=3600, description="Cap of the doubling backoff between attempts."
     )

@@ -25,6 +25,7 @@ from sqlalchemy import (
     insert,
     literal,
     literal_column,
+    null,
     select,
 )
 
@@ -53,7 +54,7 @@ from zndraw_joblib.models import (
     number,
     queued,
 )
-from zndraw_joblib.paging import Listing, Page, paginate
+from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import (
     TaskResponse,
     TaskSubmitRequest,
@@ -133,6 +134,25 @@ def seen(position_max: int) -> Select[Any]:
     )
 
 
+KEPT_OF_ERROR = 1000
+_LARGE = (Task.payload, Task.result, Task.errors, Task.error)
+
+
+@lru_cache(maxsize=64)
+def _listed(position_max: int, largest: int) -> Select[Any]:
+    """Return :func:`seen` without the contents of rows that are too large."""
+    fits = size_of(*_LARGE) <= number(largest)
+    kept = {Task.error.key: func.substr(Task.error, 1, number(KEPT_OF_ERROR))}
+    large = {column.key for column in _LARGE}
+    columns = [
+        case((fits, column), else_=kept.get(column.key, null())).label(column.key)
+        if column.key in large
+        else column
+        for column in seen(position_max).selected_columns
+    ]
+    return seen(position_max).with_only_columns(*columns, (~fits).label("abridged"))
+
+
 def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
     """Make the wire view of a row of :data:`VIEW`."""
     lines = row.errors.split("\n")[-KEPT_ERRORS:] if row.errors else []
@@ -140,6 +160,7 @@ def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
         **{
             "queue_position": queue_position,
             **row._mapping,
+            "payload": row.payload or {},
             "available_at": row.available_at or row.created_at,
             "errors": [json.loads(line) for line in lines],
         }
@@ -615,7 +636,10 @@ async def list_tasks(
     status: TaskStatus | None = None,
 ) -> tuple[list[TaskResponse], Listing]:
     """Return a page of the tasks that ``room`` submitted."""
-    statement = seen(settings.queue_position_max).where(Task.room_id == room)
+    largest = settings.max_page_bytes // max(page.limit, 1)
+    statement = _listed(settings.queue_position_max, largest).where(
+        Task.room_id == room
+    )
     if job_id is not None:
         statement = statement.where(Task.job_id == job_id)
     if status is not None:
