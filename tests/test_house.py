@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 FLOORS = [
     ["names", "lifecycle", "settings", "exceptions"],
     ["schemas", "payloads", "extension", "provider"],
-    ["events", "waiting", "wakeups", "results"],
+    ["telemetry", "events", "waiting", "wakeups", "results"],
     ["models", "paging", "migration"],
     ["workers", "jobs", "tasks", "attempts", "claims", "providers", "stats"],
     ["delivery", "watch", "relay", "registry", "sweeper"],

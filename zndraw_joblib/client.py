@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
+from zndraw_joblib import telemetry
 from zndraw_joblib.client_claiming import Claimant
 from zndraw_joblib.client_registering import Source
 from zndraw_joblib.client_sockets import OwnSocket, Socket
@@ -308,18 +309,25 @@ class JobManager(Claimant):
         assert self._execute is not None
         tell = partial(self._tell, task.task_id, attempt=task.attempt)
         if not tell(status=TaskStatus.RUNNING):
+            self._note("lost", task)
             return
+        self._note("started", task)
+        trace = (task.job_name, task.task_id, task.attempt, task.traceparent)
         try:
-            result = as_json(self._execute(task))
+            with telemetry.processing(*trace):
+                result = as_json(self._execute(task))
         except TaskCancelled:
             # who cancelled it knows; a task that ends itself this way has to say so
             if not task.cancelled:
                 tell(status=TaskStatus.CANCELLED)
+            self._note("cancelled", task)
         except BaseException as exc:
             # SystemExit and the like end the task, not the thread
             log.exception("task %s of %s failed", task.task_id, task.job_name)
+            self._note("failed", task)
             tell(status=TaskStatus.FAILED, error=describe(exc))
         else:
+            self._note("completed", task)
             tell(status=TaskStatus.COMPLETED, result=result)
 
     # --- Socket.IO ---

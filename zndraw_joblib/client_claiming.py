@@ -257,9 +257,22 @@ class Claimant(Registrant):
             extension,
             job.run_kwargs,
             attempt=attempt,
+            traceparent=claimed.traceparent,
         )
         self._held.add(task)
+        self._note("claimed", task)
         return task
+
+    def _note(self, event: str, task: ClaimedTask[Any]) -> None:
+        told = {
+            "event": event,
+            "task_id": task.task_id,
+            "job_name": task.job_name,
+            "room_id": task.room_id,
+            "worker_id": self._worker_id and str(self._worker_id),
+            "attempt": task.attempt,
+        }
+        log.info("task %s of %s %s", task.task_id, task.job_name, event, extra=told)
 
     def _report(
         self,

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
+from zndraw_joblib import telemetry
 from zndraw_joblib.client_tasks import TaskFailed
 from zndraw_joblib.client_transport import (
     CONNECT_SECONDS,
@@ -107,11 +108,14 @@ class Submitter:
             body["priority"] = priority
         if delay_seconds:
             body["delay_seconds"] = delay_seconds
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        if trace := telemetry.submitting(str(job)):
+            headers["traceparent"] = trace
         response = self._transport.send(
             "post",
             path("rooms", room, "tasks", job),
             json=body,
-            headers={"Idempotency-Key": idempotency_key or uuid.uuid4().hex},
+            headers=headers,
             retries=self._retries,
         )
         self.api.raise_for_status(response)

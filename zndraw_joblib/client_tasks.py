@@ -56,6 +56,8 @@ class ClaimedTask(Generic[E]):
         What was given at the job's registration.
     attempt : int, optional
         Which attempt this is; None when the host doesn't count them.
+    traceparent : str, optional
+        The trace that it was submitted in (W3C Trace Context).
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ClaimedTask(Generic[E]):
         extension: E,
         run_kwargs: dict[str, Any] | None = None,
         attempt: int | None = None,
+        traceparent: str | None = None,
     ) -> None:
         self.task_id = task_id
         self.job_name = job_name
@@ -73,6 +76,7 @@ class ClaimedTask(Generic[E]):
         self.extension = extension
         self.run_kwargs = run_kwargs or {}
         self.attempt = attempt
+        self.traceparent = traceparent
         self._cancelled = threading.Event()
         self._progress: tuple[float, str | None] | None = None
         self._told: tuple[float, str | None] | None = None

@@ -11,7 +11,7 @@ import anyio
 from sqlalchemy import and_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import attempts, waiting
+from zndraw_joblib import attempts, telemetry, waiting
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, emit
 from zndraw_joblib.lifecycle import ErrorType
 from zndraw_joblib.models import Task
@@ -73,6 +73,11 @@ async def deliver(outbox: Outbox, exits: Exits) -> None:
 
     What can't leave is logged; an ``@internal`` task that can't leave is failed.
     """
+    for worker_id in outbox.workers_gone:
+        told = {"event": "gone", "worker_id": str(worker_id)}
+        log.info("worker %s is gone", worker_id, extra=told)
+    for task in outbox.changes:
+        telemetry.task_changed(task)
     patience = exits.settings.dispatch_timeout_seconds
     await emit(exits.tsio, outbox.emissions, timeout=patience)
     # woken after what they were woken for was told, so that their own news comes later;

@@ -21,6 +21,7 @@ from zndraw_joblib.exceptions import (
 )
 from zndraw_joblib.schemas import parse_json
 from zndraw_joblib.settings import settings_of
+from zndraw_joblib.telemetry import continuing
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ class Door(APIRoute):
 
         async def guarded(request: Request) -> Response:
             try:
-                return await handle(BoundedRequest(request.scope, request.receive))
+                with continuing(request.headers):
+                    return await handle(BoundedRequest(request.scope, request.receive))
             except RequestValidationError as exc:
                 raise invalid_request(list(exc.errors())) from None
             except HTTPException as exc:

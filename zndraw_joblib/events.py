@@ -242,6 +242,10 @@ class Outbox:
         Keys of what ended, tasks and workers: whoever waits for one is to look.
     queued : list of str
         Keys of jobs, one for each task that can be claimed: one claim is to look.
+    changes : list of TaskView
+        Tasks as they stand after each change, for logs and metrics.
+    workers_gone : list of UUID
+        Workers that were retired, for logs.
     """
 
     emissions: list[Emission] = field(default_factory=list)
@@ -249,6 +253,8 @@ class Outbox:
     providers_removed: list[FullName] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     queued: list[str] = field(default_factory=list)
+    changes: list["TaskView"] = field(default_factory=list)
+    workers_gone: list[UUID] = field(default_factory=list)
 
     def task_changed(self, task: "TaskView") -> None:
         """Tell everybody whom a task's new state concerns."""
@@ -261,6 +267,7 @@ class Outbox:
         """
         available: dict[str, TaskAvailable] = {}
         for task in tasks:
+            self.changes.append(task)
             self.emissions.append(
                 build_task_status_emission(task, task.job_name, task.queue_position)
             )
@@ -314,6 +321,7 @@ class TaskView(TaskLike, Protocol):
     job_name: str
     queue_position: int | None
     available_at: datetime | None
+    error_type: Any
 
 
 def task_key(task_id: Any) -> str:

@@ -96,6 +96,7 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("idempotency_key", sa.String(), True),
         ("request_digest", sa.String(64), True),
         ("claim_key", sa.String(), True),
+        ("traceparent", sa.String(55), True),
     ],
 }
 

@@ -247,6 +247,8 @@ class Task(Base):
         The ``Idempotency-Key`` of the claim.
     errors : str or None
         JSON, a line for each failed attempt.
+    traceparent : str or None
+        The trace of the submission (W3C Trace Context).
     """
 
     __tablename__ = "task"
@@ -306,6 +308,7 @@ class Task(Base):
     idempotency_key: Mapped[str | None]
     request_digest: Mapped[str | None] = mapped_column(String(64))
     claim_key: Mapped[str | None]
+    traceparent: Mapped[str | None] = mapped_column(String(55))
 
 
 def visible_from(

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask
 
-from zndraw_joblib import attempts, jobs
+from zndraw_joblib import attempts, jobs, telemetry
 from zndraw_joblib.delivery import Exits, SessionMaker, deliver
 from zndraw_joblib.events import Outbox
 from zndraw_joblib.lifecycle import ErrorType
@@ -210,11 +210,14 @@ async def register_internal_jobs(
     async def run(
         extension: Any, payload: dict[str, Any], room_id: str, task_id: str
     ) -> None:
+        started: list[Any] = []
+
         async def start(session: AsyncSession) -> list[Any]:
             task = await attempts.start_internal(
                 session, UUID(task_id), settings_of(app)
             )
-            return [] if task is None else [task]
+            started.extend([] if task is None else [task])
+            return started
 
         async def fail(session: AsyncSession) -> list[Any]:
             return await attempts.fail(
@@ -229,7 +232,11 @@ async def register_internal_jobs(
             log.info("task %s is not there to be started", task_id)
             return
         try:
-            await executor(extension, payload, room_id, task_id)
+            (task,) = started
+            with telemetry.processing(
+                task.job_name, task_id, task.attempt, task.traceparent
+            ):
+                await executor(extension, payload, room_id, task_id)
         except Exception as raised:
             exc = raised
             await tell(fail)

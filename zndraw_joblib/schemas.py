@@ -291,6 +291,7 @@ class TaskResponse(BaseModel):
     progress_message: str | None = None
     priority: int = 0
     created_by_id: UUID | None = None
+    traceparent: str | None = None
     abridged: bool = Field(
         default=False,
         description="Too large for a listing: `payload`, `result` and `errors` are left"

@@ -36,6 +36,7 @@ async def retire(
     session: AsyncSession, gone: workers.Gone, settings: JobLibSettings, outbox: Outbox
 ) -> None:
     """End what retired workers held, and the jobs that only they served."""
+    outbox.workers_gone += gone.worker_ids
     for task in await attempts.lose(session, gone.worker_ids, settings):
         outbox.task_changed(task)
     outbox.ended += map(worker_key, gone.worker_ids)
@@ -347,7 +348,9 @@ async def run_sweeper(
         for sweep in passes:
             try:
                 if ended := await sweep():
-                    log.info("%s: %d", sweep.func.__name__, ended)
+                    name = sweep.func.__name__
+                    told = {"event": "swept", "sweep": name, "count": ended}
+                    log.info("%s: %d", name, ended, extra=told)
             except Exception:
                 # the next pass finds what this one left
                 log.exception("%s failed", sweep.func.__name__)

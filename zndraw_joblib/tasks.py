@@ -37,7 +37,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 from uuid_utils.compat import uuid7
 
-from zndraw_joblib import jobs
+from zndraw_joblib import jobs, telemetry
 from zndraw_joblib.exceptions import (
     IdempotencyKeyReused,
     TaskNotFound,
@@ -107,6 +107,7 @@ VIEW = (
     Task.progress_message,
     Task.priority,
     Task.created_by_id,
+    Task.traceparent,
 )
 
 
@@ -265,6 +266,7 @@ def _inserting(internal: bool, delayed: bool, keyed: bool) -> Any:
         Task.job_name: bindparam("full_name", type_=Task.job_name.type),
         Task.idempotency_key: bindparam("key", type_=Task.idempotency_key.type),
         Task.request_digest: bindparam("digest", type_=Task.request_digest.type),
+        Task.traceparent: bindparam("trace", type_=Task.traceparent.type),
         Task.job_id: Job.id,
         Task.max_attempts: Job.max_attempts,
     }
@@ -333,10 +335,11 @@ async def submit(
     digest = None
     if idempotency_key is not None:
         digest = _digest(request.model_dump(mode="json"))
+    new_id = uuid7()
     inserted = await session.execute(
         _inserting(internal, request.delay_seconds > 0, idempotency_key is not None),
         {
-            "new_id": uuid7(),
+            "new_id": new_id,
             "in_room": room,
             "submitter": caller.id,
             "given": request.payload,
@@ -345,6 +348,7 @@ async def submit(
             "full_name": job.full_name,
             "key": idempotency_key,
             "digest": digest,
+            "trace": telemetry.submitting(job.full_name, new_id),
             "job": job.id,
             "seconds": settings.internal_redispatch_seconds
             if internal
@@ -451,6 +455,8 @@ async def submit_many(
             "full_name": full_name,
             "key": idempotency_key,
             "digest": digest,
+            # one trace for all of them
+            "trace": telemetry.submitting(full_name),
             "job": job.id,
             "seconds": redispatch if internal else requests[0].delay_seconds,
         },
@@ -495,6 +501,7 @@ async def _add(
             for column in (
                 Task.job_name, Task.room_id, Task.created_by_id, Task.status,
                 Task.attempt, Task.max_attempts, Task.created_at, Task.claimed_at,
+                Task.traceparent,
             )
         },
     }  # fmt: skip
