@@ -93,3 +93,10 @@ def sweep(session: nox.Session) -> None:
     session.run(
         "pytest", "-s", "--maker", "locked", "tests/sweep_load.py", *session.posargs
     )
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Compare costs with the floor and the published release: ``-- --quick``."""
+    install(session, "test", "bench")
+    session.run("python", "tests/bench.py", *session.posargs, **PATIENT)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -12,7 +13,9 @@ from sqlalchemy import (
     Row,
     Select,
     String,
+    Update,
     and_,
+    bindparam,
     case,
     cast,
     exists,
@@ -25,6 +28,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
 from zndraw_joblib.exceptions import (
@@ -45,6 +49,8 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
 )
 from zndraw_joblib.models import (
+    TASK,
+    WORKER,
     Job,
     Task,
     Worker,
@@ -153,42 +159,96 @@ def _each(
     )
 
 
+def _failures(
+    reports: Mapping[UUID, TaskUpdateRequest], settings: JobLibSettings
+) -> dict[Any, Any]:
+    """Return what reports of failures make of their tasks."""
+    failure = ErrorType.USER_ERROR
+    return _failed(
+        _each(reports, lambda report: report.error, Task.error.type),
+        _each(reports, lambda report: _told(report.error, failure), String()),
+        failure,
+        settings,
+        # a comparison, since a lone parameter is no condition everywhere
+        _each(reports, lambda report: report.retryable, Boolean()).is_(true()),
+    )
+
+
 def _reported(
     status: TaskStatus,
-    reports: Mapping[UUID, TaskUpdateRequest],
-    key: str | None,
-    settings: JobLibSettings,
+    key: ColumnElement[Any],
+    error: ColumnElement[Any],
+    result: ColumnElement[Any],
 ) -> dict[Any, Any]:
-    """Return what reports of one status make of their tasks."""
-    match status:
-        case TaskStatus.RUNNING:
-            return {
-                Task.status: status,
-                Task.started_at: now(),
-                Task.deadline_at: now(of_job(Job.timeout_seconds)),
-                Task.claim_key: func.coalesce(key, Task.claim_key),
-            }
-        case TaskStatus.FAILED:
-            failure = ErrorType.USER_ERROR
-            return _failed(
-                _each(reports, lambda report: report.error, Task.error.type),
-                _each(reports, lambda report: _told(report.error, failure), String()),
-                failure,
-                settings,
-                # a comparison, since a lone parameter is no condition everywhere
-                _each(reports, lambda report: report.retryable, Boolean()).is_(true()),
-            )
-        case TaskStatus.PENDING:
-            return _back_in_queue()
+    """Return what reports of one status, but of no failure, make of their tasks."""
+    if status is TaskStatus.RUNNING:
+        return {
+            Task.status: status,
+            Task.started_at: now(),
+            Task.deadline_at: now(of_job(Job.timeout_seconds)),
+            Task.claim_key: func.coalesce(key, Task.claim_key),
+        }
+    if status is TaskStatus.PENDING:
+        return _back_in_queue()
     return {
         Task.status: status,
         Task.completed_at: now(),
         Task.available_at: None,
         Task.deadline_at: None,
-        Task.error: _each(reports, lambda report: report.error, Task.error.type),
+        Task.error: error,
         Task.error_type: None,
-        Task.result: _each(reports, lambda report: report.result, Task.result.type),
+        Task.result: result,
     }
+
+
+def _alike(
+    status: TaskStatus,
+    reports: Mapping[UUID, TaskUpdateRequest],
+    settings: JobLibSettings,
+) -> dict[Any, Any]:
+    """Return what reports of one status make of their tasks."""
+    if status is TaskStatus.FAILED:
+        return _failures(reports, settings)
+    return _reported(
+        status,
+        literal(None, Task.claim_key.type),
+        _each(reports, lambda report: report.error, Task.error.type),
+        _each(reports, lambda report: report.result, Task.result.type),
+    )
+
+
+_SIGN_OF_LIFE = (
+    update(WORKER)
+    .where(
+        WORKER.c.id
+        == select(Task.worker_id).where(Task.id == bindparam("task")).scalar_subquery(),
+        WORKER.c.user_id == bindparam("owner"),
+    )
+    .values(last_heartbeat=now())
+)
+
+
+@lru_cache(maxsize=64)
+def _reporting(status: TaskStatus, superuser: bool, fenced: bool) -> Update:
+    # built once for each kind of report
+    return update(TASK).where(
+        Task.id == bindparam("task"),
+        _may_become(status),
+        _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
+        Task.attempt == bindparam("lease") if fenced else true(),
+    )
+
+
+@lru_cache(maxsize=64)
+def _moving(status: TaskStatus, superuser: bool, fenced: bool) -> ReturningUpdate[Any]:
+    values = _reported(
+        status,
+        bindparam("key", type_=Task.claim_key.type),
+        bindparam("told", type_=Task.error.type),
+        bindparam("brought", type_=Task.result.type),
+    )
+    reporting = _reporting(status, superuser, fenced)
+    return reporting.values(values).returning(*VIEW)
 
 
 class Reported(NamedTuple):
@@ -235,26 +295,23 @@ async def report(
     """
     # The worker before its task, as everywhere: two requests that lock in two orders
     # would wait for each other.
-    await session.execute(
-        update(Worker)
-        .where(
-            Worker.id
-            == select(Task.worker_id).where(Task.id == task_id).scalar_subquery(),
-            Worker.user_id == caller.id,
-        )
-        .values({Worker.last_heartbeat: now()})
-    )
-    moved = await session.execute(
-        update(Task)
-        .where(
-            Task.id == task_id,
-            _may_become(request.status),
-            _may_report(caller, request.status),
-            true() if request.attempt is None else Task.attempt == request.attempt,
-        )
-        .values(_reported(request.status, {task_id: request}, key, settings))
-        .returning(*VIEW)
-    )
+    await session.execute(_SIGN_OF_LIFE, {"task": task_id, "owner": caller.id})
+    kind = request.status, caller.is_superuser, request.attempt is not None
+    if request.status is TaskStatus.FAILED:
+        failing = _reporting(*kind).values(_failures({task_id: request}, settings))
+        moving = failing.returning(*VIEW)
+    else:
+        moving = _moving(*kind)
+    names = {
+        "task": task_id,
+        "holder": caller.id,
+        "submitter": caller.id,
+        "lease": request.attempt,
+        "key": key,
+        "told": request.error,
+        "brought": request.result,
+    }
+    moved = await session.execute(moving, names)
     changed = await read_changed(session, moved, settings)
     if changed:
         return Reported(changed[0], changed=True)
@@ -305,8 +362,8 @@ async def report_many(
     found = await session.execute(
         seen(settings.queue_position_max)
         .add_columns(
-            _may_report(caller, TaskStatus.COMPLETED).label("entitled"),
-            _may_report(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
+            _entitled(caller, TaskStatus.COMPLETED).label("entitled"),
+            _entitled(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
             Task.claim_key,
         )
         .where(Task.id.in_(reports))
@@ -322,14 +379,14 @@ async def report_many(
             .where(
                 Task.id.in_(alike),
                 _may_become(status),
-                _may_report(caller, status),
+                _entitled(caller, status),
                 Task.attempt
                 == func.coalesce(
                     _each(alike, lambda report: report.attempt, Task.attempt.type),
                     Task.attempt,
                 ),
             )
-            .values(_reported(status, alike, None, settings))
+            .values(_alike(status, alike, settings))
             .returning(*VIEW)
         )
         views = await read_changed(session, changed, settings)
@@ -363,12 +420,20 @@ def _may_become(status: TaskStatus) -> ColumnElement[bool]:
     return and_(allowed, started == Task.claimed_at)
 
 
-def _may_report(caller: Caller, status: TaskStatus) -> ColumnElement[bool]:
-    if caller.is_superuser:
+def _may_report(
+    superuser: bool, status: TaskStatus, holder: Any, submitter: Any
+) -> ColumnElement[bool]:
+    # two of the same user: the columns are of two types
+    if superuser:
         return true()
+    holds: ColumnElement[bool] = Task.holder_id == holder
     if status is TaskStatus.CANCELLED:
-        return or_(Task.holder_id == caller.id, Task.created_by_id == caller.id)
-    return Task.holder_id == caller.id
+        return or_(holds, Task.created_by_id == submitter)
+    return holds
+
+
+def _entitled(caller: Caller, status: TaskStatus) -> ColumnElement[bool]:
+    return _may_report(caller.is_superuser, status, caller.id, caller.id)
 
 
 async def _standing(
@@ -381,7 +446,7 @@ async def _standing(
     settings: JobLibSettings,
 ) -> TaskResponse:
     # nothing moved: only now is it worth a read to tell why
-    entitled = _may_report(caller, request.status)
+    entitled = _entitled(caller, request.status)
     row = await _find(session, task_id, entitled, caller, may_enter, settings)
     return _explain(row, row.entitled, request, key)
 

@@ -16,6 +16,7 @@ from sqlalchemy import (
     case,
     cast,
     exists,
+    false,
     func,
     literal,
     select,
@@ -30,6 +31,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from zndraw_joblib import workers
 from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
 from zndraw_joblib.models import (
+    TASK,
     Job,
     Task,
     WorkerJobLink,
@@ -62,7 +64,7 @@ CONTENTION = 32
 PROMOTION = 1000
 
 
-def _some_due(worker_id: UUID) -> ColumnElement[bool]:
+def _some_due() -> ColumnElement[bool]:
     # Each claim asks, so it is the head of each job's index that is looked at: for an
     # EXISTS over the tasks themselves PostgreSQL, with a generic plan, reads them all.
     first = (
@@ -71,7 +73,9 @@ def _some_due(worker_id: UUID) -> ColumnElement[bool]:
         .correlate(WorkerJobLink)
         .scalar_subquery()
     )
-    return exists().where(WorkerJobLink.worker_id == worker_id, first <= now())
+    return exists().where(
+        WorkerJobLink.worker_id == bindparam("worker"), first <= now()
+    )
 
 
 def _due(worker_id: UUID) -> Select[tuple[UUID]]:
@@ -110,7 +114,7 @@ def _claimed_before(task: Any) -> ColumnElement[bool]:
     )
 
 
-def _within_reach(worker_id: UUID, limit: int) -> ColumnElement[str | None]:
+def _within_reach(limit: int) -> ColumnElement[str | None]:
     # The first tasks of all are tasks of those jobs whose own first task comes first:
     # however many jobs a worker serves, few of their queues are read.
     first = (
@@ -122,7 +126,7 @@ def _within_reach(worker_id: UUID, limit: int) -> ColumnElement[str | None]:
     )
     served = (
         select(WorkerJobLink.job_id, first)
-        .where(WorkerJobLink.worker_id == worker_id)
+        .where(WorkerJobLink.worker_id == bindparam("worker"))
         .order_by(first.asc().nulls_last())
         .limit(number(limit + CONTENTION))
         .subquery()
@@ -130,6 +134,14 @@ def _within_reach(worker_id: UUID, limit: int) -> ColumnElement[str | None]:
     ids = func.aggregate_strings(cast(served.c.job_id, String), ",")
     waiting = select(ids).where(served.c.first.is_not(None))
     return waiting.scalar_subquery().label("jobs")
+
+
+@lru_cache(maxsize=128)
+def _reaching(limit: int, keyed: bool) -> ReturningUpdate[Any]:
+    again = exists().where(_claimed_before(ahead)) if keyed else false()
+    return workers.touching(
+        _within_reach(limit), _some_due().label("due"), again.label("again")
+    )
 
 
 def _heads(jobs: int, limit: int) -> Select[Any]:
@@ -180,7 +192,7 @@ def _claiming(jobs: int, limit: int, keyed: bool, start: bool) -> ReturningUpdat
             Task.deadline_at: now(of_job(Job.timeout_seconds)),
         }
     return (
-        update(Task)
+        update(TASK)
         .where(Task.id.in_(oldest))
         .values(
             {
@@ -250,16 +262,16 @@ async def claim(
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    within_reach = _within_reach(worker_id, limit)
-    due = _some_due(worker_id).label("due")
-    worker = await workers.touch(session, worker_id, caller, within_reach, due)
+    names = {"worker": worker_id, "key": key}
+    worker = await workers.touch(
+        session, worker_id, caller, _reaching(limit, key is not None), **names
+    )
     draining = worker.state == WorkerState.DRAINING
     # what its key brought before, it gets all the same
-    jobs = None if draining else worker.jobs
-    if worker.due and not draining:
+    jobs = None if draining or worker.again else worker.jobs
+    if worker.due and not (draining or worker.again):
         await promote(session, worker_id)
-        jobs = await session.scalar(select(within_reach))
-    names = {"worker": worker_id, "key": key}
+        jobs = await session.scalar(select(_within_reach(limit)), names)
     rows: Sequence[Row[Any]] = []
     if jobs:
         ids = [UUID(job) for job in jobs.split(",")]

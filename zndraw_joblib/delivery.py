@@ -68,26 +68,36 @@ class Exits:
     wakeups: Wakeups | None = None
 
 
-async def deliver(outbox: Outbox, exits: Exits) -> None:
-    """Send what a transaction left in its outbox; call it with no session open.
-
-    What can't leave is logged; an ``@internal`` task that can't leave is failed.
-    """
+async def tell(
+    outbox: Outbox,
+    settings: JobLibSettings,
+    tsio: Emitter | None = None,
+    wakeups: Wakeups | None = None,
+) -> None:
+    """Send an outbox's events, and wake who waits for what they tell of."""
     for worker_id in outbox.workers_gone:
         told = {"event": "gone", "worker_id": str(worker_id)}
         log.info("worker %s is gone", worker_id, extra=told)
     for task in outbox.changes:
         telemetry.task_changed(task)
-    patience = exits.settings.dispatch_timeout_seconds
-    await emit(exits.tsio, outbox.emissions, timeout=patience)
+    await emit(tsio, outbox.emissions, timeout=settings.dispatch_timeout_seconds)
     # woken after what they were woken for was told, so that their own news comes later;
     # while a manager hangs, they look again by themselves
     for key in outbox.ended:
         waiting.wake_all(key)
     for key, count in Counter(outbox.queued).items():
         waiting.wake_some(key, count)
-    if exits.wakeups is not None and (outbox.ended or outbox.queued):
-        exits.wakeups.tell(outbox.ended, outbox.queued)
+    if wakeups is not None and (outbox.ended or outbox.queued):
+        wakeups.tell(outbox.ended, outbox.queued)
+
+
+async def deliver(outbox: Outbox, exits: Exits) -> None:
+    """Send what a transaction left in its outbox; call it with no session open.
+
+    What can't leave is logged; an ``@internal`` task that can't leave is failed.
+    """
+    patience = exits.settings.dispatch_timeout_seconds
+    await tell(outbox, exits.settings, exits.tsio, exits.wakeups)
     await _dispatch(outbox.dispatches, exits)
     if outbox.providers_removed and exits.on_providers_removed is not None:
         try:

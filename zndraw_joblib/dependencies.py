@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import Depends, Header, Query, Request, Response
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
 
-from zndraw_joblib.delivery import Exits, ProvidersRemoved, SessionMaker, deliver
+from zndraw_joblib.delivery import Exits, ProvidersRemoved, SessionMaker, deliver, tell
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
 from zndraw_joblib.names import UNPRINTABLE, check_room
@@ -173,7 +173,7 @@ async def outbox(
 ) -> AsyncIterator[Outbox]:
     """Yield the request's outbox and deliver it at the end.
 
-    The router asks for it before anything else, hence before the session, and
+    A route asks for it before anything else, hence before the session, and
     dependencies unwind in reverse: delivery comes after the session is closed, and
     not at all when the handler raised.
     """
@@ -182,7 +182,18 @@ async def outbox(
     await deliver(box, Exits(session_maker, settings, tsio, registry, removed, wakeups))
 
 
+async def news(
+    settings: Settings, tsio: Tsio, wakeups: WakeupsDep
+) -> AsyncIterator[Outbox]:
+    """Yield the outbox of a request that has events alone to send, and deliver it."""
+    box = Outbox()
+    yield box
+    await tell(box, settings, tsio, wakeups)
+
+
 OutboxDep = Annotated[Outbox, Depends(outbox)]
+# what most requests need: each dependency costs a request about a hundredth
+NewsDep = Annotated[Outbox, Depends(news)]
 
 
 async def _desk(
@@ -212,22 +223,33 @@ async def enter(
     return room_id
 
 
-async def _readable_room(
+class Visit(NamedTuple):
+    """A caller in a room that is open to them.
+
+    Caller and session come along because FastAPI walks through all that a dependency
+    stands on each time it is asked for, known or not.
+    """
+
+    room: str
+    caller: Caller
+    session: AsyncSession
+
+
+async def _reading(
     room_id: str, caller: CurrentCaller, session: SessionDep, may_enter: Access
-) -> str:
-    return await enter(session, caller, room_id, may_enter)
+) -> Visit:
+    return Visit(await enter(session, caller, room_id, may_enter), caller, session)
 
 
-ReadableRoom = Annotated[str, Depends(_readable_room)]
+async def _writing(
+    visit: Annotated[Visit, Depends(_reading)],
+    _: Annotated[Any, Depends(verify_writable_room)],
+) -> Visit:
+    return visit
 
 
-async def _writable_room(
-    room_id: ReadableRoom, _: Annotated[Any, Depends(verify_writable_room)]
-) -> str:
-    return room_id
-
-
-WritableRoom = Annotated[str, Depends(_writable_room)]
+Reading = Annotated[Visit, Depends(_reading)]
+Writing = Annotated[Visit, Depends(_writing)]
 
 
 class Pager:

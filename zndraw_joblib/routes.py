@@ -1,10 +1,11 @@
 """The HTTP surface: what is asked for, who may ask, and which step answers."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response, status
+from fastapi import APIRouter, Header, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Row
 from zndraw_auth.db import SessionDep
@@ -26,11 +27,12 @@ from zndraw_joblib.dependencies import (
     CurrentCaller,
     IdempotencyKey,
     InternalProviders,
+    NewsDep,
     OutboxDep,
     PagerDep,
     PreferredProviderWait,
     PreferredWait,
-    ReadableRoom,
+    Reading,
     Registry,
     Results,
     Sessions,
@@ -38,9 +40,8 @@ from zndraw_joblib.dependencies import (
     Tsio,
     WaitingCaller,
     WaitingDesk,
-    WritableRoom,
+    Writing,
     enter,
-    outbox,
     query_params,
     request_hash,
 )
@@ -118,7 +119,6 @@ router = APIRouter(
     prefix="/v1/joblib",
     tags=["joblib"],
     route_class=Door,
-    dependencies=[Depends(outbox)],
     responses=problems(),
 )
 
@@ -154,11 +154,11 @@ async def list_workers(
     "/workers/{worker_id}", responses=problems(*BODY, WorkerNotFound, Forbidden)
 )
 async def heartbeat(
+    outbox: NewsDep,
     worker_id: UUID,
     caller: CurrentCaller,
     session: SessionDep,
     settings: Settings,
-    outbox: OutboxDep,
     body: WorkerUpdateRequest | None = None,
 ) -> HeartbeatResponse:
     """Take a sign of life, with what the worker's tasks are at."""
@@ -187,11 +187,11 @@ async def heartbeat(
     responses=problems(WorkerNotFound, Forbidden),
 )
 async def delete_worker(
+    outbox: OutboxDep,
     worker_id: UUID,
     caller: CurrentCaller,
     session: SessionDep,
     settings: Settings,
-    outbox: OutboxDep,
 ) -> None:
     """Remove a worker; what it held is failed or tried again."""
     gone = await workers.retire(session, worker_id, caller)
@@ -201,11 +201,11 @@ async def delete_worker(
 
 @router.get("/rooms/{room_id}/workers", responses=PAGE | problems(*ROOM))
 async def list_room_workers(
-    room: ReadableRoom,
-    session: SessionDep,
+    visit: Reading,
     pager: PagerDep,
 ) -> PaginatedResponse[WorkerSummary]:
     """List the workers of the jobs that the room sees."""
+    room, _, session = visit
     listing = await workers.list_serving(session, room, pager.page)
     items = [WorkerSummary(**row._mapping) for row in listing.rows]
     return pager.show(listing, items)
@@ -226,15 +226,14 @@ async def list_room_workers(
     ),
 )
 async def register_job(
-    room: WritableRoom,
+    outbox: NewsDep,
+    visit: Writing,
     body: JobRegisterRequest,
-    caller: CurrentCaller,
-    session: SessionDep,
     settings: Settings,
-    outbox: OutboxDep,
     response: Response,
 ) -> JobResponse:
     """Offer a job, served by one of the caller's workers."""
+    room, caller, session = visit
     if room in SPECIAL_ROOMS and not caller.is_superuser:
         raise Forbidden.exception(f"registering in {room} needs a superuser")
     if body.category not in settings.allowed_categories:
@@ -263,12 +262,12 @@ async def register_job(
 
 @router.get("/rooms/{room_id}/jobs", responses=PAGE | problems(*ROOM))
 async def list_jobs(
-    room: ReadableRoom,
-    session: SessionDep,
+    visit: Reading,
     settings: Settings,
     pager: PagerDep,
 ) -> PaginatedResponse[JobSummary]:
     """List the jobs that the room sees."""
+    room, _, session = visit
     items, listing = await jobs.list_visible(
         session, room, pager.page, settings.worker_timeout_seconds
     )
@@ -280,14 +279,14 @@ async def list_jobs(
     responses=PAGE | problems(*ROOM, JobNotFound),
 )
 async def list_job_tasks(
-    room: ReadableRoom,
+    visit: Reading,
     job_name: str,
-    session: SessionDep,
     settings: Settings,
     pager: PagerDep,
     task_status: StatusFilter = None,
 ) -> PaginatedResponse[TaskResponse]:
     """List the tasks of a job that this room submitted."""
+    room, _, session = visit
     name = jobs.find(room, job_name)
     rows = await session.execute(jobs.SERVED, name._asdict())
     job = jobs.found(rows.one_or_none(), room, job_name)
@@ -301,9 +300,12 @@ async def list_job_tasks(
     "/rooms/{room_id}/jobs/{job_name:path}", responses=problems(*ROOM, JobNotFound)
 )
 async def read_job(
-    room: ReadableRoom, job_name: str, session: SessionDep, settings: Settings
+    visit: Reading,
+    job_name: str,
+    settings: Settings,
 ) -> JobResponse:
     """Show a job that the room sees."""
+    room, _, session = visit
     return await jobs.read_named(
         session, room, job_name, settings.worker_timeout_seconds
     )
@@ -311,12 +313,12 @@ async def read_job(
 
 @router.get("/rooms/{room_id}/stats", responses=PAGE | problems(*ROOM))
 async def read_stats(
-    room: ReadableRoom,
-    session: SessionDep,
+    visit: Reading,
     settings: Settings,
     pager: PagerDep,
 ) -> PaginatedResponse[JobStats]:
     """Show what goes on in the jobs that the room sees, over all rooms."""
+    room, _, session = visit
     items, listing = await stats.list_visible(session, room, pager.page, settings)
     return pager.show(listing, items)
 
@@ -338,18 +340,17 @@ async def read_stats(
     ),
 )
 async def submit_task(
-    room: WritableRoom,
+    outbox: OutboxDep,
+    visit: Writing,
     job_name: str,
     body: TaskSubmitRequest,
-    caller: CurrentCaller,
-    session: SessionDep,
     settings: Settings,
     registry: Registry,
-    outbox: OutboxDep,
     response: Response,
     idempotency_key: IdempotencyKey,
 ) -> TaskResponse:
     """Submit a task to a job that the room sees."""
+    room, caller, session = visit
     job = await tasks.resolve(session, room, job_name, body.priority, settings)
     internal = _runs_here(job, job_name, registry, [body], "/body")
     payloads.check_payload(job.schema_, body.payload)
@@ -391,17 +392,16 @@ async def submit_task(
     ),
 )
 async def submit_batch(
-    room: WritableRoom,
+    outbox: OutboxDep,
+    visit: Writing,
     job_name: str,
     body: TaskBatchRequest,
-    caller: CurrentCaller,
-    session: SessionDep,
     settings: Settings,
     registry: Registry,
-    outbox: OutboxDep,
     idempotency_key: IdempotencyKey,
 ) -> TaskBatchResponse:
     """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
+    room, caller, session = visit
     name = jobs.find(room, job_name)
     rows = await session.execute(jobs.SERVED, name._asdict())
     job = jobs.found(rows.one_or_none(), room, job_name)
@@ -455,13 +455,13 @@ def _runs_here(
 
 @router.get("/rooms/{room_id}/tasks", responses=PAGE | problems(*ROOM))
 async def list_room_tasks(
-    room: ReadableRoom,
-    session: SessionDep,
+    visit: Reading,
     settings: Settings,
     pager: PagerDep,
     task_status: StatusFilter = None,
 ) -> PaginatedResponse[TaskResponse]:
     """List the tasks that the room submitted."""
+    room, _, session = visit
     items, listing = await tasks.list_tasks(
         session, room, pager.page, settings, status=task_status
     )
@@ -474,11 +474,11 @@ async def list_room_tasks(
     | problems(*BODY, *WAITING, WorkerNotFound, Forbidden),
 )
 async def claim_tasks(
+    outbox: NewsDep,
     body: TaskClaimRequest,
     caller: WaitingCaller,
     desk: WaitingDesk,
     settings: Settings,
-    outbox: OutboxDep,
     response: Response,
     wait: PreferredWait,
     idempotency_key: IdempotencyKey,
@@ -570,11 +570,11 @@ async def query_tasks(
 
 @router.patch("/tasks", responses=problems(*BODY))
 async def report_tasks(
+    outbox: NewsDep,
     body: TaskReportsRequest,
     caller: CurrentCaller,
     session: SessionDep,
     settings: Settings,
-    outbox: OutboxDep,
     may_enter: Access,
 ) -> TaskReportsResponse:
     """Report what became of up to 32 tasks, each as if it were reported alone."""
@@ -603,12 +603,12 @@ async def report_tasks(
     | problems(*BODY, TaskNotFound, Forbidden, InvalidTaskTransition, LeaseLost),
 )
 async def report_task(
+    outbox: NewsDep,
     task_id: UUID,
     body: TaskUpdateRequest,
     caller: CurrentCaller,
     session: SessionDep,
     settings: Settings,
-    outbox: OutboxDep,
     may_enter: Access,
     idempotency_key: IdempotencyKey,
 ) -> TaskResponse:
@@ -635,12 +635,12 @@ async def report_task(
     ),
 )
 async def retry_task(
+    outbox: OutboxDep,
     task_id: UUID,
     caller: CurrentCaller,
     session: SessionDep,
     settings: Settings,
     registry: Registry,
-    outbox: OutboxDep,
     may_enter: Access,
     response: Response,
 ) -> TaskResponse:
@@ -672,15 +672,14 @@ async def retry_task(
     | problems(*ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound),
 )
 async def register_provider(
-    room: WritableRoom,
+    outbox: NewsDep,
+    visit: Writing,
     body: ProviderRegisterRequest,
-    caller: CurrentCaller,
-    session: SessionDep,
     settings: Settings,
-    outbox: OutboxDep,
     response: Response,
 ) -> ProviderResponse:
     """Offer data, served by one of the caller's workers."""
+    room, caller, session = visit
     if room == INTERNAL_ROOM:
         raise Forbidden.exception("the server's own providers come from its code")
     if room == GLOBAL_ROOM and not caller.is_superuser:
@@ -709,12 +708,12 @@ async def register_provider(
 
 @router.get("/rooms/{room_id}/providers", responses=PAGE | problems(*ROOM))
 async def list_providers(
-    room: ReadableRoom,
-    session: SessionDep,
+    visit: Reading,
     settings: Settings,
     pager: PagerDep,
 ) -> PaginatedResponse[ProviderResponse]:
     """List the providers that the room sees."""
+    room, _, session = visit
     items, listing = await providers.list_visible(session, room, pager.page, settings)
     return pager.show(listing, items)
 
@@ -724,9 +723,11 @@ async def list_providers(
     responses=problems(*ROOM, ProviderNotFound),
 )
 async def read_provider_info(
-    room: ReadableRoom, provider_name: str, session: SessionDep
+    visit: Reading,
+    provider_name: str,
 ) -> ProviderResponse:
     """Show a provider that the room sees."""
+    room, _, session = visit
     return await providers.read(session, room, provider_name)
 
 
@@ -794,13 +795,13 @@ async def read_provider(
     openapi_extra={"requestBody": {"content": ANYTHING}},
 )
 async def upload_result(
+    outbox: NewsDep,
     provider_id: UUID,
     caller: WaitingCaller,
     session_maker: Sessions,
     settings: Settings,
     may_enter: Access,
     results: Results,
-    outbox: OutboxDep,
     request: Request,
     x_request_hash: Annotated[str, Header(pattern="^[0-9a-fA-F]{64}$")],
     x_result_status: Annotated[Literal["ok", "error"], Header()] = "ok",
@@ -831,13 +832,19 @@ async def upload_result(
     responses=problems(ProviderNotFound, Forbidden),
 )
 async def delete_provider(
+    outbox: OutboxDep,
     provider_id: UUID,
     caller: CurrentCaller,
     session: SessionDep,
     may_enter: Access,
-    outbox: OutboxDep,
 ) -> None:
     """Withdraw a provider."""
     name = await providers.remove(session, provider_id, caller, may_enter)
     await session.commit()
     outbox.providers_gone([name])
+
+
+# They are looked through one by one for each request: what workers ask all day is first.
+router.routes.sort(
+    key=lambda route: not re.search("/tasks|workers/", getattr(route, "path", ""))
+)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
@@ -16,7 +16,6 @@ from sqlalchemy import (
     Result,
     Row,
     Select,
-    Table,
     and_,
     bindparam,
     case,
@@ -47,6 +46,7 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
 )
 from zndraw_joblib.models import (
+    TASK,
     Job,
     Task,
     constant,
@@ -281,7 +281,7 @@ def _inserting(internal: bool, delayed: bool, keyed: bool) -> Any:
         .with_for_update(read=True, key_share=True)
     )
     # of the table, not of the class: the parameters are values, not rows to insert
-    inserting = (upsert if keyed else insert)(cast(Table, Task.__table__)).from_select(
+    inserting = (upsert if keyed else insert)(TASK).from_select(
         [column.key for column in columns], source
     )
     if isinstance(inserting, Upsert):
@@ -520,7 +520,7 @@ async def _add(
         # many rows of parameters for one small statement: no number of tasks makes a
         # large one
         await session.execute(
-            insert(cast(Table, Task.__table__)),
+            insert(TASK),
             [
                 {**common, **row, "queue_order": order}
                 for row, order in zip(own[1:], orders[1:], strict=True)
@@ -555,6 +555,15 @@ def not_found(task_id: UUID) -> Exception:
     return TaskNotFound.exception(f"there is no task {task_id}")
 
 
+@lru_cache(maxsize=8)
+def _reading(position_max: int) -> Select[Any]:
+    return (
+        seen(position_max)
+        .add_columns(Task.holder_id)
+        .where(Task.id == bindparam("task"))
+    )
+
+
 async def read(
     session: AsyncSession,
     task_id: UUID,
@@ -570,9 +579,7 @@ async def read(
         ``task-not-found``.
     """
     found = await session.execute(
-        seen(settings.queue_position_max)
-        .add_columns(Task.holder_id)
-        .where(Task.id == task_id)
+        _reading(settings.queue_position_max), {"task": task_id}
     )
     row = found.one_or_none()
     if row is None or not (

@@ -9,7 +9,7 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     Select,
-    Update,
+    bindparam,
     case,
     delete,
     func,
@@ -19,10 +19,12 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib.exceptions import Forbidden, WorkerNotFound
 from zndraw_joblib.lifecycle import WorkerState
 from zndraw_joblib.models import (
+    WORKER,
     Job,
     ProviderRecord,
     Worker,
@@ -81,11 +83,33 @@ async def create(session: AsyncSession, user_id: UUID) -> Row[Any]:
     return created.one()
 
 
+def touching(*also: ColumnElement[Any]) -> ReturningUpdate[Any]:
+    """Return the statement of :func:`touch`, to be built once.
+
+    Parameters
+    ----------
+    *also : ColumnElement
+        What to return beside ``id``, ``last_heartbeat`` and ``state``.
+    """
+    return (
+        update(WORKER)
+        .where(
+            WORKER.c.id == bindparam("touched"), WORKER.c.user_id == bindparam("owner")
+        )
+        .values(last_heartbeat=now())
+        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state, *also)
+    )
+
+
+_TOUCH = touching()
+
+
 async def touch(
     session: AsyncSession,
     worker_id: UUID,
     caller: Caller,
-    *also: ColumnElement[Any],
+    statement: ReturningUpdate[Any] = _TOUCH,
+    **names: Any,
 ) -> Row[Any]:
     """Record a sign of life; the worker's row stays locked until the commit.
 
@@ -97,8 +121,10 @@ async def touch(
         The worker.
     caller : Caller
         Its owner.
-    *also : ColumnElement
-        What to return beside ``id``, ``last_heartbeat`` and ``state``.
+    statement : Update, optional
+        Of :func:`touching`.
+    **names
+        Its further parameters.
 
     Raises
     ------
@@ -106,9 +132,7 @@ async def touch(
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
     touched = await session.execute(
-        _touch(worker_id, caller).returning(
-            Worker.id, Worker.last_heartbeat, Worker.state, *also
-        )
+        statement, {"touched": worker_id, "owner": caller.id, **names}
     )
     row = touched.one_or_none()
     if row is None:
@@ -128,18 +152,10 @@ async def mine(session: AsyncSession, worker_id: UUID | None, caller: Caller) ->
     if worker_id is None:
         made: UUID = (await create(session, caller.id)).id
         return made
-    touched = await session.execute(_touch(worker_id, caller).returning(Worker.id))
+    touched = await session.execute(_TOUCH, {"touched": worker_id, "owner": caller.id})
     if touched.one_or_none() is None:
         raise WorkerNotFound.exception(f"you have no worker {worker_id}")
     return worker_id
-
-
-def _touch(worker_id: UUID, caller: Caller) -> Update:
-    return (
-        update(Worker)
-        .where(Worker.id == worker_id, Worker.user_id == caller.id)
-        .values({Worker.last_heartbeat: now()})
-    )
 
 
 async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:

@@ -1,0 +1,84 @@
+"""The host that is measured: this tree's with the floor beside it, or the release's.
+
+It runs in either environment, so it asks for nothing but what both have. Its first line
+on standard output says where it listens and which token is a superuser's.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import uvicorn
+import zndraw_auth as auth
+from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from zndraw_auth.users import get_jwt_strategy
+
+import zndraw_joblib as joblib
+
+USER = auth.User(
+    id=UUID(int=1), email="a@example.org", hashed_password="", is_superuser=True
+)
+
+
+def make_app(database_url: str, kind: str, beside: str) -> FastAPI:
+    app = FastAPI()
+    app.state.auth_settings = auth.AuthSettings(secret_key="a key for HS256 " * 4)
+    app.state.joblib_settings = joblib.JobLibSettings()
+    app.state.engine = auth.create_engine_for_url(database_url)
+    # the release reads entities after their commit
+    base_maker = async_sessionmaker(app.state.engine, expire_on_commit=False)
+    app.state.session_maker = base_maker
+    if kind == "locked":
+        lock = asyncio.Lock()
+
+        @asynccontextmanager
+        async def locked_maker() -> AsyncIterator[AsyncSession]:
+            async with lock, base_maker() as session:
+                yield session
+
+        app.state.session_maker = locked_maker
+    app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
+    if beside == "floor":
+        import bench_floor
+
+        # first: what comes later is looked for among all routes before it
+        app.include_router(bench_floor.router)
+    app.include_router(joblib.router)
+    return app
+
+
+async def prepare(app: FastAPI, kind: str) -> str:
+    """Make the tables and a user, and return the user's token."""
+    if kind == "wal":
+        async with app.state.engine.connect() as connection:
+            await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+    async with app.state.engine.begin() as connection:
+        await connection.run_sync(auth.Base.metadata.create_all)
+        async with AsyncSession(connection) as session:
+            await session.merge(USER)
+            await session.commit()
+    return await get_jwt_strategy(app.state.auth_settings).write_token(USER)
+
+
+async def main(database_url: str, kind: str, beside: str) -> None:
+    app = make_app(database_url, kind, beside)
+    token = await prepare(app, kind)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    config = uvicorn.Config(
+        app, lifespan="off", log_level="critical", timeout_keep_alive=600
+    )
+    server = uvicorn.Server(config)
+    told: dict[str, Any] = {"port": listener.getsockname()[1], "token": token}
+    os.write(1, json.dumps(told).encode() + b"\n")
+    await server.serve(sockets=[listener])
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
