@@ -385,6 +385,12 @@ _index(
     Task.available_at,
     where=Task.available_at.is_not(None),
 )
+# what of a user's waits, where it is counted
+_index(
+    "ix_task_pending_of",
+    Task.created_by_id,
+    where=Task.status == constant(TaskStatus.PENDING),
+)
 # what a worker holds
 _index("ix_task_held", Task.worker_id, where=held())
 # attempts for the sweeper to end

@@ -64,6 +64,7 @@ from zndraw_joblib.exceptions import (
     ProviderExecutionFailed,
     ProviderNotFound,
     ProviderTimeout,
+    QuotaExceeded,
     SchemaConflict,
     TaskNotFound,
     WorkerNotFound,
@@ -129,11 +130,13 @@ router = APIRouter(
 @router.post(
     "/workers",
     status_code=status.HTTP_201_CREATED,
-    responses=answer(201, links=WORKER_LINKS),
+    responses=answer(201, links=WORKER_LINKS) | problems(QuotaExceeded),
 )
-async def create_worker(caller: CurrentCaller, session: SessionDep) -> WorkerResponse:
+async def create_worker(
+    caller: CurrentCaller, session: SessionDep, settings: Settings
+) -> WorkerResponse:
     """Make a worker that belongs to the caller."""
-    row = await workers.create(session, caller.id)
+    row = await workers.create(session, caller.id, settings)
     await session.commit()
     return WorkerResponse(**row._mapping)
 
@@ -222,7 +225,13 @@ async def list_room_workers(
         200, model=JobResponse, description="It was there already", links=JOB_LINKS
     )
     | problems(
-        *ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound, SchemaConflict
+        *ROOM,
+        *BODY,
+        InvalidCategory,
+        InvalidSchema,
+        WorkerNotFound,
+        SchemaConflict,
+        QuotaExceeded,
     ),
 )
 async def register_job(
@@ -241,7 +250,7 @@ async def register_job(
             f"category {body.category!r} is not one of {settings.allowed_categories}"
         )
     payloads.check_schema(body.schema_)
-    worker_id = await workers.mine(session, body.worker_id, caller)
+    worker_id = await workers.mine(session, body.worker_id, caller, settings)
     policy = body.model_dump(
         include=body.model_fields_set & set(JobPolicy.model_fields)
     )
@@ -337,6 +346,7 @@ async def read_stats(
         InvalidPayload,
         IdempotencyKeyReused,
         InternalJobNotConfigured,
+        QuotaExceeded,
     ),
 )
 async def submit_task(
@@ -354,6 +364,7 @@ async def submit_task(
     job = await tasks.resolve(session, room, job_name, body.priority, settings)
     internal = _runs_here(job, job_name, registry, [body], "/body")
     payloads.check_payload(job.schema_, body.payload)
+    await tasks.check_quota(session, caller, settings)
     submitted = await tasks.submit(
         session,
         job,
@@ -389,6 +400,7 @@ async def submit_task(
         InvalidPayload,
         IdempotencyKeyReused,
         InternalJobNotConfigured,
+        QuotaExceeded,
     ),
 )
 async def submit_batch(
@@ -407,6 +419,7 @@ async def submit_batch(
     job = jobs.found(rows.one_or_none(), room, job_name)
     internal = _runs_here(job, job_name, registry, body.tasks, "/body/tasks/{}")
     payloads.check_payloads(job.schema_, [task.payload for task in body.tasks])
+    await tasks.check_quota(session, caller, settings, len(body.tasks))
     batch = await tasks.submit_many(
         session,
         job,
@@ -669,7 +682,9 @@ async def retry_task(
     | answer(
         200, model=ProviderResponse, description="It was replaced", links=PROVIDER_LINKS
     )
-    | problems(*ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound),
+    | problems(
+        *ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound, QuotaExceeded
+    ),
 )
 async def register_provider(
     outbox: NewsDep,
@@ -690,7 +705,7 @@ async def register_provider(
             f"category {body.category!r} is not one of {allowed}"
         )
     payloads.check_schema(body.schema_)
-    worker_id = await workers.mine(session, body.worker_id, caller)
+    worker_id = await workers.mine(session, body.worker_id, caller, settings)
     provider, created = await providers.register(
         session,
         FullName(room, body.category, body.name),

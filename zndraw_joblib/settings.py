@@ -60,6 +60,14 @@ class JobLibSettings(BaseSettings):
     max_payload_bytes: PositiveInt = Field(
         default=1024 * 1024, description="Largest JSON body of a request (413 beyond)."
     )
+    max_workers_per_user: PositiveInt = Field(
+        default=10_000, description="Workers that one user may have (429 beyond)."
+    )
+    max_pending_tasks_per_user: PositiveInt = Field(
+        default=2_000_000,
+        description="Tasks of one user that may wait for a worker (429 beyond). It is"
+        " counted now and then: each process may let some 5 % more through.",
+    )
     max_page_bytes: PositiveInt = Field(
         default=1024 * 1024,
         description="What the contents on a page of a listing may take; a row that takes"

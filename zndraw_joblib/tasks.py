@@ -39,6 +39,7 @@ from uuid_utils.compat import uuid7
 from zndraw_joblib import jobs, telemetry
 from zndraw_joblib.exceptions import (
     IdempotencyKeyReused,
+    QuotaExceeded,
     TaskNotFound,
 )
 from zndraw_joblib.lifecycle import (
@@ -548,6 +549,56 @@ async def _add(
         )
         for row, place in zip(own, places, strict=True)
     ]
+
+
+# How many tasks a user may submit through this process until what waits of theirs is
+# counted again: a count costs the more the more there is.
+_uncounted: dict[UUID, int] = {}
+# Until when, by the process's clock, a user who had too many is refused without a count.
+_refused: dict[UUID, float] = {}
+_REFUSED_SECONDS = 5
+_REMEMBERED_USERS = 10_000
+
+
+async def check_quota(
+    session: AsyncSession, caller: Caller, settings: JobLibSettings, count: int = 1
+) -> None:
+    """Make sure that a user has room for ``count`` more waiting tasks.
+
+    Counts only after each twentieth of the room that there was.
+
+    Raises
+    ------
+    ProblemException
+        ``quota-exceeded``.
+    """
+    most = settings.max_pending_tasks_per_user
+    left = _uncounted.get(caller.id, most // 20) - count
+    full = _refused.get(caller.id, 0.0) > time.monotonic()
+    if left < 0 and not full:
+        theirs = (
+            select(literal_column("1"))
+            .where(
+                Task.created_by_id == caller.id,
+                Task.status == constant(TaskStatus.PENDING),
+            )
+            .limit(number(most))
+            .subquery()
+        )
+        waiting = await session.scalar(select(func.count()).select_from(theirs)) or 0
+        left = (most - waiting - count) // 20
+        full = waiting + count > most
+        if full:
+            _refused[caller.id] = time.monotonic() + _REFUSED_SECONDS
+    if full:
+        raise QuotaExceeded.exception(
+            f"waiting tasks are limited to {most} for each user",
+            headers={"Retry-After": str(_REFUSED_SECONDS)},
+        )
+    for remembered in (_uncounted, _refused):
+        if len(remembered) > _REMEMBERED_USERS:
+            remembered.clear()
+    _uncounted[caller.id] = left
 
 
 def not_found(task_id: UUID) -> Exception:

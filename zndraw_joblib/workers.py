@@ -14,6 +14,8 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal,
+    literal_column,
     select,
     true,
     update,
@@ -21,7 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib.exceptions import Forbidden, WorkerNotFound
+from zndraw_joblib.exceptions import Forbidden, QuotaExceeded, WorkerNotFound
 from zndraw_joblib.lifecycle import WorkerState
 from zndraw_joblib.models import (
     WORKER,
@@ -30,10 +32,12 @@ from zndraw_joblib.models import (
     Worker,
     WorkerJobLink,
     now,
+    number,
     served_to,
 )
 from zndraw_joblib.names import FullName
 from zndraw_joblib.paging import Listing, Page, paginate
+from zndraw_joblib.settings import JobLibSettings
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,39 @@ class Gone:
     providers: list[FullName] = field(default_factory=list)
 
 
-async def create(session: AsyncSession, user_id: UUID) -> Row[Any]:
-    """Insert a worker of ``user_id``."""
+async def create(
+    session: AsyncSession, user_id: UUID, settings: JobLibSettings
+) -> Row[Any]:
+    """Insert a worker of ``user_id``.
+
+    Raises
+    ------
+    ProblemException
+        ``quota-exceeded`` when the user has too many.
+    """
+    most = settings.max_workers_per_user
+    theirs = (
+        select(literal_column("1"))
+        .where(Worker.user_id == user_id)
+        .limit(number(most))
+        .subquery()
+    )
+    few = select(func.count()).select_from(theirs).scalar_subquery() < number(most)
     created = await session.execute(
         insert(Worker)
-        .values(user_id=user_id)
+        .from_select(
+            ["user_id"], select(literal(user_id, Worker.user_id.type)).where(few)
+        )
         .returning(Worker.id, Worker.last_heartbeat, Worker.state)
     )
-    return created.one()
+    row = created.one_or_none()
+    if row is None:
+        raise QuotaExceeded.exception(
+            f"workers are limited to {most} for each user",
+            # those that are lost go by then
+            headers={"Retry-After": f"{settings.worker_timeout_seconds:.0f}"},
+        )
+    return row
 
 
 def touching(*also: ColumnElement[Any]) -> ReturningUpdate[Any]:
@@ -141,16 +170,21 @@ async def touch(
     return row
 
 
-async def mine(session: AsyncSession, worker_id: UUID | None, caller: Caller) -> UUID:
+async def mine(
+    session: AsyncSession,
+    worker_id: UUID | None,
+    caller: Caller,
+    settings: JobLibSettings,
+) -> UUID:
     """Return a worker to register with: the caller's, alive as of now, or a new one.
 
     Raises
     ------
     ProblemException
-        ``worker-not-found``, also for another user's.
+        ``worker-not-found``, also for another user's; ``quota-exceeded``.
     """
     if worker_id is None:
-        made: UUID = (await create(session, caller.id)).id
+        made: UUID = (await create(session, caller.id, settings)).id
         return made
     touched = await session.execute(_TOUCH, {"touched": worker_id, "owner": caller.id})
     if touched.one_or_none() is None:

@@ -1,0 +1,65 @@
+"""What one user may take of a host, and how it is refused."""
+
+import pytest
+from steps import JOB, claim, offer, problem, register, submit
+
+from zndraw_joblib import tasks
+
+
+def refused(answer):
+    problem(answer, 429, "quota-exceeded")
+    assert int(answer.headers["retry-after"]) > 0
+
+
+async def test_how_many_workers_a_user_may_have(app, ada, bob):
+    app.state.joblib_settings.max_workers_per_user = 2
+    worker = await offer(ada)
+    await ada.post("/workers")
+    refused(await ada.post("/workers"))
+    refused(await register(ada, "Scale"))
+    body = {"category": "files", "name": "data", "schema": {}}
+    refused(await ada.put("/rooms/lab/providers", json=body))
+    # with a worker that is there she may, and so may others
+    assert (await register(ada, "Scale", worker_id=worker)).status_code == 201
+    assert (await bob.post("/workers")).status_code == 201
+    await ada.delete(f"/workers/{worker}")
+    assert (await ada.post("/workers")).status_code == 201
+
+
+async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob, monkeypatch):
+    app.state.joblib_settings.max_pending_tasks_per_user = 20
+    worker = await offer(ada)
+    for _ in range(20):
+        await submit(ada)
+    refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
+    # who has too many is not counted again and again
+    await claim(ada, worker, max_tasks=5)
+    refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
+    await submit(bob)
+    monkeypatch.setattr(tasks, "_refused", {})
+    batch = {"tasks": [{}] * 6}
+    refused(await ada.post(f"/rooms/lab/batches/{JOB}", json=batch))
+    monkeypatch.setattr(tasks, "_refused", {})
+    for _ in range(5):
+        await submit(ada)
+    refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
+    assert (await ada.get("/rooms/lab/tasks?status=pending")).json()["total"] == 21
+
+
+@pytest.mark.makers("plain")
+async def test_what_waits_is_counted_now_and_then(app, ada, engine):
+    from sqlalchemy import event
+
+    app.state.joblib_settings.max_pending_tasks_per_user = 1000
+    await offer(ada)
+    counted = []
+
+    def note(connection, cursor, statement, *args):
+        if "count(" in statement and "created_by_id" in statement:
+            counted.append(statement)
+
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    for _ in range(55):
+        await submit(ada)
+    # at the fifty-first, and then not for 47 more
+    assert len(counted) == 1
