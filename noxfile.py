@@ -6,6 +6,7 @@ One test under one session maker, in seconds::
 """
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -100,3 +101,18 @@ def bench(session: nox.Session) -> None:
     """Compare costs with the floor and the published release: ``-- --quick``."""
     install(session, "test", "bench")
     session.run("python", "tests/bench.py", *session.posargs, **PATIENT)
+
+
+@nox.session
+def compat(session: nox.Session) -> None:
+    """Run programs of 0.1.7 at our host, and ours at a host of 0.1.7."""
+    install(session, "test")
+    # an environment of its own: it is the same package
+    old = Path(session.create_tmp()).resolve() / "old"
+    session.run("python", "-m", "venv", "--clear", old)
+    python = str(old / ("Scripts" if os.name == "nt" else "bin") / "python")
+    packages = ("zndraw-joblib==0.1.7", "aiosqlite", "uvicorn", "websockets")
+    client = "python-socketio[client]"
+    session.run(python, "-m", "pip", "install", "-q", *packages, client, external=True)
+    env = {"OLD_PYTHON": python}
+    session.run("pytest", "tests/compat.py", *session.posargs, env=env, **PATIENT)

@@ -17,6 +17,46 @@ import zndraw_joblib as joblib
 import zndraw_joblib.models
 from zndraw_joblib.sweeper import run_sweeper
 
+
+class Results:
+    """What hosts of 0.1.7 bring to keep the results of providers."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.inflight: set[str] = set()
+        self.changed = asyncio.Condition()
+
+    async def store(self, key: str, data: bytes, ttl: int) -> None:
+        self.kept[key] = data
+
+    async def get(self, key: str) -> bytes | None:
+        return self.kept.get(key)
+
+    async def delete(self, key: str) -> None:
+        self.kept.pop(key, None)
+
+    async def acquire_inflight(self, key: str, ttl: int) -> bool:
+        free = key not in self.inflight
+        self.inflight.add(key)
+        return free
+
+    async def release_inflight(self, key: str) -> None:
+        self.inflight.discard(key)
+
+    async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
+        async with self.changed:
+            try:
+                wait = self.changed.wait_for(lambda: key in self.kept)
+                await asyncio.wait_for(wait, timeout)
+            except TimeoutError:
+                return None
+        return self.kept[key]
+
+    async def notify_key(self, key: str) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+
 engine = auth.create_engine_for_url(os.environ["DATABASE_URL"])
 plain = socketio.AsyncServer(async_mode="asgi")
 tsio = zndraw_socketio.wrap(plain)
@@ -64,6 +104,8 @@ app.state.joblib_settings = joblib.JobLibSettings()
 app.state.session_maker = async_sessionmaker(engine, expire_on_commit=False)
 app.state.db_lock = asyncio.Lock()
 app.state.tsio = tsio
+results = Results()
+app.dependency_overrides[joblib.get_result_backend] = lambda: results
 app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
 app.include_router(joblib.router)
 users = auth.fastapi_users

@@ -19,7 +19,7 @@ from zndraw_joblib import Category, ClaimedTask, Extension, JobManager, Provider
 class Double(Extension):
     """Take a while, or fail."""
 
-    category: ClassVar[Category] = Category.MODIFIERS
+    category: ClassVar[Category] = Category.MODIFIER
     seconds: float = 0
     fails: bool = False
 
@@ -94,8 +94,8 @@ def serve(url: str, token: str) -> None:
 def claim(url: str, token: str) -> None:
     manager = JobManager(Api(url, token))
     told: dict[str, Any] = {"nothing": None}
+    told["made"] = str(manager.create_worker()) == str(manager.worker_id)
     manager.register(Double, room="lab")
-    told["again"] = str(manager.create_worker()) == str(manager.worker_id)
     told["nothing"] = manager.claim() is None
 
     def submitted() -> str:

@@ -64,10 +64,12 @@ class Process:
         return self.popen.returncode
 
 
-def start(*command: Any, log: Path, **env: str) -> Process:
+def start(
+    *command: Any, log: Path, python: str = sys.executable, **env: str
+) -> Process:
     with log.open("wb") as output:
         popen = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [python, *map(str, command)],
             # while this end is open, docs/tied.py lets it live
             stdin=subprocess.PIPE,
             stdout=output,
