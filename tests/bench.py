@@ -14,10 +14,13 @@ import os
 import platform
 import statistics
 import sys
-from contextlib import AsyncExitStack
+import time
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
+import bench_depth
+from bench_client import User
 from bench_sides import (
     FLOOR,
     KINDS,
@@ -141,6 +144,126 @@ async def bench(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"throughput": found, "memory": memory}
 
 
+async def depths(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure single requests against what waits and what is done."""
+    pythons: dict[str, Any] = {TREE: sys.executable}
+    if options.release:
+        pythons[PEER] = options.release
+    told: dict[str, Any] = {}
+    with database(kind) as on:
+        for name, jobs, steps in bench_depth.shapes(options.most):
+            if options.quick and jobs == 1:
+                continue
+            found = await bench_depth.series(
+                on, pythons, jobs, steps, options.rounds, options.each
+            )
+            told[name] = {"depth": [depth for _, depth, _ in steps]} | {
+                operation: {
+                    who: [
+                        1000 * median(at[operation][who], "seconds")
+                        for at in found.values()
+                    ]
+                    for who in next(iter(found.values()))[operation]
+                }
+                for operation in bench_depth.OPERATIONS
+            }
+            tell_depths(kind, name, told[name], list(found))
+    return told
+
+
+def tell_depths(kind: str, name: str, told: dict[str, Any], labels: list[str]) -> None:
+    print(f"\n{KINDS[kind]}, {name}: ms a request at {'; '.join(labels)}")
+    for operation in bench_depth.OPERATIONS:
+        sides = told[operation]
+        row = [f"{operation:12}"]
+        for who, costs in sides.items():
+            growth = costs[-1] / costs[0]
+            row.append(f"{who} {' '.join(f'{c:8.2f}' for c in costs)} x{growth:<7.2f}")
+        print("  ".join(row), flush=True)
+
+
+async def wake_ups(
+    kind: str, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Measure how soon a waiting request hears of what it waits for, in ms."""
+    found: dict[str, dict[str, float]] = {}
+    with database(kind) as on, ExitStack() as stack:
+        url = await on.create()
+        hosts = {
+            "status, same process": stack.enter_context(
+                running(sys.executable, url, kind, "floor")
+            )
+        }
+        if kind != "locked":
+            # a lock of one process can't keep another one out
+            hosts["status, another process"] = stack.enter_context(
+                running(sys.executable, url, kind, "floor")
+            )
+        if options.release:
+            hosts[f"status, {PEER}"] = stack.enter_context(
+                running(options.release, await on.create(), kind, "")
+            )
+        first = hosts["status, same process"]
+        for name, host in hosts.items():
+            reports = host if PEER in name else first
+            async with side("", reports, 1) as one, side("", host, 1) as other:
+                found[name] = await lags(one.users[0], other.users[0], options.rounds)
+    for name, lag in found.items():
+        print(f"{name:32} {lag['median']:8.1f} ms, worst {lag['worst']:8.1f} ms")
+    return found
+
+
+async def lags(worker: User, waiting: User, times: int) -> dict[str, float]:
+    taken = []
+    for _ in range(times):
+        await worker.submit()
+        await worker.claim()
+        await worker.start()
+        path, prefer = f"/tasks/{worker.held[0]}", "Prefer: wait=10\r\n"
+        answer = asyncio.create_task(waiting.ask("GET", path, more=prefer))
+        await asyncio.sleep(0.3)
+        begun = time.perf_counter()
+        await worker.complete()
+        await answer
+        taken.append(1000 * (time.perf_counter() - begun))
+    return {"median": statistics.median(taken), "worst": max(taken)}
+
+
+def draw(kind: str, told: dict[str, Any], path: Path) -> None:
+    """Draw cost against depth."""
+    from matplotlib import pyplot, ticker
+
+    pyplot.rcParams |= {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "bench"}
+    figure, axes = pyplot.subplots(
+        1, len(bench_depth.DRAWN), figsize=(9.5, 3.1), sharey=True, layout="constrained"
+    )
+    colours = {TREE: "#1769aa", FLOOR: "#8a8a8a", PEER: "#c2571a"}
+    series = {name: s for name, s in told.items() if name.startswith("waiting")}
+    for axis, operation in zip(axes, bench_depth.DRAWN, strict=True):
+        for name, at in series.items():
+            for who, costs in at[operation].items():
+                if any(cost != cost for cost in costs):
+                    continue
+                axis.plot(
+                    at["depth"],
+                    costs,
+                    color=colours[who],
+                    linestyle="-" if "50" in name else ":",
+                    marker="o",
+                    markersize=3,
+                    label=f"{who}, {name.partition(', ')[2]}",
+                )
+        title = {"list_on": "list, by cursor"}.get(operation, operation)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="waiting tasks")
+        axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.grid(color="#e4e4e4", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("ms a request")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
 
@@ -148,18 +271,25 @@ def parse() -> argparse.Namespace:
         return [*map(int, text.split(","))]
 
     parser.add_argument("--quick", action="store_true", help="ends within 4 minutes")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="databases")
+    parser.add_argument("--kinds", help=f"databases, of {', '.join(KINDS)}")
     parser.add_argument("--connections", type=numbers)
     parser.add_argument("--rounds", type=int, help="turns of each side")
     parser.add_argument("--requests", type=int, help="requests in a turn")
+    parser.add_argument("--most", type=int, help="tasks that wait, at most")
+    parser.add_argument("--parts", default="throughput,depth,wakeups")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--no-release", action="store_true")
     options = parser.parse_args()
     options.connections = options.connections or (
         [1, 8] if options.quick else [1, 8, 32]
     )
+    options.kinds = options.kinds or (
+        "locked,postgres" if options.quick else ",".join(KINDS)
+    )
+    options.most = options.most or (10**5 if options.quick else 10**6)
+    options.each = 4 if options.quick else 8
     options.rounds = options.rounds or (3 if options.quick else 9)
-    options.requests = options.requests or (48 if options.quick else 96)
+    options.requests = options.requests or (24 if options.quick else 96)
     options.release = (
         None if options.no_release else release_python(Path(sys.prefix) / "release")
     )
@@ -172,9 +302,17 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(),
     }
-    for kind in options.kinds.split(","):
-        found[kind] = asyncio.run(bench(kind, options))
     options.out.mkdir(parents=True, exist_ok=True)
+    for kind in options.kinds.split(","):
+        found[kind] = {}
+        if "throughput" in options.parts:
+            found[kind] |= asyncio.run(bench(kind, options))
+        if "wakeups" in options.parts:
+            found[kind]["wakeups"] = asyncio.run(wake_ups(kind, options))
+        if "depth" in options.parts and kind != "wal":
+            found[kind]["depth"] = asyncio.run(depths(kind, options))
+            name = "postgresql" if kind == "postgres" else "sqlite"
+            draw(kind, found[kind]["depth"], options.out / f"depth-{name}.svg")
     (options.out / "bench.json").write_text(json.dumps(found, indent=1))
 
 
