@@ -350,9 +350,6 @@ async def test_the_successor_of_a_lost_worker_is_asked(
 
 
 async def test_who_hung_up_waits_no_longer(app, server, ada, provider, results):
-    app.state.joblib_settings = app.state.joblib_settings.model_copy(
-        update={"recheck_seconds": 0.05}
-    )
     host, port = server.removeprefix("http://").split(":")
     stream = await anyio.connect_tcp(host, int(port))
     head = (
@@ -367,6 +364,32 @@ async def test_who_hung_up_waits_no_longer(app, server, ada, provider, results):
         for _ in range(10):
             await anyio.sleep(0.05)
             assert not results.waiting
+
+
+async def test_readers_hear_at_once_that_their_provider_is_gone(
+    app, ada, provider, results
+):
+    async with reading(results, ada, ada) as answers:
+        await ada.delete(f"/providers/{provider['id']}")
+    for answer in answers:
+        problem(answer, 404, "provider-not-found")
+
+
+async def test_how_many_requests_a_provider_gets(app, ada, bob, provider, results):
+    settings = app.state.joblib_settings
+    settings.max_requests_per_provider, settings.max_waiting_per_user = 1, 1
+    async with reading(results, ada) as answers:
+        answer = await bob.get(f"{READ}?n=1", headers=PATIENTLY)
+        problem(answer, 503, "server-busy")
+        assert int(answer.headers["retry-after"]) > 0
+        # the same one is shared, but who waits is counted
+        problem(await ada.get(READ, headers=PATIENTLY), 429, "quota-exceeded")
+        assert (await upload(ada, provider, b"1")).status_code == 204
+    assert answers[0].content == b"1"
+    async with reading(results, bob, path=f"{READ}?n=1") as answers:
+        digest = request_hash({"n": "1"})
+        assert (await upload(ada, provider, b"2", digest)).status_code == 204
+    assert answers[0].content == b"2"
 
 
 # --- whose results they are ---

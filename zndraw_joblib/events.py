@@ -239,7 +239,7 @@ class Outbox:
     providers_removed : list of FullName
         Providers that went away, for the host's hook.
     ended : list of str
-        Keys of what ended, tasks and workers: whoever waits for one is to look.
+        Keys of what ended, tasks, workers and providers: whoever waits for one is to look.
     queued : list of str
         Keys of jobs, one for each task that can be claimed: one claim is to look.
     changes : list of TaskView
@@ -312,6 +312,7 @@ class Outbox:
         """Tell rooms and the host that providers went away."""
         names = list(names)
         self.providers_removed += names
+        self.ended += map(provider_key, names)
         self.providers_changed({name.room for name in names})
 
 
@@ -332,6 +333,11 @@ def task_key(task_id: Any) -> str:
 def worker_key(worker_id: Any) -> str:
     """Return the key under which a worker's waiting claims hear that it drains."""
     return f"worker:{worker_id}"
+
+
+def provider_key(full_name: Any) -> str:
+    """Return the key under which a provider's readers hear that it is gone."""
+    return f"provider:{full_name}"
 
 
 def job_key(job_name: str) -> str:

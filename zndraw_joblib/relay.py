@@ -13,10 +13,12 @@ outcome   for some seconds: that there is a result, or why there is none
 
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
 from typing import Any
+from uuid import UUID
 
 import anyio
 
@@ -29,6 +31,7 @@ from zndraw_joblib.exceptions import (
     ProblemException,
     ProviderExecutionFailed,
     ProviderTimeout,
+    ServerBusy,
     ServiceUnavailable,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
@@ -46,6 +49,8 @@ _FAILED = b"-"
 # As long as the readers that wait need to be told.
 _OUTCOME_SECONDS = 5
 _MAX_FAILURE = 64 * 1024
+# Until when the requests count that this process sent to a provider, by id and hash.
+_under_way: dict[UUID, dict[str, float]] = {}
 # A server buffers what it is handed, whole, for a reader who is slow to take it.
 PIECE = 64 * 1024
 
@@ -124,7 +129,11 @@ async def ask(
         await _settle(provider, digest, _ANSWERED, results)
         return
     sent = False
+    problem = ServiceUnavailable.create("the request can't be sent to its provider")
     try:
+        if not _leaves(provider, digest, settings):
+            problem = ServerBusy.create("too many requests wait for this provider")
+            return
         with anyio.fail_after(settings.dispatch_timeout_seconds):
             await send()
         sent = True
@@ -132,14 +141,29 @@ async def ask(
         log.exception("request for %s did not leave", provider.full_name)
     finally:
         if not sent:
-            problem = ServiceUnavailable.create(
-                "the request can't be sent to its provider"
-            )
             outcome = _FAILED + problem.model_dump_json().encode()
             # also when this reader is cancelled: others wait for it
             patience = settings.dispatch_timeout_seconds
             with anyio.move_on_after(patience, shield=True), suppress(Exception):
                 await _settle(provider, digest, outcome, results)
+
+
+def _leaves(provider: ProviderResponse, digest: str, settings: JobLibSettings) -> bool:
+    """Note that a request leaves; tell whether its provider may have one more."""
+    now = time.monotonic()
+    others = {d: end for d, end in _under_way.get(provider.id, {}).items() if end > now}
+    may_leave = len(others) < settings.max_requests_per_provider
+    if may_leave:
+        others[digest] = now + settings.provider_inflight_ttl_seconds
+    _under_way[provider.id] = others
+    return may_leave
+
+
+def _arrived(provider: ProviderResponse, digest: str) -> None:
+    others = _under_way.get(provider.id, {})
+    others.pop(digest, None)
+    if not others:
+        _under_way.pop(provider.id, None)
 
 
 async def _mark(
@@ -170,6 +194,7 @@ async def _settle(
     provider: ProviderResponse, digest: str, outcome: bytes, results: ResultBackend
 ) -> None:
     """End a request: those who wait are told, and the next reader asks again."""
+    _arrived(provider, digest)
     key = _outcome_key(provider, digest)
     await results.store(key, outcome, _OUTCOME_SECONDS)
     await results.delete(_asked_key(provider.full_name, digest))
@@ -226,7 +251,6 @@ async def wait(
     results: ResultBackend,
     seconds: float,
     settings: JobLibSettings,
-    hung_up: Callable[[], Awaitable[bool]],
 ) -> bytes:
     """Return the answer when it comes.
 
@@ -237,14 +261,14 @@ async def wait(
     """
     deadline = anyio.current_time() + seconds
     key = _outcome_key(provider, digest)
-    while (left := deadline - anyio.current_time()) > 0 and not await hung_up():
-        # in turns, so that a reader who hung up, or a result that the host put there,
-        # is noticed
+    while (left := deadline - anyio.current_time()) > 0:
+        # in turns, so that a result that the host put there is noticed
         outcome = await results.wait_for_key(key, min(left, settings.recheck_seconds))
         if outcome is not None and outcome.startswith(_FAILED):
             raise _told(outcome.removeprefix(_FAILED))
         data = await cached(provider, digest, results)
         if data is not None:
+            _arrived(provider, digest)
             return data
         if outcome is not None:
             # the result has gone already: without this the next turn would not wait

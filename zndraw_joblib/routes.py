@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -66,6 +67,7 @@ from zndraw_joblib.exceptions import (
     ProviderTimeout,
     QuotaExceeded,
     SchemaConflict,
+    ServiceUnavailable,
     TaskNotFound,
     WorkerNotFound,
 )
@@ -755,6 +757,7 @@ async def read_provider_info(
         ProviderTimeout,
         InternalProviderNotConfigured,
         ProviderExecutionFailed,
+        *WAITING,
         handed_on=True,
     ),
     openapi_extra={"parameters": [ANY_QUERY]},
@@ -763,7 +766,7 @@ async def read_provider(
     room_id: str,
     provider_name: str,
     caller: WaitingCaller,
-    session_maker: Sessions,
+    desk: WaitingDesk,
     settings: Settings,
     may_enter: Access,
     results: Results,
@@ -773,9 +776,13 @@ async def read_provider(
     wait: PreferredProviderWait,
 ) -> Response:
     """Ask a provider for what the query parameters say."""
-    async with session_maker() as session:
-        room = await enter(session, caller, room_id, may_enter)
-        provider = await providers.read(session, room, provider_name)
+
+    async def look() -> ProviderResponse:
+        async with desk.session_maker() as session:
+            room = await enter(session, caller, room_id, may_enter)
+            return await providers.read(session, room, provider_name)
+
+    provider = await look()
     params = query_params(request.query_params.multi_items())
     digest = request_hash(params)
     seconds = settings.provider_long_poll_default_seconds if wait is None else wait
@@ -785,9 +792,12 @@ async def read_provider(
         if data is None:
             send = relay.sender(provider, params, digest, tsio, registry)
             await relay.ask(provider, digest, results, settings, send)
-            data = await relay.wait(
-                provider, digest, results, seconds, settings, request.is_disconnected
-            )
+            answer = partial(relay.wait, provider, digest, results, seconds, settings)
+            data = await watch.for_answer(desk, caller, provider.full_name, answer)
+    if data is None:
+        # it is gone, or the server stops
+        await look()
+        raise ServiceUnavailable.exception(headers={"Retry-After": "1"})
     headers = {
         # as it stands: Response would add a charset to text
         "Content-Type": provider.content_type,

@@ -92,6 +92,11 @@ class JobLibSettings(BaseSettings):
     provider_result_max_bytes: PositiveInt = Field(
         default=64 * 1024 * 1024, description="Largest result (413 beyond)."
     )
+    max_requests_per_provider: PositiveInt = Field(
+        default=1000,
+        description="Requests that a process sends to a provider before it has answers"
+        " (503 beyond).",
+    )
     provider_long_poll_default_seconds: PositiveFloat = Field(
         default=5, description="Wait of a provider read without `Prefer: wait`."
     )

@@ -56,6 +56,8 @@ class Waiter:
                     await self._woken.wait()
                 group.cancel_scope.cancel()
         except anyio.get_cancelled_exc_class():
+            if receive is None:
+                raise
             # A server that stops cancels what still runs: let it answer what it knows.
             # An enclosing cancel scope cancels again at the next await.
             self._gone = True

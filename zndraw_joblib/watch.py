@@ -7,6 +7,7 @@ is waited for, every ``recheck_seconds``. That task lives while somebody waits.
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from sqlalchemy import (
 from zndraw_joblib import claims, workers
 from zndraw_joblib.claims import Claim
 from zndraw_joblib.delivery import SessionMaker
-from zndraw_joblib.events import job_key, task_key, worker_key
+from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
 from zndraw_joblib.models import (
@@ -240,6 +241,29 @@ async def for_work(
                 served = None
 
 
+async def for_answer(
+    desk: Desk, caller: Caller, full_name: str, answer: Callable[[], Awaitable[bytes]]
+) -> bytes | None:
+    """Return what ``answer`` returns.
+
+    Returns
+    -------
+    bytes or None
+        None when there is nobody to wait for any more, reader or provider.
+    """
+    with (
+        admitted(desk, caller, Sought()),
+        waiting_for([provider_key(full_name)]) as waiter,
+    ):
+        answering = asyncio.ensure_future(answer())
+        answering.add_done_callback(lambda _: waiter.wake())
+        try:
+            await waiter.wait(math.inf, desk.receive)
+            return await answering if answering.done() else None
+        finally:
+            answering.cancel()
+
+
 async def _look_for_all(desk: Desk) -> None:
     """Wake who waits for what the database says has happened; end when nobody does."""
     # a claim that waits is a sign of life, well before its worker would count as lost
@@ -351,6 +375,8 @@ async def _look(desk: Desk, touching: bool) -> None:
     jobs = {job_id: name for s in sought for job_id, name in s.jobs.items()}
     served = {s.worker_id: len(s.jobs) for s in sought if s.worker_id is not None}
     found: list[Any] = []
+    if not (tasks or jobs or served):
+        return
     async with desk.session_maker() as session:
         if touching and served:
             await workers.keep_alive(session, served)
