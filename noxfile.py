@@ -6,6 +6,7 @@ One test under one session maker, in seconds::
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -116,3 +117,14 @@ def compat(session: nox.Session) -> None:
     session.run(python, "-m", "pip", "install", "-q", *packages, client, external=True)
     env = {"OLD_PYTHON": python}
     session.run("pytest", "tests/compat.py", *session.posargs, env=env, **PATIENT)
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """Drive the example host's page in a real Chromium, installed with apt if need be."""
+    if shutil.which("chromium") is None:
+        session.run("apt-get", "update", external=True)
+        packages = ("-y", "--no-install-recommends", "chromium")
+        session.run("apt-get", "install", *packages, external=True)
+    install(session, "test", "page")
+    session.run("pytest", "tests/test_page.py", *session.posargs, **PATIENT)

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import monitoring
 import socketio
 import uvicorn
 import zndraw_auth as auth
@@ -166,6 +167,7 @@ def create_app() -> FastAPI:
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
     app.add_exception_handler(RequestValidationError, joblib.problem_exception_handler)
     app.include_router(joblib.router)
+    app.include_router(monitoring.router)
     users = auth.fastapi_users
     log_in = users.get_auth_router(auth.auth_backend)
     register = users.get_register_router(auth.UserRead, auth.UserCreate)

@@ -2,6 +2,7 @@
 
 from uuid import UUID
 
+import httpx
 import pytest
 from conftest import User
 from makers import SessionMaker
@@ -72,3 +73,18 @@ async def test_each_task_is_counted_where_it_is(
     (idle,) = (s for s in every if s.job_name == private)
     assert idle.model_dump(exclude={"job_name"}) == NOTHING | {"workers_alive": 1}
     assert {s.job_name: s.pending for s in capped}[JOB] == 2
+
+
+@pytest.mark.makers("plain")
+async def test_prometheus_reads_the_example_host(
+    client: httpx.AsyncClient, ada: User, monkeypatch: pytest.MonkeyPatch
+):
+    await offer(ada)
+    await submit(ada)
+    url, token = "http://host/metrics", {"Authorization": "Bearer secret"}
+    assert (await client.get(url, headers=token)).status_code == 401
+    monkeypatch.setenv("METRICS_TOKEN", "secret")
+    assert (await client.get(url)).status_code == 401
+    answer = await client.get(url, headers=token)
+    assert answer.status_code == 200
+    assert f'zndraw_joblib_pending{{job="{JOB}"}} 1.0' in answer.text.splitlines()
