@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from anyio.to_thread import run_sync
 from conftest import AUTH_SETTINGS, PASSWORD, PREFIX
 from pydantic import Field, field_validator
 
+from zndraw_joblib import client_submitting
 from zndraw_joblib.client import (
     Category,
     ClaimedTask,
@@ -32,6 +34,7 @@ from zndraw_joblib.client import (
 from zndraw_joblib.client_transport import HostApi
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy
+from zndraw_joblib.settings import JobLibSettings
 
 # it is the client that is tested: the routes are, under every maker, elsewhere
 pytestmark = pytest.mark.makers("plain")
@@ -75,6 +78,8 @@ class Meddler:
         #: called with method and path; a status keeps the request from the host
         self.refuse: Callable[[str, str], int | None] = lambda *_: None
         self.forget_prefer = False
+        #: is as old as 0.1.7: it knows nothing of batches
+        self.old = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
@@ -88,12 +93,19 @@ class Meddler:
         if self.forget_prefer:
             headers = [h for h in scope["headers"] if h[0] != b"prefer"]
             scope = {**scope, "headers": headers}
+        if self.old and re.search(r"/batches/|/tasks(/query)?$", path):
+            scope = {**scope, "path": f"{PREFIX}/nowhere"}
         answer: list[Any] = []
 
         async def take() -> Any:
             message = await receive()
+            if self.old and "body" in message:
+                body = re.sub(rb"start|max_tasks", b"unknown", message["body"])
+                message = {**message, "body": body}
             if message.get("body", b"").startswith(b"{"):
-                self.bodies.append(json.loads(message["body"]))
+                # a large one comes in pieces
+                with suppress(ValueError):
+                    self.bodies.append(json.loads(message["body"]))
             return message
 
         async def keep(message: Any) -> None:
@@ -509,6 +521,122 @@ async def test_task_available_wakes_a_worker_that_polls(
     await run_sync(manager.disconnect)
 
 
+# --- many tasks at a time ---
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_submitting, "MAX_BATCH", 25)
+    monkeypatch.setattr(client_submitting, "MAX_PAGE", 40)
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_many_tasks_take_few_requests(
+    make: MakeManager, ada: Any, meddler: Meddler, small_batches: None, old: bool
+):
+    """Each answer of a kind of request gets lost once."""
+    ran: list[str] = []
+    lost: set[tuple[str, str]] = set()
+
+    def lose(method: str, path: str, body: bytes) -> int | None:
+        kind = method, re.sub("[0-9a-f-]{36}", "ID", path)
+        if kind in lost or (path == "/tasks/claim" and b'"task":null' in body):
+            return None
+        lost.add(kind)
+        return 502
+
+    meddler.old = old
+
+    def execute(task: ClaimedTask) -> Any:
+        ran.append(task.extension.what)
+        if task.extension.what == "7":
+            raise ValueError("seven")
+        return {"what": task.extension.what}
+
+    manager = make(execute=execute, concurrency=8)
+    await run_sync(manager.register, Work)
+    submitter = make()
+    tasks = [Work(what=str(n)) for n in range(60)]
+    meddler.lose = lose
+    ids = await run_sync(lambda: submitter.submit_many(iter(tasks), ROOM))
+    ended = await run_sync(submitter.wait_all, [*ids, ids[0]], HANG * 3)
+    assert [str(task.id) for task in ended] == [*ids, ids[0]]
+    for n, task in enumerate(ended[:60]):
+        if n == 7:
+            assert (task.status.value, task.error) == ("failed", "ValueError: seven")
+        else:
+            assert (task.result, task.attempt) == ({"what": str(n)}, 1)
+    assert sorted(ran, key=int) == [str(n) for n in range(60)]
+    assert (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"] == 60
+    singles = [
+        r for r in meddler.requests if re.fullmatch("/tasks/[0-9a-f-]{36}", r[1])
+    ]
+    batches = meddler.count("POST", f"/rooms/{ROOM}/batches/{JOB}")
+    if old:
+        # asked for once, or once more where the answer got lost
+        assert batches == 2
+        assert meddler.count("PATCH", "/tasks") <= 2
+        assert len(singles) >= 3 * 60
+    else:
+        assert batches == 4, "three, and one whose answer got lost"
+        assert len(singles) < 60, "most reports go together"
+        assert meddler.count("POST", "/tasks/query") < 15
+
+
+async def test_one_report_among_many_is_refused(
+    make: MakeManager, ada: Any, url: str, meddler: Meddler
+):
+    together = threading.Barrier(6)
+
+    def execute(task: ClaimedTask) -> Any:
+        together.wait(HANG)
+        # all are too large to go together, one is too large at all
+        return "x" * {"3": 2_000_000, "4": 3}.get(task.extension.what, 200_000)
+
+    async def cancel(body: bytes) -> None:
+        for task in json.loads(body)["tasks"]:
+            if task["payload"]["what"] == "4":
+                await ada.patch(f"/tasks/{task['id']}", json={"status": "cancelled"})
+
+    meddler.lose = lambda method, path, body: (
+        cancel(body) if path == "/tasks/claim" and b'"tasks":[{' in body else None
+    )
+    manager = make(execute=execute, concurrency=6)
+    await run_sync(manager.register, Work)
+    submitter = JobManager(HostApi(url, token=ada.token))
+    tasks = [Work(what=str(n)) for n in range(6)]
+    ids = await run_sync(lambda: submitter.submit_many(tasks, ROOM, priority=1))
+    ended = await run_sync(submitter.wait_all, ids, HANG * 3)
+    assert [t.status.value for t in ended] == [
+        *["completed"] * 3, "failed", "cancelled", "completed",
+    ]  # fmt: skip
+    assert ended[3].error.startswith("the host refused the result")
+    assert [len(t.result or "") for t in ended] == [200_000] * 3 + [0, 0, 200_000]
+    assert {t.priority for t in ended} == {1}
+    submitter.api.close()
+
+
+async def test_a_batch_is_cut_until_the_host_takes_it(
+    make: MakeManager, app: Any, ada: Any, meddler: Meddler
+):
+    manager = make()
+    await run_sync(manager.register, Work)
+    app.state.joblib_settings = JobLibSettings(max_payload_bytes=4000)
+    tasks = [Work(what="x" * 500) for _ in range(20)]
+
+    def submit() -> list[str]:
+        return manager.submit_many(tasks, ROOM, idempotency_key="k")
+
+    ids = await run_sync(submit)
+    assert len(set(ids)) == 20
+    assert await run_sync(submit) == ids
+    assert (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"] == 20
+    with pytest.raises(ValueError, match="limited to 4000"):
+        await run_sync(lambda: manager.submit_many([Work(what="x" * 5000)], ROOM))
+    with pytest.raises(KeyError, match="sees no job"):
+        await run_sync(lambda: manager.submit_many(tasks, ROOM, job_room="else"))
+
+
 # --- Socket.IO ---
 
 
@@ -879,11 +1007,14 @@ async def test_a_draining_worker_gets_nothing_until_it_is_active(
     assert (await ended(ada, task))["status"] == "completed"
 
 
-async def test_what_was_claimed_and_not_started_is_handed_back(
-    make: MakeManager, ada: Any, admin: Any, meddler: Meddler
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_what_was_claimed_and_not_begun_is_handed_back(
+    make: MakeManager, ada: Any, admin: Any, meddler: Meddler, concurrency: int
 ):
     ran: list[str] = []
-    manager = make(execute=lambda task: ran.append(task.task_id))
+    manager = make(
+        execute=lambda task: ran.append(task.task_id), concurrency=concurrency
+    )
     claimed = anyio.Event()
 
     async def hold_back(body: bytes) -> None:
@@ -904,8 +1035,9 @@ async def test_what_was_claimed_and_not_started_is_handed_back(
     assert await workers(admin) == []
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
 async def test_what_was_claimed_and_not_heard_of_is_handed_back(
-    make: MakeManager, ada: Any, admin: Any, meddler: Meddler
+    make: MakeManager, ada: Any, admin: Any, meddler: Meddler, concurrency: int
 ):
     ran: list[str] = []
     lost: list[str] = []
@@ -925,7 +1057,9 @@ async def test_what_was_claimed_and_not_heard_of_is_handed_back(
         return 502 if leaving and method == "PATCH" and "/workers/" in path else None
 
     meddler.lose, meddler.refuse = lose, refuse
-    manager = make(execute=lambda task: ran.append(task.task_id))
+    manager = make(
+        execute=lambda task: ran.append(task.task_id), concurrency=concurrency
+    )
     await run_sync(manager.register, Work)
     task_id = await submit(ada)
     await until(lambda: lost)

@@ -2,7 +2,8 @@
 
 Three kinds of threads work side by side. The *claim* thread asks for as many tasks as
 there are free hands, and hands them over; each *task* thread starts, executes and
-reports one task at a time; the *heartbeat* thread tells the host that the worker lives
+reports one task at a time (its end through the *report* thread, which tells at once of
+all that ended meanwhile); the *heartbeat* thread tells the host that the worker lives
 and how far its tasks are, and learns from the answer which of them to stop.
 
 `JobManager` holds these threads and ends them. What they do one step at a time is in
@@ -27,13 +28,14 @@ from zndraw_joblib.client_registering import Source
 from zndraw_joblib.client_sockets import OwnSocket, Socket
 from zndraw_joblib.client_tasks import (
     ClaimedTask,
+    Report,
     TaskCancelled,
     TaskFailed,
     as_json,
     describe,
     storable,
 )
-from zndraw_joblib.client_threads import DaemonPool, Ticker
+from zndraw_joblib.client_threads import DaemonPool, Gatherer, Ticker
 from zndraw_joblib.client_transport import (
     Api,
     HostApi,
@@ -139,6 +141,7 @@ class JobManager(Claimant):
         self._heart: Ticker | None = None
         self._claimer: threading.Thread | None = None
         self._runners: DaemonPool | None = None
+        self._reporter: Gatherer[tuple[ClaimedTask[Any], Report]] | None = None
         self._readers: DaemonPool | None = None
 
         self._pid = os.getpid()
@@ -194,6 +197,9 @@ class JobManager(Claimant):
             return
         self._start_heart()
         self._runners = DaemonPool(self.concurrency, "zndraw-task")
+        self._reporter = Gatherer(
+            self._tell_ends, lambda: len(self._held), "zndraw-report"
+        )
         self._claimer = threading.Thread(
             target=self._claim_tasks, name="zndraw-claim", daemon=True
         )
@@ -249,7 +255,9 @@ class JobManager(Claimant):
             try:
                 if not self._draining:
                     wait = self._transport.longest_wait
-                    tasks, waited = self._claim(free, wait, stop=self._stopping)
+                    tasks, waited = self._claim(
+                        free, wait, start=self._starts, stop=self._stopping
+                    )
             except Exception as exc:
                 if self._stopping.is_set():
                     if isinstance(exc, Unreachable):
@@ -266,6 +274,14 @@ class JobManager(Claimant):
             if not tasks and not waited:
                 self._wake.wait(self.polling_interval)
 
+    @property
+    def _starts(self) -> bool:
+        """Whether tasks run from their claim on.
+
+        A worker of one hand asks once more before it begins: a cancel may have come.
+        """
+        return self.concurrency > 1
+
     def _wait_for_slots(self) -> int:
         self._slots.acquire()
         free = 1
@@ -274,43 +290,60 @@ class JobManager(Claimant):
         return free
 
     def _run(self, claimed: TaskResponse) -> None:
+        assert self._reporter is not None
+        task = end = None
         try:
             if self._stopping.is_set():
                 self._hand_back(claimed)
             elif (task := self._accept(claimed)) is not None:
-                try:
-                    self._perform(task)
-                finally:
-                    self._held.discard(task)
+                end = self._perform(task, claimed.status)
         finally:
-            self._slots.release()
+            if task is not None and end is not None:
+                # the hand is free when the host knows
+                self._reporter.put((task, end))
+            else:
+                if task is not None:
+                    self._held.discard(task)
+                self._slots.release()
+
+    def _tell_ends(self, ends: list[tuple[ClaimedTask[Any], Report]]) -> None:
+        try:
+            self._tell_all([report for _, report in ends])
+        finally:
+            for task, _ in ends:
+                self._held.discard(task)
+            # all at once: so the next claim asks for as many
+            self._slots.release(len(ends))
 
     def _hand_back(self, claimed: TaskResponse) -> None:
         if "attempt" in claimed.model_fields_set:
             self._tell(
-                str(claimed.id),
-                TaskStatus.PENDING,
-                claimed.attempt,
+                Report(str(claimed.id), TaskStatus.PENDING, claimed.attempt),
                 retries=LAST_RETRIES,
             )
 
     def _hand_back_unheard(self, limit: int) -> None:
         """Hand back what the last claim brought, if its answer got lost."""
         try:
-            tasks, _ = self._claim(limit, wait=0, stop=self._stopping)
+            tasks, _ = self._claim(
+                limit, wait=0, start=self._starts, stop=self._stopping
+            )
         except Exception as exc:
             log.debug("the last claim stays without an answer: %s", exc)
             return
         for task in tasks:
             self._hand_back(task)
 
-    def _perform(self, task: ClaimedTask[Any]) -> None:
-        """Start a task, execute it, and report what became of it."""
+    def _perform(self, task: ClaimedTask[Any], status: TaskStatus) -> Report | None:
+        """Start a task, execute it, and return what is to be told of its end."""
         assert self._execute is not None
-        tell = partial(self._tell, task.task_id, attempt=task.attempt)
-        if not tell(status=TaskStatus.RUNNING):
+        report = partial(Report, task.task_id, attempt=task.attempt)
+        # a claim may have started it
+        if status is not TaskStatus.RUNNING and not self._tell(
+            report(status=TaskStatus.RUNNING)
+        ):
             self._note("lost", task)
-            return
+            return None
         self._note("started", task)
         trace = (task.job_name, task.task_id, task.attempt, task.traceparent)
         try:
@@ -318,17 +351,15 @@ class JobManager(Claimant):
                 result = as_json(self._execute(task))
         except TaskCancelled:
             # who cancelled it knows; a task that ends itself this way has to say so
-            if not task.cancelled:
-                tell(status=TaskStatus.CANCELLED)
             self._note("cancelled", task)
+            return None if task.cancelled else report(status=TaskStatus.CANCELLED)
         except BaseException as exc:
             # SystemExit and the like end the task, not the thread
             log.exception("task %s of %s failed", task.task_id, task.job_name)
             self._note("failed", task)
-            tell(status=TaskStatus.FAILED, error=describe(exc))
-        else:
-            self._note("completed", task)
-            tell(status=TaskStatus.COMPLETED, result=result)
+            return report(status=TaskStatus.FAILED, error=describe(exc))
+        self._note("completed", task)
+        return report(status=TaskStatus.COMPLETED, result=result)
 
     # --- Socket.IO ---
 
@@ -468,9 +499,8 @@ class JobManager(Claimant):
         self._lose_tasks()
         # the lock: a registration under way is to be over
         with self._lock:
-            for part in (self._heart, self._runners, self._readers):
-                if part is not None:
-                    part.close()
+            for part in self._parts():
+                part.close()
             self._leave_rooms()
             if self._worker_id is not None:
                 retries = 0 if self._failure else LAST_RETRIES
@@ -492,6 +522,7 @@ class JobManager(Claimant):
         """Take no more tasks, and let those at hand end."""
         assert self._claimer is not None
         assert self._runners is not None
+        assert self._reporter is not None
         if self._worker_id is not None:
             try:
                 # a claim that waits at the host gets nothing after this
@@ -508,6 +539,8 @@ class JobManager(Claimant):
         self._runners.close()
         if not self._runners.join(deadline):
             log.warning("tasks still run after %s s of grace", self.grace_seconds)
+        self._reporter.close()
+        self._reporter.join(deadline)
 
     def _leave_at_once(self) -> None:
         self._hopeless.set()
@@ -527,10 +560,13 @@ class JobManager(Claimant):
 
     def _own_threads(self) -> list[threading.Thread]:
         threads = [] if self._claimer is None else [self._claimer]
-        for part in (self._heart, self._runners, self._readers):
-            if part is not None:
-                threads += part.threads
+        for part in self._parts():
+            threads += part.threads
         return threads
+
+    def _parts(self) -> list[Any]:
+        parts = (self._heart, self._runners, self._reporter, self._readers)
+        return [part for part in parts if part is not None]
 
     def _wait_until_done(self) -> None:
         # in turns: on Windows Ctrl-C does not interrupt a wait

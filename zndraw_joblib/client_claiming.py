@@ -11,23 +11,25 @@ from typing import Any
 from uuid import UUID
 
 from zndraw_joblib.client_registering import Registrant
-from zndraw_joblib.client_submitting import has_waited, prefer
+from zndraw_joblib.client_submitting import UNKNOWN, has_waited, prefer
 from zndraw_joblib.client_tasks import (
     Beat,
     ClaimedTask,
     HeldTasks,
+    Report,
     as_json,
     describe,
-    storable,
 )
 from zndraw_joblib.client_transport import CONNECT_SECONDS, Api, path
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
-from zndraw_joblib.schemas import TaskResponse
+from zndraw_joblib.schemas import MAX_REPORTS, TaskResponse
 
 log = logging.getLogger(__name__)
 
 # what a host says of a result that it won't keep
 REFUSED = frozenset({400, 413, 422})
+# beyond this, results go by themselves: a host takes a mebibyte, if it is left as it is
+BATCH_BYTES = 256 * 1024
 
 
 class Claimant(Registrant):
@@ -161,7 +163,7 @@ class Claimant(Registrant):
         ConnectionError
             When the host can't be reached.
         """
-        response = self._report(task_id, TaskStatus.FAILED, error=error)
+        response = self._report(Report(task_id, TaskStatus.FAILED, error=error))
         self.api.raise_for_status(response)
 
     def cancel(self, task: ClaimedTask[Any]) -> None:
@@ -195,7 +197,12 @@ class Claimant(Registrant):
             task.cancel()
 
     def _claim(
-        self, limit: int, wait: int, stop: threading.Event | None = None
+        self,
+        limit: int,
+        wait: int,
+        *,
+        start: bool = False,
+        stop: threading.Event | None = None,
     ) -> tuple[list[TaskResponse], bool]:
         """Return what was claimed, and whether the host waited for it."""
 
@@ -203,6 +210,8 @@ class Claimant(Registrant):
             body: dict[str, Any] = {"worker_id": str(worker_id)}
             if limit > 1:
                 body["max_tasks"] = limit
+            if start:
+                body["start"] = True
             return self._transport.send(
                 "post",
                 path("tasks", "claim"),
@@ -247,7 +256,9 @@ class Claimant(Registrant):
                 error = f"this worker does not serve {claimed.job_name}"
             log.error("task %s can't be run: %s", task_id, error)
             self._tell(
-                task_id, TaskStatus.FAILED, attempt, error=error, retryable=False
+                Report(
+                    task_id, TaskStatus.FAILED, attempt, error=error, retryable=False
+                )
             )
             return None
         task = ClaimedTask(
@@ -274,30 +285,11 @@ class Claimant(Registrant):
         }
         log.info("task %s of %s %s", task.task_id, task.job_name, event, extra=told)
 
-    def _report(
-        self,
-        task_id: str,
-        status: TaskStatus,
-        attempt: int | None = None,
-        *,
-        error: str | None = None,
-        retryable: bool = True,
-        result: Any = None,
-        retries: float = math.inf,
-    ) -> Any:
-        body: dict[str, Any] = {"status": status.value}
-        if attempt is not None:
-            body["attempt"] = attempt
-        if error is not None:
-            body["error"] = storable(error)
-        if not retryable:
-            body["retryable"] = False
-        if result is not None:
-            body["result"] = result
+    def _report(self, report: Report, retries: float = math.inf) -> Any:
         return self._transport.send(
             "patch",
-            path("tasks", task_id),
-            json=body,
+            path("tasks", report.task_id),
+            json=report.content(),
             retries=retries,
             stop=self._hopeless,
         )
@@ -305,19 +297,18 @@ class Claimant(Registrant):
     def _report_own(
         self, task: ClaimedTask[Any], status: TaskStatus, **fields: Any
     ) -> None:
-        response = self._report(task.task_id, status, task.attempt, **fields)
+        response = self._report(Report(task.task_id, status, task.attempt, **fields))
         if response.status_code in (404, 409):
             task.cancel()
         if task.cancelled or (status in TERMINAL and response.status_code < 300):
             self._held.discard(task)
         self.api.raise_for_status(response)
 
-    def _tell(
-        self, task_id: str, status: TaskStatus, attempt: int | None, **fields: Any
-    ) -> bool:
+    def _tell(self, report: Report, retries: float = math.inf) -> bool:
         """Report, and return whether the host agreed; the worker goes on in any case."""
+        task_id, status = report.task_id, report.status
         try:
-            response = self._report(task_id, status, attempt, **fields)
+            response = self._report(report, retries)
         except Exception as exc:
             log.error("task %s: could not report %s: %s", task_id, status, exc)
             return False
@@ -330,9 +321,44 @@ class Claimant(Registrant):
             # without another report it would count as running for ever
             error = f"the host refused the result: {response.text[:1000]}"
             self._tell(
-                task_id, TaskStatus.FAILED, attempt, error=error, retryable=False
+                Report(
+                    task_id,
+                    TaskStatus.FAILED,
+                    report.attempt,
+                    error=error,
+                    retryable=False,
+                )
             )
         return False
+
+    def _tell_all(self, reports: list[Report]) -> None:
+        """Report several tasks, in as few requests as the host takes."""
+        for batch in _in_batches(reports):
+            if not self._tell_together(batch):
+                for report in batch:
+                    self._tell(report)
+
+    def _tell_together(self, batch: list[Report]) -> bool:
+        """Report in one request; return whether the host takes it so."""
+        if len(batch) == 1 or not self._host_takes_batches:
+            return False
+        body = [{"id": report.task_id, **report.content()} for report in batch]
+        try:
+            response = self._transport.send(
+                "patch", path("tasks"), json={"reports": body}, stop=self._hopeless
+            )
+        except Exception as exc:
+            log.error("could not report %s tasks: %s", len(batch), exc)
+            return True
+        if response.status_code in UNKNOWN:
+            self._host_takes_batches = False
+        if response.status_code >= 300:
+            # one of them may be what the host won't take
+            return False
+        for outcome in response.json()["outcomes"]:
+            if outcome["status"] >= 300:
+                log.warning("task %s: refused: %s", outcome["id"], outcome["problem"])
+        return True
 
     def _send_beat(self, **options: Any) -> None:
         beat = Beat(self._held.all())
@@ -350,3 +376,17 @@ class Claimant(Registrant):
                 self._held.discard(task)
         self._host_counts_attempts = "cancelled" in answer
         self._draining = answer.get("desired_state") == WorkerState.DRAINING
+
+
+def _in_batches(reports: list[Report]) -> Iterator[list[Report]]:
+    batch: list[Report] = []
+    size = 0
+    for report in reports:
+        more = len(json.dumps(report.content()))
+        if batch and (size + more > BATCH_BYTES or len(batch) == MAX_REPORTS):
+            yield batch
+            batch, size = [], 0
+        batch.append(report)
+        size += more
+    if batch:
+        yield batch

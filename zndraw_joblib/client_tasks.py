@@ -6,11 +6,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pydantic_core
 
 from zndraw_joblib.extension import Extension
+from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.names import UNPRINTABLE
 from zndraw_joblib.schemas import TaskResponse
 
@@ -119,6 +120,46 @@ class ClaimedTask(Generic[E]):
         self._cancelled.set()
 
 
+class Report(NamedTuple):
+    """What is told of a task.
+
+    Attributes
+    ----------
+    task_id : str
+        The task.
+    status : TaskStatus
+        What becomes of it.
+    attempt : int or None
+        The attempt that it is told of; None where the host doesn't count them.
+    error : str or None
+        Why it failed.
+    retryable : bool
+        Whether another attempt may go better.
+    result : JSON
+        What it brought.
+    """
+
+    task_id: str
+    status: TaskStatus
+    attempt: int | None = None
+    error: str | None = None
+    retryable: bool = True
+    result: Any = None
+
+    def content(self) -> dict[str, Any]:
+        """Return the body of the request; what is not asked for is not said."""
+        body: dict[str, Any] = {"status": self.status.value}
+        if self.attempt is not None:
+            body["attempt"] = self.attempt
+        if self.error is not None:
+            body["error"] = storable(self.error)
+        if not self.retryable:
+            body["retryable"] = False
+        if self.result is not None:
+            body["result"] = self.result
+        return body
+
+
 class HeldTasks:
     """The tasks in this process's hands, by id, for any thread."""
 
@@ -126,8 +167,8 @@ class HeldTasks:
         self._tasks: dict[str, ClaimedTask[Any]] = {}
         self._lock = threading.Lock()
 
-    def __bool__(self) -> bool:
-        return bool(self._tasks)
+    def __len__(self) -> int:
+        return len(self._tasks)
 
     def add(self, task: ClaimedTask[Any]) -> None:
         """Take a task in hand; an earlier attempt of it is over."""

@@ -6,10 +6,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 PAUSE_AFTER_ERROR_SECONDS = 5.0
+# how long what goes together may follow each other
+MOMENT_SECONDS = 0.005
 
 
 class DaemonPool:
@@ -52,9 +57,7 @@ class DaemonPool:
         deadline : float
             In the seconds of `time.monotonic`.
         """
-        for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self.threads)
+        return _join(self.threads, deadline)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -63,6 +66,66 @@ class DaemonPool:
             except BaseException:
                 # even SystemExit: it would end this thread and nothing else
                 log.exception("unexpected")
+
+
+class Gatherer(Generic[T]):
+    """A thread that makes one call with all that was put since its last one.
+
+    Parameters
+    ----------
+    call : callable
+        Given what was put, in its order.
+    expected : callable
+        Returns how much there could be for one call: more is waited for, a moment.
+    name : str
+        What the thread is called.
+    """
+
+    def __init__(
+        self, call: Callable[[list[T]], None], expected: Callable[[], int], name: str
+    ) -> None:
+        self._call = call
+        self._expected = expected
+        self._put: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self.threads = [threading.Thread(target=self._work, name=name, daemon=True)]
+        for thread in self.threads:
+            thread.start()
+
+    def put(self, item: T) -> None:
+        """Have the next call take this too."""
+        self._put.put(item)
+
+    def close(self) -> None:
+        """Let the thread end once it has made its calls with what was put so far."""
+        self._put.put(None)
+
+    def join(self, deadline: float) -> bool:
+        """Wait for the thread to end, as `DaemonPool.join`."""
+        return _join(self.threads, deadline)
+
+    def _work(self) -> None:
+        item = self._put.get()
+        while item is not None:
+            items = []
+            while item is not None:
+                items.append(item)
+                try:
+                    more = len(items) < self._expected()
+                    item = self._put.get(timeout=MOMENT_SECONDS if more else 0)
+                except queue.Empty:
+                    break
+            try:
+                self._call(items)
+            except BaseException:
+                log.exception("unexpected")
+            if item is not None:
+                item = self._put.get()
+
+
+def _join(threads: list[threading.Thread], deadline: float) -> bool:
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 class Ticker:
