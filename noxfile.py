@@ -105,6 +105,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def waiting(session: nox.Session) -> None:
+    """Hold a thousand requests that wait against the heartbeats of others."""
+    install(session, "test")
+    env = {"PYTHONPATH": os.pathsep.join(("tests", "docs"))}
+    session.run("python", "tests/waiting_load.py", *session.posargs, env=env, **PATIENT)
+
+
+@nox.session
 def compat(session: nox.Session) -> None:
     """Run programs of 0.1.7 at our host, and ours at a host of 0.1.7."""
     install(session, "test")

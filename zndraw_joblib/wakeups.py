@@ -21,7 +21,7 @@ _CHANNEL = "zndraw-joblib:wake-ups"
 # Longest time that Redis may take for one step.
 _PATIENCE_SECONDS = 2.0
 # Pause after which a silent connection has to show that it lives.
-_PING_SECONDS = 5.0
+_PING_SECONDS = 2.0
 # What more is not told: a process that is not told looks for itself.
 _MAX_UNTOLD = 100_000
 
