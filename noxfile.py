@@ -73,6 +73,17 @@ def tests(session: nox.Session, maker: str) -> None:
 
 
 @nox.session
+@nox.parametrize("maker", ["plain", "postgres"], ids=["plain", "postgres"])
+def fuzz(session: nox.Session, maker: str) -> None:
+    """Make up requests from the OpenAPI document for minutes; posargs go to pytest."""
+    install(session, "test")
+    command = f"pytest --maker {maker} --timeout 0 -s tests/test_fuzz.py"
+    session.run(
+        *command.split(), *session.posargs, env={"FUZZ_EXAMPLES": "150"}, **PATIENT
+    )
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Run real structures through a host and a worker."""
     install(session, "host", "demo")

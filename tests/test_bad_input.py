@@ -176,7 +176,9 @@ async def test_what_is_accepted_comes_back_as_it_went_in(ada, events, payload):
     assert task["payload"] == payload
     (listed,) = (await ada.get("/rooms/lab/tasks")).json()["items"]
     (claimed,) = await claim(ada, worker)
-    assert listed["payload"] == claimed["payload"] == payload
+    assert claimed["payload"] == payload
+    # a listing carries no megabytes
+    assert listed["abridged"] or listed["payload"] == payload
     await report(ada, task, "running")
     text = json.dumps(payload, ensure_ascii=False)[:60_000]
     assert (await report(ada, task, "failed", error=text)).json()["error"] == text
@@ -269,8 +271,8 @@ async def test_no_ids(ada, scene):
         await scene.refuses(await register(ada, "New", worker_id=bad), 422)
 
 
-NO_TIMES = [-1, -1e-300, 1e300, 1e10, 2**63 - 1, "soon", "NaN", "inf", [], {}]
-NO_COUNTS = [-1, 1.5, 2**31, 2**53, 2**63 - 1, "two", [], {}, "\uff11"]
+NO_TIMES = [-1, -1e-300, 1e300, 1e10, 2**63 - 1, "1", "NaN", "inf", True, [], {}]
+NO_COUNTS = [-1, 1.5, 2**31, 2**53, 2**63 - 1, "1", True, [], {}, "\uff11"]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +312,7 @@ async def test_no_reports(ada, scene):
         ("status", ["done", "", "RUNNING", None, 1, [], {}]),
         ("error", [1, [], {}, "x" * (64 * 1024 + 1)]),
         ("attempt", NO_COUNTS),
-        ("retryable", [None, "maybe", 2, []]),
+        ("retryable", [None, "true", 1, []]),
     ):
         for value in values:
             body = {"status": "failed", field: value}
@@ -327,7 +329,7 @@ async def test_no_claims_and_heartbeats(ada, scene):
     said = {"id": scene.held["id"], "attempt": 1}
     for told in (
         {"tasks": [{**said, "progress": value}]}
-        for value in (-0.1, 1.1, 1e308, "NaN", "half", [])
+        for value in (-0.1, 1.1, 1e308, "NaN", "0.5", True, [])
     ):
         answer = await ada.patch(f"/workers/{scene.worker}", json=told)
         await scene.refuses(answer, 422)

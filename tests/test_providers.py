@@ -210,7 +210,7 @@ async def test_no_route_is_open_to_strangers(client):
     ]
     assert len(of_providers) == 6
     for method, path in of_providers:
-        path = path.replace("{provider_name:path}", FULL_NAME)
+        path = path.replace("{provider_name:fullname}", FULL_NAME)
         path = path.format(room_id="lab", provider_id=uuid4())
         assert (await client.request(method, path)).status_code == 401, path
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import Depends, Header, Query, Request, Response
+from pydantic import WithJsonSchema
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
@@ -349,7 +350,10 @@ def preferred_wait(preferences: list[str], longest: float) -> float | None:
 
 
 Prefer = Annotated[
-    list[str] | None, Header(description="`wait=N` waits up to N seconds.")
+    list[str] | None,
+    Header(description="`wait=N` waits up to N seconds."),
+    # several headers of the name are the same as one with commas
+    WithJsonSchema({"type": "string"}),
 ]
 
 

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from zndraw_joblib.exceptions import (
@@ -24,6 +25,21 @@ from zndraw_joblib.settings import settings_of
 from zndraw_joblib.telemetry import continuing
 
 log = logging.getLogger(__name__)
+
+
+class _FullNameConvertor(Convertor[str]):
+    # Starlette's own `path` stops at a newline, and at a last one it cuts it off
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+#: ``{name:fullname}`` in a path takes whatever a client sends, slashes included.
+register_url_convertor("fullname", _FullNameConvertor())
 
 # SQLSTATE classes of what may succeed when it is tried again: connections, rolled back
 # transactions, resources, the operator (PostgreSQL manual, appendix A)

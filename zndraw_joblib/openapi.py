@@ -163,7 +163,6 @@ CLAIM_LINKS = {
     "report": link(
         "patch /tasks/{task_id}", {"attempt": "/task/attempt"}, task_id="/task/id"
     ),
-    "heartbeat": link("patch /workers/{worker_id}", worker_id="/task/worker_id"),
 }
 PROVIDER_LINKS = {
     "info": link(

@@ -286,7 +286,7 @@ async def list_jobs(
 
 
 @router.get(
-    "/rooms/{room_id}/jobs/{job_name:path}/tasks",
+    "/rooms/{room_id}/jobs/{job_name:fullname}/tasks",
     responses=PAGE | problems(*ROOM, JobNotFound),
 )
 async def list_job_tasks(
@@ -308,7 +308,7 @@ async def list_job_tasks(
 
 
 @router.get(
-    "/rooms/{room_id}/jobs/{job_name:path}", responses=problems(*ROOM, JobNotFound)
+    "/rooms/{room_id}/jobs/{job_name:fullname}", responses=problems(*ROOM, JobNotFound)
 )
 async def read_job(
     visit: Reading,
@@ -338,7 +338,7 @@ async def read_stats(
 
 
 @router.post(
-    "/rooms/{room_id}/tasks/{job_name:path}",
+    "/rooms/{room_id}/tasks/{job_name:fullname}",
     status_code=status.HTTP_202_ACCEPTED,
     responses=answer(202, "Location", "Retry-After", links=TASK_LINKS)
     | problems(
@@ -393,7 +393,7 @@ async def submit_task(
 
 
 @router.post(
-    "/rooms/{room_id}/batches/{job_name:path}",
+    "/rooms/{room_id}/batches/{job_name:fullname}",
     status_code=status.HTTP_202_ACCEPTED,
     responses=problems(
         *ROOM,
@@ -736,7 +736,7 @@ async def list_providers(
 
 
 @router.get(
-    "/rooms/{room_id}/providers/{provider_name:path}/info",
+    "/rooms/{room_id}/providers/{provider_name:fullname}/info",
     responses=problems(*ROOM, ProviderNotFound),
 )
 async def read_provider_info(
@@ -749,7 +749,7 @@ async def read_provider_info(
 
 
 @router.get(
-    "/rooms/{room_id}/providers/{provider_name:path}",
+    "/rooms/{room_id}/providers/{provider_name:fullname}",
     responses=answer(200, "Preference-Applied", content=ANYTHING)
     | problems(
         *ROOM,

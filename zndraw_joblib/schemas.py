@@ -11,6 +11,7 @@ from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -25,7 +26,7 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
     WorkerState,
 )
-from zndraw_joblib.names import UNPRINTABLE, check_name
+from zndraw_joblib.names import MAX_LENGTH, UNPRINTABLE, check_name
 
 MAX_CLAIM = 32
 MAX_REPORTS = 32
@@ -91,7 +92,17 @@ def _printable(text: str) -> str:
     return text
 
 
-Name = Annotated[str, AfterValidator(check_name)]
+Name = Annotated[
+    str,
+    AfterValidator(check_name),
+    Field(
+        json_schema_extra={
+            "minLength": 1,
+            "maxLength": MAX_LENGTH,
+            "pattern": "^[^:\\u0000-\\u001f\\u007f-\\u009f]+$",
+        }
+    ),
+]
 Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(_printable)]
 ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
 # RFC 9110, section 8.3.1
@@ -103,9 +114,20 @@ MediaType = Annotated[
         pattern=rf'^{_TOKEN}/{_TOKEN}([ \t]*;[ \t]*{_TOKEN}=({_TOKEN}|"[ !#-\[\]-~]*"))*$',
     ),
 ]
-Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Attempt = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+def _number(value: Json) -> Json:
+    # left to itself Pydantic takes true for 1, and "1" too
+    if isinstance(value, (bool, str)):
+        raise ValueError("must be a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Seconds = Annotated[Number, Field(ge=0, le=10 * 365 * 86400, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
+Attempt = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 
 
 class PaginatedResponse(BaseModel, Generic[T]):
@@ -161,7 +183,7 @@ class WorkerUpdateRequest(BaseModel):
 class JobPolicy(BaseModel):
     """How a job's tasks are tried: all of it is optional, times in seconds."""
 
-    max_attempts: int = Field(default=1, ge=1, le=MAX_ATTEMPTS)
+    max_attempts: Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
     retry_delay_seconds: Seconds = 0
     timeout_seconds: Seconds | None = None
     start_timeout_seconds: Seconds | None = None
@@ -242,7 +264,7 @@ class TaskSubmitRequest(BaseModel):
     """A task to run."""
 
     payload: JsonObject = {}
-    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    priority: Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     delay_seconds: Seconds = 0
 
 
@@ -303,8 +325,10 @@ class TaskClaimRequest(BaseModel):
     """A worker's request for work."""
 
     worker_id: UUID
-    max_tasks: int = Field(default=1, ge=1, le=MAX_CLAIM)
-    start: bool = Field(default=False, description="The tasks are running at once.")
+    max_tasks: Integer = Field(default=1, ge=1, le=MAX_CLAIM)
+    start: bool = Field(
+        default=False, strict=True, description="The tasks are running at once."
+    )
 
 
 class TaskClaimResponse(BaseModel):
@@ -320,7 +344,7 @@ class TaskUpdateRequest(BaseModel):
     status: TaskStatus
     error: ErrorText | None = None
     attempt: Attempt | None = None
-    retryable: bool = True
+    retryable: bool = Field(default=True, strict=True)
     result: Json = None
 
 
