@@ -1,30 +1,228 @@
 """What the docs show is what the code does."""
 
+import asyncio
 import re
+import signal
+import socket
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+import httpx
 import pages
 import pytest
+import servers
+import socketio
 import states
+import steps
 import tables
+from processes import Process, running
 
 import zndraw_joblib
+from zndraw_joblib import JobManager
 from zndraw_joblib.lifecycle import TRANSITIONS, TaskStatus, Transition
+from zndraw_joblib.workers import Caller
+
+pytestmark = pytest.mark.makers("plain")
 
 #: what a block may be; of others nobody would know whether they are true
 KINDS = {"python", "sh", "json", "ini", "mermaid", "text", "{toctree}", "{include}"}
 
 
-@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
-async def test_code_blocks_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+TUTORIAL = pages.DOCS / "tutorial.md"
+#: what a page needs of the environment that it is read in
+SERVERS = {"DATABASE_URL": "postgres_url", "REDIS_URL": "redis_server_url"}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    kinds = {block.kind for block in pages.blocks(page)}
-    assert kinds <= KINDS
+    return tmp_path
+
+
+@pytest.fixture
+def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Run the servers that a page's blocks connect to."""
+    shown = "".join(
+        b.code for b in pages.blocks(request.getfixturevalue("page"), "python")
+    )
+    for variable, fixture in SERVERS.items():
+        if variable in shown:
+            monkeypatch.setenv(variable, request.getfixturevalue(fixture))
+
+
+@pytest.mark.usefixtures("elsewhere", "environment")
+@pytest.mark.parametrize(
+    # the tutorial's are programs, and run as such
+    "page",
+    [page for page in pages.PAGES if page != TUTORIAL],
+    ids=lambda page: page.name,
+)
+async def test_code_blocks_run(page: Path):
+    assert {block.kind for block in pages.blocks(page)} <= KINDS
     await pages.run(page)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("page", [pages.DOCS / "replicas.md"])
+async def test_replicas_prepare_one_database_at_once(page: Path):
+    page = await pages.run(page)
+    await steps.at_once(*(page["prepare"]() for _ in range(4)))
+    await page["engine"].dispose()
+
+
+async def test_the_tutorial_leads_from_nothing_to_a_result(elsewhere: Path):
+    text = TUTORIAL.read_text()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    programs = re.findall(r"as\s`(\w+\.py)`.*?```python\n(.*?)```", text, re.DOTALL)
+    assert len(programs) == len(pages.blocks(TUTORIAL, "python"))
+    for name, code in programs:
+        (elsewhere / name).write_text(code.replace("8000", port))
+    install, *shell = [block.code for block in pages.blocks(TUTORIAL, "sh")]
+    assert all(line in install for line in ("venv .venv", "pip install -q . uvicorn"))
+    shown = [block.code.strip() for block in pages.blocks(TUTORIAL, "text")]
+
+    def run(command: str) -> AbstractAsyncContextManager[Process]:
+        *env, program = command.replace("8000", port).partition(".venv/bin/python ")
+        assert not env[0] or "=" in env[0]
+        variables = dict(part.split("=") for part in env[0].split())
+        log = elsewhere / f"{len(list(elsewhere.iterdir()))}.log"
+        return running(*program.split(), log=log, **variables)
+
+    host, register, worker, task, again = shell
+    async with run(host) as hosting:
+        await hosting.writes("Uvicorn running")
+        async with run(register) as registering:
+            assert await registering.ends() == 0
+            assert registering.written().strip() == shown[0]
+        async with run(worker) as working:
+            await working.writes(re.escape(shown[1]))
+            async with run(task) as submitting:
+                assert await submitting.ends() == 0, submitting.written()
+                assert submitting.written().strip() == shown[2]
+            await working.writes("at work on")
+            working.popen.send_signal(signal.SIGINT)
+            assert await working.ends() == 0, working.written()
+        async with run(again) as submitting:
+            assert await submitting.ends() == 1
+            assert re.search(rf"^{shown[3]}", submitting.written(), re.MULTILINE)
+
+
+async def test_a_mounted_host_is_one(elsewhere: Path):
+    app = (await pages.run(pages.DOCS / "mount.md"))["app"]
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        url = await stack.enter_async_context(servers.serve(app))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url))
+        ada = {"email": "ada@example.org", "password": "correct horse battery"}
+        await http.post("/auth/register", json=ada)
+        login = {"username": ada["email"], "password": ada["password"]}
+        answer = await http.post("/auth/jwt/login", data=login)
+        token = answer.json()["access_token"]
+        http.headers["Authorization"] = f"Bearer {token}"
+        tsio = socketio.AsyncClient()
+        heard = asyncio.Queue()
+        tsio.on("*", lambda event, data: heard.put_nowait(event))
+        await tsio.connect(url, auth={"token": token})
+        await tsio.call("join_room", {"room_id": "lab"})
+        job = {"category": "analysis", "name": "Count", "schema": {}}
+        path = "/v1/joblib/rooms/{}/jobs"
+        # she is no superuser here
+        assert (await http.put(path.format("@global"), json=job)).status_code == 403
+        assert (await http.put(path.format("lab"), json=job)).status_code == 201
+        assert await asyncio.wait_for(heard.get(), 10) == "jobs_invalidate"
+        job["category"] = "selections"
+        assert (await http.put(path.format("lab"), json=job)).status_code == 400
+        await tsio.disconnect()
+        with pytest.raises(socketio.exceptions.ConnectionError):
+            await socketio.AsyncClient().connect(url, retry=False)
+
+
+async def test_private_rooms_are_private(elsewhere: Path, app, session_maker, ada, bob):
+    page = await pages.run(pages.DOCS / "private-rooms.md")
+    page["with_private_rooms"](app)
+    page["with_archived_rooms"](app)
+    page["with_private_channels"](app.state.tsio, session_maker)
+    members = page["members"]
+    async with session_maker() as session:
+        connection = await session.connection()
+        await connection.run_sync(members.create)
+        for room in ("lab", "thesis-2019"):
+            row = {"room_id": room, "user_id": ada.id}
+            await session.execute(members.insert().values(row))
+        await session.commit()
+    worker = await steps.offer(ada)
+    assert worker
+    assert (await bob.get("/rooms/lab/jobs")).status_code == 403
+    assert (await bob.get("/rooms/@global/jobs")).status_code == 200
+    task = await steps.submit(ada)
+    assert (await bob.get(f"/tasks/{task['id']}")).status_code == 404
+    archived = await steps.register(ada, room="thesis-2019")
+    assert steps.problem(archived, 403, "forbidden")["detail"].endswith("archived")
+    assert (await ada.get("/rooms/thesis-2019/jobs")).status_code == 200
+    # Socket.IO asks the same question
+    tsio = app.state.tsio
+    entered = []
+
+    async def enter_room(sid, channel):
+        entered.append((sid, channel))
+
+    async def get_session(sid):
+        return {"caller": Caller({"ada": ada, "bob": bob}[sid].id, False)}
+
+    tsio.enter_room, tsio.get_session = enter_room, get_session
+    handlers = tsio.handlers["/"]
+    for sid in ("ada", "bob"):
+        await handlers["join_room"](sid, {"room_id": "lab"})
+        await handlers["join_job_room"](sid, {"job_name": steps.JOB})
+    assert entered == [("ada", "room:lab"), ("ada", f"jobs:{steps.JOB}")]
+
+
+async def test_a_long_job_reports_drains_and_is_looped_over(
+    elsewhere, server, app, ada
+):
+    page = await pages.run(pages.DOCS / "gpu-workers.md")
+
+    def work() -> tuple[Any, ...]:
+        with JobManager.connect(server, token=ada.token) as manager:
+            relax = page["Relax"]
+            manager.register(relax, room="lab", run_kwargs={"device": "cuda:0"})
+            ids = [manager.submit(relax(), "lab", job_room="lab") for _ in range(2)]
+            # as registered by the page: without run_kwargs
+            page["serve"](manager, 2)
+            http = httpx.Client(base_url=server, headers=ada.headers)
+            page["drain"](http, str(manager.worker_id))
+            ended = manager.wait_all(ids, 10)
+            listed = http.get("/v1/joblib/workers").json()["items"]
+            http.close()
+            return ended, listed
+
+    ended, listed = await asyncio.to_thread(work)
+    assert [task.status for task in ended] == ["completed"] * 2
+    assert ended[0].result == {"steps": 100, "device": "cpu"}
+    assert [worker["state"] for worker in listed] == ["draining"]
+
+
+async def test_internal_jobs_of_the_page_run(elsewhere, app, ada, admin):
+    page = await pages.run(pages.DOCS / "internal-jobs.md")
+    http = httpx.AsyncClient(
+        transport=httpx.ASGITransport(app),
+        base_url="http://host",
+        headers={"Authorization": f"Bearer {admin.token}"},
+    )
+    broker = await page["register"](app, page["make_executor"](http))
+    task = await steps.submit(ada, "@internal:analysis:Thumbnail", payload={"width": 7})
+    answer = await ada.get(f"/tasks/{task['id']}", headers={"Prefer": "wait=20"})
+    assert (answer.json()["status"], answer.json()["result"]) == (
+        "completed",
+        {"width": 7},
+    )
+    await broker.shutdown()
+    await http.aclose()
 
 
 def test_shell_blocks_name_what_there_is():
