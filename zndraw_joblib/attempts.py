@@ -57,6 +57,7 @@ from zndraw_joblib.models import (
     due,
     held,
     in_states,
+    microseconds,
     noise,
     now,
     number,
@@ -638,7 +639,7 @@ async def retry(
         raise Forbidden.exception(f"task {task_id} is not yours to retry")
     # locked, so that no soft-deletion of the job comes in between
     found = await session.execute(
-        select(Job.room_id, Job.deleted)
+        select(Job.room_id, Job.deleted, microseconds().label("clock"))
         .join(Task, Task.job_id == Job.id)
         .where(Task.id == task_id)
         .with_for_update(read=True, key_share=True, of=Job)
@@ -654,7 +655,7 @@ async def retry(
         .values(
             {
                 **_back_in_queue(),
-                Task.queue_order: queue_order(task.priority),
+                Task.queue_order: queue_order(task.priority, job.clock),
                 Task.failed_attempts: 0,
                 Task.completed_at: None,
                 Task.result: None,

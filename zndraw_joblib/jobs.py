@@ -35,6 +35,7 @@ from zndraw_joblib.models import (
     Worker,
     WorkerJobLink,
     alive_within,
+    microseconds,
     queued,
     served_to,
 )
@@ -90,8 +91,8 @@ def named(name: FullName) -> ColumnElement[bool]:
     )
 
 
-#: Finds a live job by what :func:`find` makes of its full name.
-SERVED = select(Job.id, Job.room_id, Job.schema_).where(
+#: Finds a live job by what :func:`find` makes of its full name; with the time.
+SERVED = select(Job.id, Job.room_id, Job.schema_, microseconds().label("clock")).where(
     Job.room_id == bindparam("room"),
     Job.category == bindparam("category"),
     Job.name == bindparam("name"),

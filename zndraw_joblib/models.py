@@ -104,6 +104,31 @@ def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{later})"
 
 
+class microseconds(FunctionElement[int]):  # noqa: N801
+    """The database's clock as a number, since 1970."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(microseconds)
+def _standard_microseconds(
+    element: microseconds, compiler: SQLCompiler, **kw: Any
+) -> str:
+    return "CAST(extract(epoch FROM statement_timestamp()) * 1000000 AS BIGINT)"
+
+
+@compiles(microseconds, "sqlite")
+def _sqlite_microseconds(
+    element: microseconds, compiler: SQLCompiler, **kw: Any
+) -> str:
+    # '%f' is the second with its milliseconds, '%s' all seconds before
+    return (
+        "(strftime('%s', 'now') * 1000000"
+        " + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) * 1000)"
+    )
+
+
 class noise(FunctionElement[float]):  # noqa: N801
     """A random number between 0 and 1, drawn for each row."""
 

@@ -51,6 +51,7 @@ from zndraw_joblib.models import (
     Job,
     Task,
     constant,
+    microseconds,
     now,
     number,
     queued,
@@ -71,12 +72,20 @@ _PRIORITY_STEP = 2**52
 _last_order = 0
 
 
-def queue_order(priority: int) -> int:
-    """Return the place at the end of the queue, among tasks of this priority."""
-    # Higher priority first, then first in, first out. 52 bits hold the microseconds
-    # until 2112; strictly growing, so that a clock set back reorders nothing.
+def queue_order(priority: int, clock: int) -> int:
+    """Return the place at the end of the queue, among tasks of this priority.
+
+    Parameters
+    ----------
+    priority : int
+        Higher comes first; then it is first in, first out.
+    clock : int
+        The database's ``microseconds``: replicas queue tasks side by side.
+    """
+    # 52 bits hold the microseconds until 2112; strictly growing, so that neither tasks
+    # of one moment nor a clock set back change the order of one process's own
     global _last_order
-    _last_order = max(_last_order + 1, time.time_ns() // 1000)
+    _last_order = max(_last_order + 1, clock)
     return _last_order - priority * _PRIORITY_STEP
 
 
@@ -217,10 +226,13 @@ class Submitted(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _resolving(position_max: int) -> Select[Any]:
-    place: ColumnElement[int] = bindparam("place", type_=Task.queue_order.type)
+    least, better = (
+        bindparam(name, type_=Task.queue_order.type) for name in ("least", "better")
+    )
+    # as :func:`queue_order` will have it
+    place = case((microseconds() > least, microseconds()), else_=least) - better
     return jobs.SERVED.add_columns(
         bindparam("full_name", type_=Task.job_name.type).label("full_name"),
-        place.label("queue_order"),
         position(Job.id, place, position_max).label("queue_position"),
     )
 
@@ -237,7 +249,7 @@ async def resolve(
     Returns
     -------
     Row
-        ``id``, ``room_id``, ``full_name``, ``schema_``, ``queue_order`` and
+        ``id``, ``room_id``, ``full_name``, ``schema_``, ``clock`` and
         ``queue_position``.
 
     Raises
@@ -248,7 +260,12 @@ async def resolve(
     name = jobs.find(room, full_name)
     found = await session.execute(
         _resolving(settings.queue_position_max),
-        {**name._asdict(), "full_name": full_name, "place": queue_order(priority)},
+        {
+            **name._asdict(),
+            "full_name": full_name,
+            "least": _last_order + 1,
+            "better": priority * _PRIORITY_STEP,
+        },
     )
     return jobs.found(found.one_or_none(), room, full_name)
 
@@ -345,7 +362,7 @@ async def submit(
             "submitter": caller.id,
             "given": request.payload,
             "rank": request.priority,
-            "place": job.queue_order,
+            "place": queue_order(request.priority, job.clock),
             "full_name": job.full_name,
             "key": idempotency_key,
             "digest": digest,
@@ -410,7 +427,8 @@ async def submit_many(
     session : AsyncSession
         Whose owner commits.
     job : Row
-        ``id`` of the job; it stays locked against soft-deletion until the commit.
+        ``id`` of the job, and ``clock``; it stays locked against soft-deletion until
+        the commit.
     full_name : str
         The job's.
     room : str
@@ -440,7 +458,7 @@ async def submit_many(
     if idempotency_key is not None:
         digest = _digest([request.model_dump(mode="json") for request in requests])
     start = UUID(int=uuid7().int >> _BATCH_BITS << _BATCH_BITS)
-    orders = [queue_order(request.priority) for request in requests]
+    orders = [queue_order(request.priority, job.clock) for request in requests]
     redispatch = settings.internal_redispatch_seconds
     inserted = await session.execute(
         _inserting(
