@@ -25,6 +25,10 @@ from zndraw_joblib import register_internal_jobs, router
 from zndraw_joblib.settings import JobLibSettings
 
 HANG = 30
+CUT = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+)
 #: more than any pool has connections
 MANY = 40
 Request = Callable[[], Awaitable[httpx.Response]]
@@ -174,14 +178,10 @@ async def test_lost_connections_are_unavailable_once(
     ada: User, postgres: asyncpg.Connection
 ):
     """All of the pool's connections are cut: between requests, and inside of one."""
-    cut = (
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-    )
     worker = await offer(ada)
     task = await move(ada, worker, await submit(ada), "running")
     await at_once(*(ada.get("/workers") for _ in range(5)))
-    await postgres.execute(cut)
+    await postgres.execute(CUT)
     unavailable(await ada.patch(f"/workers/{worker}"))
     for answer in await at_once(*(ada.get("/workers") for _ in range(5))):
         assert answer.status_code == 200
@@ -197,10 +197,35 @@ async def test_lost_connections_are_unavailable_once(
         with anyio.fail_after(HANG):
             while not await postgres.fetchval(blocked):
                 await anyio.sleep(0.01)
-        await postgres.execute(cut)
+        await postgres.execute(CUT)
     unavailable(answers[0])
     assert (await read(ada, task))["status"] == "running"
     assert (await report(ada, task, "completed", result="done")).status_code == 200
+
+
+@pytest.mark.makers("postgres")
+async def test_what_is_answered_stands_when_its_session_can_not_end(
+    app: FastAPI, ada: User, postgres: asyncpg.Connection
+):
+    """A read's session ends after the answer: that may fail, and nobody is told."""
+
+    async def cut_after(scope: Any, receive: Any, send: Any) -> None:
+        async def sent(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                await postgres.execute(CUT)
+
+        await app(scope, receive, sent)
+
+    ada = User(
+        transport=httpx.ASGITransport(cut_after),
+        base_url=ada.base_url,
+        headers=ada.headers,
+    )
+    for path in ("workers", "rooms/lab/jobs"):
+        assert (await ada.get(path)).status_code == 200
+        # the pool's other connections were cut as well
+        await ada.get(path)
 
 
 @pytest.mark.makers("postgres")

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from zndraw_joblib.exceptions import (
     MalformedBody,
@@ -44,6 +45,8 @@ register_url_convertor("fullname", _FullNameConvertor())
 # SQLSTATE classes of what may succeed when it is tried again: connections, rolled back
 # transactions, resources, the operator (PostgreSQL manual, appendix A)
 PASSING = frozenset({"08", "40", "53", "57"})
+
+_ANSWERED = "zndraw_joblib.answered"
 
 
 class BoundedRequest(Request):
@@ -90,6 +93,16 @@ class BoundedRequest(Request):
 class Door(APIRoute):
     """A route whose failures are all problem+json."""
 
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request; what ends after its answer changes nothing any more."""
+        try:
+            await super().handle(scope, receive, send)
+        except DBAPIError as exc:
+            if not scope.get(_ANSWERED):
+                raise
+            # the session's end: its connection was lost meanwhile
+            log.warning("database unavailable after an answer: %s", exc)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's handler."""
         handle = super().get_route_handler()
@@ -97,7 +110,10 @@ class Door(APIRoute):
         async def guarded(request: Request) -> Response:
             try:
                 with continuing(request.headers):
-                    return await handle(BoundedRequest(request.scope, request.receive))
+                    bounded = BoundedRequest(request.scope, request.receive)
+                    response = await handle(bounded)
+                request.scope[_ANSWERED] = True
+                return response
             except RequestValidationError as exc:
                 raise invalid_request(list(exc.errors())) from None
             except HTTPException as exc:
@@ -109,8 +125,6 @@ class Door(APIRoute):
                         headers={"WWW-Authenticate": "Bearer"}
                     ) from None
                 raise
-            except (OperationalError, InterfaceError, PoolTimeoutError, OSError) as exc:
-                raise _unavailable(exc) from exc
             except Exception as exc:
                 if _will_pass(exc):
                     raise _unavailable(exc) from exc
@@ -120,6 +134,8 @@ class Door(APIRoute):
 
 
 def _will_pass(exc: Exception) -> bool:
+    if isinstance(exc, (OperationalError, InterfaceError, PoolTimeoutError, OSError)):
+        return True
     # what a driver raises while it connects comes as it is, not from SQLAlchemy
     state = getattr(getattr(exc, "orig", exc), "sqlstate", None) or ""
     return getattr(exc, "connection_invalidated", False) or state[:2] in PASSING
