@@ -24,6 +24,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi_users.password import PasswordHelper
 from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from taskiq import InMemoryBroker
@@ -38,7 +40,13 @@ log = logging.getLogger(__name__)
 
 def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
     """Return a Socket.IO server for people in rooms and for workers."""
-    manager = socketio.AsyncRedisManager(redis_url) if redis_url else None
+    # else the manager would pause for up to a minute after Redis is back
+    again = {"retry": Retry(ConstantBackoff(0.5), retries=-1)}
+    manager = (
+        socketio.AsyncRedisManager(redis_url, redis_options=again)
+        if redis_url
+        else None
+    )
     tsio = socketio.AsyncServer(async_mode="asgi", client_manager=manager)
 
     async def connect(sid: str, environ: dict[str, Any], shown: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from uuid import UUID, uuid4, uuid5
 
 import httpx
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 from taskiq import AsyncBroker
 from taskiq_redis import ListQueueBroker
 from zndraw_auth import AuthSettings, User
@@ -86,8 +88,13 @@ def make_executor(http: httpx.AsyncClient, settings: AuthSettings) -> InternalEx
 
 def worker_broker() -> AsyncBroker:
     """Return the broker of a TaskIQ worker."""
-    # it waits for messages as long as none comes; redis-py 8 would give up after 5 s
-    broker = ListQueueBroker(os.environ["REDIS_URL"], socket_timeout=None)
+    broker = ListQueueBroker(
+        os.environ["REDIS_URL"],
+        # it waits for messages as long as none comes; redis-py 8 would give up after 5 s
+        socket_timeout=None,
+        # nor does it end when Redis is away for a while
+        retry=Retry(ConstantBackoff(1), retries=-1),
+    )
     http = httpx.AsyncClient(base_url=os.environ["HOST_URL"])
     register_internal_tasks(broker, EXTENSIONS, make_executor(http, AuthSettings()))
     return broker
