@@ -84,6 +84,26 @@ def fuzz(session: nox.Session, maker: str) -> None:
 
 
 @nox.session
+def replicas(session: nox.Session) -> None:
+    """Compare three replicas with one, take away what they depend on, and kill them."""
+    load(session, "60", "-k", "not grows")
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Load three replicas for long, and see that nothing grows."""
+    load(session, "60", "-k", "grows")
+
+
+def load(session: nox.Session, seconds: str, *options: str) -> None:
+    """Run the tests of replicas under a longer load; ``-- --seconds 600`` says how long."""
+    install(session, "test")
+    patience = ("-s", "--timeout", "7200", "--seconds", seconds)
+    tests = ("tests/test_replicas.py", *options, *patience, *session.posargs)
+    session.run("pytest", *tests, **PATIENT)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Run real structures through a host and a worker."""
     install(session, "host", "demo")

@@ -89,6 +89,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="plain",
         help="the session maker that the host sets (default: plain)",
     )
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=4,
+        help="how long replicas are put under load (default: 4)",
+    )
 
 
 def pytest_collection_modifyitems(

@@ -33,9 +33,11 @@ SECRET = {"ZNDRAW_AUTH_SECRET_KEY": secrets.token_urlsafe()}
 
 
 async def until(
-    done: Callable[[], Any], told: Callable[[], Any] = lambda: "in vain"
+    done: Callable[[], Any],
+    told: Callable[[], Any] = lambda: "in vain",
+    within: float = HANG,
 ) -> None:
-    with anyio.move_on_after(HANG):
+    with anyio.move_on_after(within):
         while not done():
             await anyio.sleep(0.01)
     assert done(), told()
@@ -48,11 +50,12 @@ class Process:
         self.popen = popen
         self.written = log.read_text
 
-    async def writes(self, pattern: str) -> str:
+    async def writes(self, pattern: str, within: float = HANG) -> str:
         """Return what it writes that is like ``pattern``."""
         await until(
             lambda: re.search(pattern, self.written()) or self.popen.poll() is not None,
             self.written,
+            within,
         )
         found = re.search(pattern, self.written())
         assert found, self.written()
@@ -143,7 +146,8 @@ async def starting(
 
 async def ready(process: Process) -> Host:
     """Return the host when it serves, with its administrator logged in."""
-    url = await process.writes(r"http://127\S+")
+    # replicas that start together share the machine
+    url = await process.writes(r"http://127\S+", within=3 * HANG)
     async with httpx.AsyncClient(base_url=url, timeout=HANG) as http:
         answer = await http.post("/auth/jwt/login", data=ADMIN)
     return Host(process, url, answer.raise_for_status().json()["access_token"])

@@ -1,6 +1,6 @@
 """Steps of a task's life over REST, as users and workers take them."""
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 from uuid import UUID
 
@@ -8,7 +8,8 @@ import anyio
 import httpx
 from conftest import User
 from makers import SessionMaker
-from sqlalchemy import Executable, func, select, update
+from sqlalchemy import Executable, Select, func, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.exceptions import PROBLEM_JSON
 from zndraw_joblib.models import (
@@ -21,6 +22,10 @@ from zndraw_joblib.models import (
 )
 
 JOB = "lab:modifiers:Rotate"
+BLOCKED = text("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted")
+
+#: Holds rows until its transaction ends.
+Hold = Callable[[AsyncSession], Awaitable[Any]]
 
 
 async def register(
@@ -102,6 +107,37 @@ async def at_once(*requests: Awaitable[Any]) -> list[Any]:
         for n, request in enumerate(requests):
             tasks.start_soon(send, n, request)
     return answers
+
+
+async def meet(
+    session_maker: SessionMaker, hold: Hold, *requests: Callable[[], Awaitable[Any]]
+) -> list[Any]:
+    """Send requests one after the other while ``hold`` stands in their way.
+
+    On PostgreSQL alone: it says who waits for a lock.
+    """
+    answers: dict[int, Any] = {}
+
+    async def send(at: int, request: Callable[[], Awaitable[Any]]) -> None:
+        answers[at] = await request()
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group, session_maker() as holder:
+            await hold(holder)
+            for at, request in enumerate(requests):
+                group.start_soon(send, at, request)
+                while len(answers) + await holder.scalar(BLOCKED) <= at:
+                    await anyio.sleep(0.005)
+            await holder.commit()
+    return [answers[at] for at in sorted(answers)]
+
+
+def locking(rows: Select[Any]) -> Hold:
+    return lambda session: session.execute(rows.with_for_update())
+
+
+def row(table: Any, id_: str) -> Hold:
+    return locking(select(table.id).where(table.id == UUID(id_)))
 
 
 def statuses(answers: Iterable[httpx.Response]) -> list[int]:

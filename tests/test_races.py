@@ -5,16 +5,29 @@ says that it waits for a lock (or until it is answered), sends the next, and let
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from uuid import UUID
 
-import anyio
 import pytest
+import steps
 from conftest import Sent, User
 from makers import SessionMaker
-from sqlalchemy import Select, select, text, update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from steps import JOB, at_once, execute, move, offer, read, report, submit
+from steps import (
+    JOB,
+    Hold,
+    at_once,
+    execute,
+    locking,
+    move,
+    offer,
+    read,
+    report,
+    row,
+    submit,
+)
 
 from zndraw_joblib import sweeper, workers
 from zndraw_joblib.events import Outbox
@@ -25,40 +38,13 @@ from zndraw_joblib.workers import Caller
 
 pytestmark = pytest.mark.makers("postgres")
 
-Hold = Callable[[AsyncSession], Awaitable[Any]]
 Meet = Callable[..., Awaitable[list[Any]]]
-BLOCKED = text("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted")
 in_either_order = pytest.mark.parametrize("step", [1, -1], ids=["", "reversed"])
 
 
 @pytest.fixture
 def meet(session_maker: SessionMaker) -> Meet:
-    async def meet(hold: Hold, *requests: Callable[[], Awaitable[Any]]) -> list[Any]:
-        """Send requests one after the other while ``hold`` stands in their way."""
-        answers: dict[int, Any] = {}
-
-        async def send(at: int, request: Callable[[], Awaitable[Any]]) -> None:
-            answers[at] = await request()
-
-        with anyio.fail_after(30):
-            async with anyio.create_task_group() as group, session_maker() as holder:
-                await hold(holder)
-                for at, request in enumerate(requests):
-                    group.start_soon(send, at, request)
-                    while len(answers) + await holder.scalar(BLOCKED) <= at:
-                        await anyio.sleep(0.005)
-                await holder.commit()
-        return [answers[at] for at in sorted(answers)]
-
-    return meet
-
-
-def locking(rows: Select[Any]) -> Hold:
-    return lambda session: session.execute(rows.with_for_update())
-
-
-def row(table: Any, id_: str) -> Hold:
-    return locking(select(table.id).where(table.id == UUID(id_)))
+    return partial(steps.meet, session_maker)
 
 
 def links(worker: str) -> Hold:
