@@ -316,7 +316,7 @@ class TaskResponse(BaseModel):
     traceparent: str | None = None
     abridged: bool = Field(
         default=False,
-        description="Too large for a listing: `payload`, `result` and `errors` are left"
+        description="Too large for an answer with many: `payload`, `result` and `errors` are left"
         " out and `error` is cut. The task itself tells them.",
     )
 

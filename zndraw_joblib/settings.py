@@ -73,6 +73,11 @@ class JobLibSettings(BaseSettings):
         description="What the contents on a page of a listing may take; a row that takes"
         " more than its share comes `abridged`.",
     )
+    max_query_bytes: PositiveInt = Field(
+        default=16 * 1024 * 1024,
+        description="What the contents of tasks that are asked for by their ids may take"
+        " together; the rest comes `abridged`.",
+    )
     retry_delay_max_seconds: PositiveFloat = Field(
         default=3600, description="Cap of the doubling backoff between attempts."
     )

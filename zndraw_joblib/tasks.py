@@ -149,19 +149,28 @@ KEPT_OF_ERROR = 1000
 _LARGE = (Task.payload, Task.result, Task.errors, Task.error)
 
 
-@lru_cache(maxsize=64)
-def _listed(position_max: int, largest: int) -> Select[Any]:
-    """Return :func:`seen` without the contents of rows that are too large."""
-    fits = size_of(*_LARGE) <= number(largest)
+def _abridging(statement: Select[Any], fits: ColumnElement[bool]) -> Select[Any]:
+    """Return ``statement`` without the contents of rows that don't fit."""
     kept = {Task.error.key: func.substr(Task.error, 1, number(KEPT_OF_ERROR))}
     large = {column.key for column in _LARGE}
     columns = [
         case((fits, column), else_=kept.get(column.key, null())).label(column.key)
         if column.key in large
         else column
-        for column in seen(position_max).selected_columns
+        for column in statement.selected_columns
     ]
-    return seen(position_max).with_only_columns(*columns, (~fits).label("abridged"))
+    return statement.with_only_columns(*columns, (~fits).label("abridged"))
+
+
+@lru_cache(maxsize=64)
+def _listed(position_max: int, largest: int) -> Select[Any]:
+    return _abridging(seen(position_max), size_of(*_LARGE) <= number(largest))
+
+
+@lru_cache(maxsize=8)
+def _queried(position_max: int, all_together: int) -> Select[Any]:
+    up_to_here = func.sum(size_of(*_LARGE)).over(order_by=Task.id)
+    return _abridging(seen(position_max), up_to_here <= number(all_together))
 
 
 def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
@@ -688,10 +697,9 @@ async def readable(
 async def read_many(
     session: AsyncSession, task_ids: Sequence[UUID], settings: JobLibSettings
 ) -> list[TaskResponse]:
-    """Return the tasks with these ids, in their order."""
-    found = await session.execute(
-        seen(settings.queue_position_max).where(Task.id.in_(task_ids))
-    )
+    """Return the tasks with these ids, in their order; abridged beyond what fits."""
+    asked = _queried(settings.queue_position_max, settings.max_query_bytes)
+    found = await session.execute(asked.where(Task.id.in_(task_ids)))
     views = {row.id: read_view(row) for row in found}
     return [views[task_id] for task_id in task_ids if task_id in views]
 
