@@ -12,20 +12,19 @@ project = "zndraw-joblib"
 copyright = "the authors of zndraw-joblib"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["structures"]
+language = "en"
 html_theme = "furo"
 html_title = project
 html_show_sphinx = False
 html_copy_source = False
-html_static_path = []
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 # every heading can be linked to, and a link to one that is not there fails
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
-# not how each of pydantic's fields, but what a caller gives
 autodoc_default_options = {"exclude-members": "model_config"}
 napoleon_google_docstring = False
-# the picture of the states is shown; the code of it is for READMEs
-suppress_warnings = ["myst.xref_ambiguous"]
 
 
 def fill_in(app, name, source):

@@ -1,6 +1,7 @@
 """The reference pages' tables, made from the code when the site is built."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from inspect import cleandoc, isfunction
@@ -171,7 +172,7 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, A
 
 def unnamed(path: str) -> str:
     """Return a path as OpenAPI has it, without the converters of its parameters."""
-    return path.replace(":path}", "}")
+    return re.sub(r":\w+}", "}", path)
 
 
 def routes() -> str:
@@ -179,13 +180,22 @@ def routes() -> str:
     document = openapi()
     sections = [
         route(method, path, operation)
-        for method, path, operation in operations(document)
+        for method, path, operation in sorted(operations(document), key=place)
     ]
     models = [
         model(name, schema)
         for name, schema in sorted(document["components"]["schemas"].items())
     ]
     return "\n\n".join([*sections, "## Bodies", *models])
+
+
+def place(operation: tuple[str, str, Any]) -> tuple[Any, ...]:
+    """Return where a route stands: by its noun, those of rooms first."""
+    method, path, _ = operation
+    nouns = ["workers", "jobs", "tasks", "batches", "providers"]
+    noun = path.removeprefix("/rooms/{room_id}").split("/")[1]
+    at = nouns.index(noun) if noun in nouns else len(nouns)
+    return at, noun, not path.startswith("/rooms"), path, METHODS.index(method.lower())
 
 
 def route(method: str, path: str, operation: dict[str, Any]) -> str:
@@ -215,7 +225,10 @@ def route(method: str, path: str, operation: dict[str, Any]) -> str:
             refused += [f"[{n}](problems.md#{n.replace(' ', '-')})" for n in names]
         else:
             answers.append([status, *shown(answer)])
-    lines.append(table("answer", "body", "headers", "what", rows=answers))
+    if any(cell for _, *cells in answers for cell in cells):
+        lines.append(table("answer", "body", "headers", "what", rows=answers))
+    else:
+        lines.append("Answer: " + " or ".join(status for status, *_ in answers))
     lines.append("Problems: " + ", ".join(sorted(refused)))
     return "\n\n".join(lines)
 
