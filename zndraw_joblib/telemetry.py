@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -38,9 +38,27 @@ def _import_api() -> Any:
     return sys.modules["opentelemetry"]
 
 
-def _api() -> Any:
+def _configured(provider: Any) -> bool:
+    # what the API itself stands in with does nothing, and that takes time: a host that
+    # only has the API, through FastAPI for example, pays nothing for it
+    kind = type(provider)
+    deferred = kind.__name__.lstrip("_") in (
+        "ProxyTracerProvider",
+        "ProxyMeterProvider",
+    )
+    return not (deferred and kind.__module__.startswith("opentelemetry."))
+
+
+def _tracing() -> Any:
     # whoever wants to be told has loaded it; to look costs nothing
-    return _import_api() if sys.modules.get("opentelemetry") else None
+    api = _import_api() if sys.modules.get("opentelemetry") else None
+    return api if api and _configured(api.trace.get_tracer_provider()) else None
+
+
+def _metering() -> "_Instruments | None":
+    api = _import_api() if sys.modules.get("opentelemetry") else None
+    provider = api and api.metrics.get_meter_provider()
+    return _instruments(provider) if api and _configured(provider) else None
 
 
 @contextmanager
@@ -80,7 +98,7 @@ def submitting(job_name: str, task_id: Any = None) -> str | None:
     the current span, or else with the request's header.
     """
     given = _incoming.get()
-    if (api := _api()) is None:
+    if (api := _tracing()) is None:
         return given
     current = api.trace.get_current_span().get_span_context().is_valid
     span = api.trace.get_tracer(SYSTEM).start_span(
@@ -101,30 +119,31 @@ def processing(
     job_name: str, task_id: Any, attempt: int | None, traceparent: str | None
 ) -> Iterator[None]:
     """Run a task within its trace; what is raised is recorded with the span."""
-    if (api := _api()) is None:
-        yield
-        return
+    api, instruments = _tracing(), _metering()
     began, error_type = perf_counter(), None
     attributes = _attributes("process", "process", job_name)
-    told = {"messaging.message.id": str(task_id)}
+    told: dict[str, Any] = {"messaging.message.id": str(task_id)}
     if attempt is not None:
-        told["zndraw_joblib.task.attempt"] = attempt  # type: ignore[assignment]
+        told["zndraw_joblib.task.attempt"] = attempt
     try:
-        with api.trace.get_tracer(SYSTEM).start_as_current_span(
-            f"process {job_name}",
-            context=_context(api, traceparent),
-            kind=api.trace.SpanKind.CONSUMER,
-            attributes=attributes | told,
+        with (
+            api.trace.get_tracer(SYSTEM).start_as_current_span(
+                f"process {job_name}",
+                context=_context(api, traceparent),
+                kind=api.trace.SpanKind.CONSUMER,
+                attributes=attributes | told,
+            )
+            if api
+            else nullcontext()
         ):
             yield
     except BaseException as exc:
         error_type = type(exc).__qualname__
         raise
     finally:
-        more = {"error.type": error_type} if error_type else {}
-        _instruments(api.metrics.get_meter_provider()).duration.record(
-            perf_counter() - began, attributes | more
-        )
+        if instruments:
+            more = {"error.type": error_type} if error_type else {}
+            instruments.duration.record(perf_counter() - began, attributes | more)
 
 
 class _Instruments:
@@ -184,8 +203,8 @@ def task_changed(task: Any) -> None:
             "error_type": task.error_type and str(task.error_type),
         }
         log.log(level, "task %s of %s %s", task.id, task.job_name, event, extra=told)
-    if (api := _api()) is not None:
-        _count(_instruments(api.metrics.get_meter_provider()), event, task)
+    if instruments := _metering():
+        _count(instruments, event, task)
 
 
 def _count(instruments: _Instruments, event: str, task: Any) -> None:
