@@ -211,7 +211,10 @@ def _count(instruments: _Instruments, event: str, task: Any) -> None:
     job = task.job_name
     if event == "submitted":
         instruments.sent.add(1, _attributes("submit", "send", job))
-    elif event == "claimed":
+    # a claim may start its tasks
+    elif event == "claimed" or (
+        event == "started" and task.started_at == task.claimed_at
+    ):
         instruments.consumed.add(1, _attributes("claim", "receive", job))
     elif event not in ("requeued", "progressed", "started"):
         failed = {"error.type": str(task.error_type)} if task.error_type else {}
