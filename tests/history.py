@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import httpx
@@ -409,6 +410,18 @@ def judge(history: History) -> list[str]:
     return sorted({found for rule in RULES for found in rule(history)})
 
 
+def cancelled_runs(history: History) -> list[float]:
+    """Return how long executions went on after an acknowledged cancel, in seconds."""
+    return [
+        run.ended - call.answered
+        for call in history.calls
+        if is_report(call, "cancelled") and agreed(call)
+        for run in history.runs
+        if run.task == task_of(call)
+        if run.began < call.answered < run.ended < math.inf
+    ]
+
+
 def count_up(history: History) -> dict[str, int]:
     """Return how much happened: a run in which little did proves little."""
     calls, runs, rows = history
@@ -416,6 +429,7 @@ def count_up(history: History) -> dict[str, int]:
     def answered(these: Iterable[Call]) -> int:
         return sum(map(agreed, these))
 
+    stopped = cancelled_runs(history)
     attempts: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         attempts[run.task].append(run)
@@ -449,6 +463,8 @@ def count_up(history: History) -> dict[str, int]:
             for other in them
         ),
         "cancels acknowledged": answered(c for c in calls if is_report(c, "cancelled")),
+        "executions stopped by a cancel": len(stopped),
+        "ms until they stopped, median": int(1000 * median(stopped or [0])),
         "retries acknowledged": answered(filter(is_retry, calls)),
         "completions acknowledged": answered(
             c for c in calls if is_report(c, "completed")

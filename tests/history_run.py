@@ -144,6 +144,15 @@ class Actor:
         self.process.join()
 
 
+def listens(actor: Actor) -> bool:
+    """Return whether a replica takes requests; of others, whether it is there."""
+    if actor.act is not serve:
+        return actor.alive()
+    with suppress(OSError), socket.create_connection(("127.0.0.1", actor.args[0]), 1):
+        return True
+    return False
+
+
 class Chaos:
     """Kills, freezes and restarts, at the moments that a seed draws."""
 
@@ -206,9 +215,15 @@ class Chaos:
             self.thaws.append((time.monotonic() + silence, actor))
 
     def hit_host(self) -> None:
-        actor = self.rng.choice(self.hosts)
-        self.count(f"{actor.act.__name__}: kill")
-        actor.kill()
+        # on a slow machine nothing would ever be served, if they were not left time to
+        # come back
+        if not all(map(listens, self.hosts)):
+            return
+        # now and then all at once
+        count = self.rng.choices((1, 2, len(self.hosts)), (7, 2, 1))[0]
+        for actor in self.rng.sample(self.hosts, count):
+            self.count(f"{actor.act.__name__}: kill")
+            actor.kill()
 
 
 # --- those who submit ---
@@ -249,7 +264,7 @@ def submit(manager: JobManager, name: str, rng: random.Random) -> list[str]:
         )
     else:
         job = rng.choices((Often, Once), (4, 1))[0]
-        seconds = rng.choice((0, 0.1, 0.5, 2))
+        seconds = rng.choice((0, 0.1, 0.5, 2, 4))
         work = job(name=name, seconds=seconds, fails=rng.random() < 0.1)
         again = partial(manager.submit, work, job_room=ROOM, **room)
     return sorted({again() for _ in range(rng.choice((1, 1, 1, 2)))})
