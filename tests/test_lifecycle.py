@@ -106,6 +106,8 @@ class Task:
     claim_key: str | None = None
     deadline: float | None = None
     started: bool = False
+    #: its claim started it, and nobody else
+    unbegun: bool = False
     error_type: str | None = None
     errors: list[tuple[int, str]] = field(default_factory=list)
     result: Any = None
@@ -208,7 +210,13 @@ def known(walk: Any) -> list[Worker]:
 def ways_on(walk: Any) -> list[tuple[Task, str]]:
     """Return what the holders of tasks may report of them."""
     ways = (RUNNING, FAILED, COMPLETED, PENDING)
-    return [(t, s) for t in walk.held() for s in ways if t.state in MAY_FOLLOW[s]]
+    return [(t, s) for t in walk.held() for s in ways if may_follow(t, s)]
+
+
+def may_follow(task: Task, state: str) -> bool:
+    if state == PENDING and task.state == RUNNING:
+        return task.unbegun
+    return task.state in MAY_FOLLOW[state]
 
 
 def retriable(walk: Any) -> list[Task]:
@@ -284,7 +292,7 @@ class Walk(RuleBasedStateMachine):
 
     def queue(self, task: Task, delay: float = 0) -> None:
         task.state, task.worker, task.claim_key = PENDING, None, None
-        task.deadline, task.started = None, False
+        task.deadline, task.started, task.unbegun = None, False, False
         if delay:
             task.delayed = (self.clock + delay / 2, self.clock + delay)
         self.tell(task)
@@ -424,14 +432,19 @@ class Walk(RuleBasedStateMachine):
     # --- tasks ---
 
     @step(
-        10, ways_on, way=one_of(ways_on), fenced=st.booleans(), retryable=st.booleans()
+        10,
+        ways_on,
+        way=one_of(ways_on),
+        fenced=st.booleans(),
+        retryable=st.booleans(),
+        batched=st.booleans(),
     )
     def report_as_holder(
-        self, way: tuple[Task, str], fenced: bool, retryable: bool
+        self, way: tuple[Task, str], fenced: bool, retryable: bool, batched: bool
     ) -> None:
         task, state = way
         fence = task.attempt if fenced else None
-        self.report(task, task.worker.owner, state, fence, retryable)
+        self.report(task, task.worker.owner, state, fence, retryable, batched)
 
     @step(
         2,
@@ -439,12 +452,14 @@ class Walk(RuleBasedStateMachine):
         held=one_of(lambda walk: walk.attempts),
         state=STATES,
         fenced=st.booleans(),
+        batched=st.booleans(),
     )
     def report_late(
-        self, held: tuple[Task, int, Worker], state: str, fenced: bool
+        self, held: tuple[Task, int, Worker], state: str, fenced: bool, batched: bool
     ) -> None:
         task, attempt, worker = held
-        self.report(task, worker.owner, state, attempt if fenced else None)
+        fence = attempt if fenced else None
+        self.report(task, worker.owner, state, fence, batched=batched)
 
     @step(
         1,
@@ -465,17 +480,20 @@ class Walk(RuleBasedStateMachine):
         state: str,
         fence: int | None,
         retryable: bool = True,
+        batched: bool = False,
     ) -> None:
         body = {"status": state, "retryable": retryable, "attempt": fence}
         if state == COMPLETED:
             body["result"] = f"of attempt {task.attempt}"
         report = partial(self.request, user, "PATCH", f"/tasks/{task.id}", json=body)
+        if batched:
+            report = partial(self.report_in_batch, user, {"id": task.id, **body})
         worker = task.worker
         holds = worker is not None and worker.owner == user
         submitted = state == CANCELLED and task.by == user
         entitled = user == "admin" or holds or submitted
         current = fence in (None, task.attempt)
-        if entitled and current and task.state in {*MAY_FOLLOW[state], state}:
+        if entitled and current and (may_follow(task, state) or task.state == state):
             if task.state != state:
                 self.move(task, state, retryable, body.get("result"))
             self.assert_shown(task, report(200))
@@ -487,6 +505,17 @@ class Walk(RuleBasedStateMachine):
             report(403, "forbidden")
         else:
             report(409, "invalid-task-transition")
+
+    def report_in_batch(
+        self, user: str, report: Any, expected: int, problem: str = ""
+    ) -> Any:
+        body = {"reports": [report]}
+        answer = self.request(user, "PATCH", "/tasks", 200, json=body)
+        (outcome,) = answer["outcomes"]
+        assert (outcome["id"], outcome["status"]) == (report["id"], expected)
+        if problem:
+            assert outcome["problem"]["type"] == f"/v1/problems/{problem}"
+        return outcome["task"]
 
     def move(self, task: Task, state: str, retryable: bool, result: Any) -> None:
         if state == PENDING:
@@ -507,14 +536,17 @@ class Walk(RuleBasedStateMachine):
         worker=one_of(known),
         limit=st.integers(1, 3),
         key=KEYS,
+        start=st.booleans(),
     )
-    def claim(self, worker: Worker, limit: int, key: str | None) -> None:
+    def claim(
+        self, worker: Worker, limit: int, key: str | None, start: bool = False
+    ) -> None:
         claim = partial(
             self.request,
             worker.owner,
             "POST",
             "/tasks/claim",
-            json={"worker_id": worker.id, "max_tasks": limit},
+            json={"worker_id": worker.id, "max_tasks": limit, "start": start},
             headers={"Idempotency-Key": key} if key else {},
         )
         if worker.gone:
@@ -535,6 +567,9 @@ class Walk(RuleBasedStateMachine):
                 task.attempt += 1
                 task.progress = None
                 task.deadline = self.due_in(task, "start_timeout_seconds")
+                if start:
+                    task.state, task.started, task.unbegun = RUNNING, True, True
+                    task.deadline = self.due_in(task, "timeout_seconds")
                 self.attempts.append((task, task.attempt, worker))
                 self.tell(task)
         answer = claim(200)
