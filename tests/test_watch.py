@@ -17,7 +17,6 @@ from test_waiting import NEVER, until_waited_for, wait_for
 from zndraw_joblib import RedisWakeups, waiting
 from zndraw_joblib.events import job_key, task_key
 from zndraw_joblib.models import Job, Task, TaskStatus, Worker, WorkerJobLink, now
-from zndraw_joblib.tasks import queue_order
 
 HANG = 60
 
@@ -78,10 +77,10 @@ async def submit_elsewhere(session_maker, count=1, **values):
                 "job_name": "lab:modifiers:Rotate",
                 "room_id": job.room_id,
                 "payload": {},
-                "queue_order": queue_order(0),
+                "queue_order": place,
                 **values,
             }
-            for _ in range(count)
+            for place in range(count)
         ]
         await session.execute(insert(Task), rows)
         await session.commit()
