@@ -207,6 +207,21 @@ async def test_a_long_job_reports_drains_and_is_looped_over(
     assert [worker["state"] for worker in listed] == ["draining"]
 
 
+async def test_a_scan_is_submitted_and_served_in_batches(elsewhere, server, ada):
+    page = await pages.run(pages.DOCS / "batches.md")
+
+    def scan() -> tuple[Any, ...]:
+        with page["work"](server, ada.token, "lab") as manager:
+            results = page["scan"](manager, "lab")
+            once, again = (page["scan_once"](manager, "lab") for _ in range(2))
+            return results, once, again
+
+    results, once, again = await asyncio.to_thread(scan)
+    assert results == [{"Cu": n} for n in range(1, 101)]
+    assert once == again
+    assert len(set(once)) == 100
+
+
 async def test_internal_jobs_of_the_page_run(elsewhere, app, ada, admin):
     page = await pages.run(pages.DOCS / "internal-jobs.md")
     http = httpx.AsyncClient(
