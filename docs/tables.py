@@ -75,21 +75,20 @@ def exact(bound: float) -> str:
 
 
 def settings() -> str:
-    """Return every setting, its variable, its type and its default."""
+    """Return every setting, its type and its default."""
 
     def rows() -> Iterator[list[str]]:
         for name, field in JobLibSettings.model_fields.items():
             schema = JobLibSettings.model_json_schema()["properties"][name]
-            variable = f"{JobLibSettings.model_config['env_prefix']}{name}".upper()
             default = field.get_default(call_default_factory=True)
             yield [
-                f"`{name}`<br>`{variable}`",
+                code(name),
                 kind(schema),
                 as_json(default),
                 str(field.description),
             ]
 
-    return table("setting, variable", "type", "default", "what", rows=rows())
+    return table("setting", "type", "default", "what", rows=rows())
 
 
 def all_problems() -> list[type[exceptions.Problem]]:

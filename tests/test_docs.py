@@ -87,7 +87,11 @@ async def test_the_tutorial_leads_from_nothing_to_a_result(elsewhere: Path):
     shown = [block.code.strip() for block in pages.blocks(TUTORIAL, "text")]
 
     def run(command: str) -> AbstractAsyncContextManager[Process]:
-        *env, program = command.replace("8000", port).partition(".venv/bin/python ")
+        *env, program = (
+            command.replace("8000", port)
+            .replace("\\\n", "")
+            .partition(".venv/bin/python ")
+        )
         assert not env[0] or "=" in env[0]
         variables = dict(part.split("=") for part in env[0].split())
         log = elsewhere / f"{len(list(elsewhere.iterdir()))}.log"
@@ -250,6 +254,15 @@ def test_shell_blocks_name_what_there_is():
             assert (pages.ROOT / file).exists(), (page, file)
 
 
+def test_variables_that_are_named_are_settings():
+    prefix = zndraw_joblib.JobLibSettings.model_config["env_prefix"]
+    known = {f"{prefix}{n}".upper() for n in zndraw_joblib.JobLibSettings.model_fields}
+    programs = sorted(pages.DOCS.glob("*.py"))
+    for page in (*pages.PAGES, *programs):
+        named = set(re.findall(rf"\b{prefix}[A-Z_]*[A-Z]", page.read_text()))
+        assert named <= known, page
+
+
 def ways() -> Iterator[tuple[str | None, str]]:
     for way in TRANSITIONS:
         for source in way.sources or [None]:
@@ -311,7 +324,8 @@ def test_the_reference_tells_everything():
         assert re.search(rf":: zndraw_joblib\.({module}\.)?{name}\n", made["python"])
     for name, field in zndraw_joblib.JobLibSettings.model_fields.items():
         assert field.description in made["settings"], name
-        assert f"`ZNDRAW_JOBLIB_{name.upper()}`" in made["settings"]
+        assert f"| `{name}` |" in made["settings"]
+    assert zndraw_joblib.JobLibSettings.model_config["env_prefix"] == "ZNDRAW_JOBLIB_"
 
 
 def test_every_problem_and_event_is_told():
