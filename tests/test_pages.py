@@ -146,6 +146,23 @@ async def test_a_page_leaves_large_contents_out(app, ada):
     ]
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 50])
+async def test_a_place_is_exact_up_to_the_maximum(ada, app, most):
+    app.state.joblib_settings.queue_position_max = most
+    for name in ("A", "B"):
+        await offer(ada, name)
+    for name in "AABABAB":
+        await submit(ada, f"lab:modifiers:{name}")
+    await submit(ada, "lab:modifiers:A", priority=1)
+    delayed = await submit(ada, "lab:modifiers:B", delay_seconds=60)
+    places = [
+        t["queue_position"] for t in (await ada.get("/rooms/lab/tasks")).json()["items"]
+    ]
+    exact = [4, 1, 3, 5, 2, 4, 1, 3, 2]
+    assert places == [min(place, most) for place in exact]
+    assert delayed["queue_position"] == min(4, most)
+
+
 async def test_a_walk_repeats_and_misses_nothing_while_things_change(ada):
     worker = await offer(ada)
     tasks = [await submit(ada) for _ in range(6)]

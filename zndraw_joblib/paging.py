@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -92,11 +92,16 @@ def size_of(*columns: Any) -> ColumnElement[int]:
 
 
 async def paginate(
-    session: AsyncSession, statement: Select[Any], entity: type[Any], page: Page
+    session: AsyncSession,
+    statement: Select[Any],
+    entity: type[Any],
+    page: Page,
+    complete: Callable[[Select[Any]], Select[Any]] = lambda chosen: chosen,
 ) -> Listing:
     """Run one page of ``statement``, whose rows carry ``created_at`` and ``id``.
 
     Counts only without a cursor: counting is the one cost that grows with the table.
+    What ``complete`` adds to the chosen rows, it adds to those of the page alone.
     """
     newest_first = statement.order_by(entity.created_at.desc(), entity.id.desc())
     if page.cursor is not None:
@@ -115,7 +120,8 @@ async def paginate(
         newest_first = newest_first.offset(page.offset)
     if page.limit == 0:
         return Listing([], total, None)
-    rows = (await session.execute(newest_first.limit(number(page.limit + 1)))).all()
+    chosen = newest_first.limit(number(page.limit + 1))
+    rows = (await session.execute(complete(chosen))).all()
     shown = rows[: page.limit]
     more = len(rows) > page.limit
     last = Cursor(shown[-1].created_at, shown[-1].id, total) if more else None

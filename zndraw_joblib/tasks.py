@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -163,14 +163,46 @@ def _abridging(statement: Select[Any], fits: ColumnElement[bool]) -> Select[Any]
 
 
 @lru_cache(maxsize=64)
-def _listed(position_max: int, largest: int) -> Select[Any]:
-    return _abridging(seen(position_max), size_of(*_LARGE) <= number(largest))
+def _listed(largest: int) -> Select[Any]:
+    fits = size_of(*_LARGE) <= number(largest)
+    return _abridging(select(*VIEW, Task.job_id, Task.queue_order), fits)
 
 
 @lru_cache(maxsize=8)
 def _queried(position_max: int, all_together: int) -> Select[Any]:
     up_to_here = func.sum(size_of(*_LARGE)).over(order_by=Task.id)
     return _abridging(seen(position_max), up_to_here <= number(all_together))
+
+
+def _placed(listed: Select[Any], position_max: int) -> Select[Any]:
+    """Return a page with its tasks' places in their queues.
+
+    Where a queue's last exact place is, is looked up once for each job: most of a page
+    is beyond it, and to count to the maximum for each task would take most of its time.
+    """
+    page = listed.cte("page")
+    waits = page.c.status == constant(TaskStatus.PENDING)
+    jobs = select(page.c.job_id).where(waits).distinct().subquery()
+    edge = (
+        select(ahead.queue_order)
+        .where(ahead.job_id == jobs.c.job_id, queued(ahead))
+        .order_by(ahead.queue_order)
+        .limit(number(1))
+        .offset(select(number(position_max - 1)).scalar_subquery())
+        .correlate(jobs)
+        .scalar_subquery()
+    )
+    edges = select(jobs.c.job_id, edge.label("edge")).cte("edges")
+    edges = edges.prefix_with("MATERIALIZED")
+    place = case(
+        (page.c.queue_order >= edges.c.edge, number(position_max)),
+        else_=position(page.c.job_id, page.c.queue_order, position_max),
+    )
+    return (
+        select(page, case((waits, place)).label("queue_position"))
+        .select_from(page.outerjoin(edges, edges.c.job_id == page.c.job_id))
+        .order_by(page.c.created_at.desc(), page.c.id.desc())
+    )
 
 
 def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
@@ -728,14 +760,18 @@ async def list_tasks(
 ) -> tuple[list[TaskResponse], Listing]:
     """Return a page of the tasks that ``room`` submitted."""
     largest = settings.max_page_bytes // max(page.limit, 1)
-    statement = _listed(settings.queue_position_max, largest).where(
-        Task.room_id == room
-    )
+    statement = _listed(largest).where(Task.room_id == room)
     if job_id is not None:
         statement = statement.where(Task.job_id == job_id)
     if status is not None:
         statement = statement.where(Task.status == status)
-    listing = await paginate(session, statement, Task, page)
+    listing = await paginate(
+        session,
+        statement,
+        Task,
+        page,
+        partial(_placed, position_max=settings.queue_position_max),
+    )
     return [read_view(row) for row in listing.rows], listing
 
 
