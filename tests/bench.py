@@ -91,7 +91,7 @@ def tell_throughput(kind: str, connections: int, measured: dict[str, Turns]) -> 
     """Print one table and return its rows."""
     print(f"\n{KINDS[kind]}, {connections} connection{'s' * (connections > 1)}")
     print(
-        f"{'':12}{'per s':>8}{'cpu ms':>8}{'db ms':>8}   "
+        f"{'':12}{'per s':>8}{'cpu ms':>8}{'db ms':>8}{'WAL B':>8}   "
         f"{'of floor':>9}{'(cpu)':>7}   {'x release':>9}{'(cpu)':>7}  refused"
     )
     rows = {}
@@ -101,6 +101,7 @@ def tell_throughput(kind: str, connections: int, measured: dict[str, Turns]) -> 
             "per_second": 1 / median(tree, "seconds"),
             "cpu_ms": 1000 * median(tree, "cpu"),
             "database_cpu_ms": 1000 * median(tree, "database_cpu"),
+            "wal_bytes": median(tree, "wal"),
         }
         for name, there in ((FLOOR, "of_floor"), (PEER, "of_release")):
             if name in turns:
@@ -113,7 +114,7 @@ def tell_throughput(kind: str, connections: int, measured: dict[str, Turns]) -> 
         rows[operation] = row
         print(
             f"{operation:12}{row['per_second']:8.0f}{row['cpu_ms']:8.2f}"
-            f"{row['database_cpu_ms']:8.2f}   {row.get('of_floor', 0):9.2f}"
+            f"{row['database_cpu_ms']:8.2f}{row['wal_bytes']:8.0f}   {row.get('of_floor', 0):9.2f}"
             f"{row.get('of_floor_cpu', 0):7.2f}   {row.get('of_release', 0):9.2f}"
             f"{row.get('of_release_cpu', 0):7.2f}  {row['refused'] or ''}",
             flush=True,

@@ -62,6 +62,15 @@ class Database:
         await connection.close()
         return self.server.replace("/postgres?", f"/{name}?")
 
+    async def wal(self) -> int:
+        """Return how many bytes of WAL the server has written."""
+        if self.server is None:
+            return 0
+        connection = await asyncpg.connect(self.server.replace("+asyncpg", ""))
+        written = await connection.fetchval("SELECT pg_current_wal_lsn() - '0/0'")
+        await connection.close()
+        return int(written)
+
     def cpu(self) -> float:
         """Return the CPU seconds that a server and its backends used so far."""
         if self.server is None:
@@ -140,6 +149,7 @@ class Slice(NamedTuple):
     seconds: float
     cpu: float
     database_cpu: float
+    wal: float
     failed: int
 
 
@@ -163,6 +173,7 @@ class Side:
                 except (Refused, IndexError):
                     failed += 1
 
+        wal = await on.wal()
         cpu, database_cpu = self.host.cpu(), on.cpu()
         begun = time.perf_counter()
         await asyncio.gather(*map(work, self.users))
@@ -170,8 +181,8 @@ class Side:
         done = each * len(self.users) - failed
         if not done:
             return None
-        spent = self.host.cpu() - cpu, on.cpu() - database_cpu
-        return Slice(seconds / done, spent[0] / done, spent[1] / done, failed)
+        spent = self.host.cpu() - cpu, on.cpu() - database_cpu, await on.wal() - wal
+        return Slice(seconds / done, *(each / done for each in spent), failed)
 
 
 @asynccontextmanager

@@ -248,6 +248,9 @@ async def test_no_plan_reads_all_tasks_on_sqlite(admin, engine, workers, session
                     f"EXPLAIN QUERY PLAN {statement}", parameters
                 )
                 plan = [row.detail for row in found]
+                if "MATERIALIZE edges" in plan:
+                    # what follows is done with the rows of one page
+                    plan = plan[: plan.index("MATERIALIZE edges")]
                 # a claim merges the heads of queues, which are short, reports lock the
                 # few rows that they name, and what goes on is grouped: few tasks are
                 # held or ended just now

@@ -11,7 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from steps import claim, offer, report, submit
 
-from zndraw_joblib.dependencies import NewsDep, OutboxDep
+from zndraw_joblib.dependencies import FarewellDep, NewsDep, OutboxDep
 from zndraw_joblib.routes import router
 
 pytestmark = pytest.mark.makers("plain")
@@ -102,6 +102,6 @@ def test_the_outbox_is_asked_for_before_all_else():
         route.name
         for route in router.routes
         for parameter in [*signature(route.endpoint).parameters.values()][1:]
-        if parameter.annotation in (OutboxDep, NewsDep)
+        if parameter.annotation in (OutboxDep, NewsDep, FarewellDep)
     ]
     assert not late

@@ -169,7 +169,6 @@ async def outbox(
     settings: Settings,
     registry: Registry,
     tsio: Tsio,
-    removed: Annotated[ProvidersRemoved | None, Depends(get_providers_removed)],
     wakeups: WakeupsDep,
 ) -> AsyncIterator[Outbox]:
     """Yield the request's outbox and deliver it at the end.
@@ -180,7 +179,8 @@ async def outbox(
     """
     box = Outbox()
     yield box
-    await deliver(box, Exits(session_maker, settings, tsio, registry, removed, wakeups))
+    exits = Exits(session_maker, settings, tsio, registry, wakeups=wakeups)
+    await deliver(box, exits)
 
 
 async def news(
@@ -192,20 +192,24 @@ async def news(
     await tell(box, settings, tsio, wakeups)
 
 
+async def farewell(
+    session_maker: Sessions,
+    settings: Settings,
+    tsio: Tsio,
+    removed: Annotated[ProvidersRemoved | None, Depends(get_providers_removed)],
+    wakeups: WakeupsDep,
+) -> AsyncIterator[Outbox]:
+    """Yield the outbox of a request that removes providers, and deliver it."""
+    box = Outbox()
+    yield box
+    exits = Exits(session_maker, settings, tsio, None, removed, wakeups)
+    await deliver(box, exits)
+
+
+# Three, since each dependency costs a request about a hundredth.
 OutboxDep = Annotated[Outbox, Depends(outbox)]
-# what most requests need: each dependency costs a request about a hundredth
+FarewellDep = Annotated[Outbox, Depends(farewell)]
 NewsDep = Annotated[Outbox, Depends(news)]
-
-
-async def _desk(
-    request: Request, session_maker: Sessions, settings: Settings, wakeups: WakeupsDep
-) -> Desk:
-    return Desk(
-        watch_of(request.app), session_maker, settings, wakeups, request.receive
-    )
-
-
-WaitingDesk = Annotated[Desk, Depends(_desk)]
 
 
 async def enter(
@@ -236,17 +240,24 @@ class Visit(NamedTuple):
     session: AsyncSession
 
 
+CurrentUser = Annotated[User, Depends(current_active_user)]
+
+
 async def _reading(
-    room_id: str, caller: CurrentCaller, session: SessionDep, may_enter: Access
+    room_id: str, user: CurrentUser, session: SessionDep, may_enter: Access
 ) -> Visit:
+    caller = Caller(user.id, user.is_superuser)
     return Visit(await enter(session, caller, room_id, may_enter), caller, session)
 
 
 async def _writing(
-    visit: Annotated[Visit, Depends(_reading)],
+    room_id: str,
+    user: CurrentUser,
+    session: SessionDep,
+    may_enter: Access,
     _: Annotated[Any, Depends(verify_writable_room)],
 ) -> Visit:
-    return visit
+    return await _reading(room_id, user, session, may_enter)
 
 
 Reading = Annotated[Visit, Depends(_reading)]
@@ -357,13 +368,28 @@ Prefer = Annotated[
 ]
 
 
-async def _wait(settings: Settings, prefer: Prefer = None) -> float | None:
-    return preferred_wait(prefer or [], settings.long_poll_max_wait_seconds)
+async def _desk(
+    request: Request,
+    session_maker: Sessions,
+    settings: Settings,
+    wakeups: WakeupsDep,
+    prefer: Prefer = None,
+) -> Desk:
+    return Desk(
+        watch_of(request.app),
+        session_maker,
+        settings,
+        wakeups,
+        request.receive,
+        preferred_wait(prefer or [], settings.long_poll_max_wait_seconds),
+    )
+
+
+WaitingDesk = Annotated[Desk, Depends(_desk)]
 
 
 async def _provider_wait(settings: Settings, prefer: Prefer = None) -> float | None:
     return preferred_wait(prefer or [], settings.provider_long_poll_max_seconds)
 
 
-PreferredWait = Annotated[float | None, Depends(_wait)]
 PreferredProviderWait = Annotated[float | None, Depends(_provider_wait)]

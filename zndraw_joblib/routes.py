@@ -26,13 +26,13 @@ from zndraw_joblib import (
 from zndraw_joblib.dependencies import (
     Access,
     CurrentCaller,
+    FarewellDep,
     IdempotencyKey,
     InternalProviders,
     NewsDep,
     OutboxDep,
     PagerDep,
     PreferredProviderWait,
-    PreferredWait,
     Reading,
     Registry,
     Results,
@@ -192,7 +192,7 @@ async def heartbeat(
     responses=problems(WorkerNotFound, Forbidden),
 )
 async def delete_worker(
-    outbox: OutboxDep,
+    outbox: FarewellDep,
     worker_id: UUID,
     caller: CurrentCaller,
     session: SessionDep,
@@ -493,9 +493,7 @@ async def claim_tasks(
     body: TaskClaimRequest,
     caller: WaitingCaller,
     desk: WaitingDesk,
-    settings: Settings,
     response: Response,
-    wait: PreferredWait,
     idempotency_key: IdempotencyKey,
 ) -> TaskClaimResponse:
     """Give a worker the oldest tasks of its jobs, waiting for them if preferred."""
@@ -506,7 +504,7 @@ async def claim_tasks(
                 session,
                 body.worker_id,
                 caller,
-                settings,
+                desk.settings,
                 limit=body.max_tasks,
                 key=idempotency_key,
                 start=body.start,
@@ -514,7 +512,7 @@ async def claim_tasks(
             await session.commit()
         return claim
 
-    seconds = _applied(wait, response)
+    seconds = _applied(desk.wait, response)
     if seconds:
         claim = await watch.for_work(desk, caller, body.worker_id, seconds, look)
     else:
@@ -540,18 +538,16 @@ async def read_task(
     task_id: UUID,
     caller: WaitingCaller,
     desk: WaitingDesk,
-    settings: Settings,
     may_enter: Access,
     response: Response,
-    wait: PreferredWait,
 ) -> TaskResponse:
     """Show a task; with `Prefer: wait` once it has ended."""
 
     async def look() -> TaskResponse:
         async with desk.session_maker() as session:
-            return await tasks.read(session, task_id, caller, may_enter, settings)
+            return await tasks.read(session, task_id, caller, may_enter, desk.settings)
 
-    seconds = _applied(wait, response)
+    seconds = _applied(desk.wait, response)
     return await watch.for_end(desk, caller, task_id, seconds, look)
 
 
@@ -563,10 +559,8 @@ async def query_tasks(
     body: TaskQueryRequest,
     caller: WaitingCaller,
     desk: WaitingDesk,
-    settings: Settings,
     may_enter: Access,
     response: Response,
-    wait: PreferredWait,
 ) -> TaskQueryResponse:
     """Show up to 500 tasks; with `Prefer: wait` once all of them have ended."""
     async with desk.session_maker() as session:
@@ -576,9 +570,9 @@ async def query_tasks(
         async with desk.session_maker() as session:
             return await tasks.last_unfinished(session, there)
 
-    await watch.for_ends(desk, caller, _applied(wait, response), unfinished)
+    await watch.for_ends(desk, caller, _applied(desk.wait, response), unfinished)
     async with desk.session_maker() as session:
-        found = await tasks.read_many(session, there, settings)
+        found = await tasks.read_many(session, there, desk.settings)
     missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
     return TaskQueryResponse(tasks=found, missing=sorted(missing))
 
@@ -857,7 +851,7 @@ async def upload_result(
     responses=problems(ProviderNotFound, Forbidden),
 )
 async def delete_provider(
-    outbox: OutboxDep,
+    outbox: FarewellDep,
     provider_id: UUID,
     caller: CurrentCaller,
     session: SessionDep,

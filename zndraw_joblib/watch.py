@@ -111,6 +111,8 @@ class Desk:
         Where this process hears of the others.
     receive : callable
         Tells when the client hangs up.
+    wait : float or None
+        How long the client prefers to wait, in seconds; None if it did not say.
     """
 
     watch: Watch
@@ -118,6 +120,7 @@ class Desk:
     settings: JobLibSettings
     wakeups: Wakeups | None
     receive: Receive
+    wait: float | None = None
 
 
 def watch_of(app: Any) -> Watch:
