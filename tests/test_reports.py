@@ -1,10 +1,11 @@
 """Reports: which state may follow which, at whose word, and what an attempt is."""
 
+import json
 from datetime import datetime
 from itertools import pairwise
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 from steps import (
     at_once,
     claim,
@@ -171,6 +172,11 @@ async def test_a_failed_attempt_is_tried_again_after_a_doubling_while(
     ended = (await report(ada, task, "failed", error="no. 8")).json()
     assert (ended["status"], ended["attempt"]) == ("failed", 8)
     assert ended["worker_id"] == worker
+    again = (await ada.post(f"/tasks/{task['id']}/retry")).json()
+    assert again["errors"] == ended["errors"]
+    async with session_maker() as session:
+        kept = await session.scalar(select(Task.errors))
+    assert [json.loads(line) for line in kept.split("\n")] == ended["errors"]
 
 
 async def test_a_failure_for_good_is_not_tried_again(ada):

@@ -73,6 +73,7 @@ from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
     born_claimed,
+    last_errors,
     not_found,
     of_job,
     queue_order,
@@ -659,6 +660,14 @@ async def retry(
                 Task.failed_attempts: 0,
                 Task.completed_at: None,
                 Task.result: None,
+                # or each retry would make it longer
+                Task.errors: case(
+                    (
+                        Task.attempt == task.attempt,
+                        "\n".join(last_errors(task)) or None,
+                    ),
+                    else_=Task.errors,
+                ),
                 **reborn,
             }
         )

@@ -205,16 +205,20 @@ def _placed(listed: Select[Any], position_max: int) -> Select[Any]:
     )
 
 
+def last_errors(row: Row[Any]) -> list[str]:
+    """Return of a row's ``errors`` the lines of the last :data:`KEPT_ERRORS`."""
+    return row.errors.split("\n")[-KEPT_ERRORS:] if row.errors else []
+
+
 def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
     """Make the wire view of a row of :data:`VIEW`."""
-    lines = row.errors.split("\n")[-KEPT_ERRORS:] if row.errors else []
     return TaskResponse(
         **{
             "queue_position": queue_position,
             **row._mapping,
             "payload": row.payload or {},
             "available_at": row.available_at or row.created_at,
-            "errors": [json.loads(line) for line in lines],
+            "errors": [json.loads(line) for line in last_errors(row)],
         }
     )
 
