@@ -69,7 +69,9 @@ def pictures(session: nox.Session) -> None:
 def tests(session: nox.Session, maker: str) -> None:
     """Run the suite over one of the session makers that a host may set."""
     install(session, "test")
-    session.run("pytest", "--maker", maker, *session.posargs, **PATIENT)
+    # each process brings up a PostgreSQL and a Redis of its own
+    spread = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")
+    session.run("pytest", "--maker", maker, *spread, *session.posargs, **PATIENT)
 
 
 @nox.session

@@ -34,7 +34,7 @@ connections that a test leaves open fail it.
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
@@ -95,6 +95,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=4,
         help="how long replicas are put under load (default: 4)",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[
+    None, pytest.TestReport, pytest.TestReport
+]:
+    report = yield
+    # a process tells another in UTF-8 what a test logged
+    report.sections = [
+        (name, text.encode("utf-8", "replace").decode())
+        for name, text in report.sections
+    ]
+    return report
 
 
 def pytest_collection_modifyitems(
