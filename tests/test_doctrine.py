@@ -1,8 +1,10 @@
 """The doctrine under load: nothing that hangs or races outside the database harms it."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import anyio
+import httpx
 import pytest
 from steps import JOB, claim, move, offer, read, register, report, submit
 from taskiq import InMemoryBroker
@@ -41,6 +43,32 @@ async def test_a_hanging_manager_holds_up_nobody_else(app, ada, bob):
             with anyio.fail_after(2.5):
                 for _ in range(3):
                     assert (await bob.patch(f"/workers/{bobs}")).status_code == 200
+
+
+async def test_who_does_not_read_an_answer_holds_up_nobody_else(app, ada, bob, events):
+    bobs = (await bob.post("/workers")).json()["id"]
+    await offer(ada)
+    unread: list[str] = []
+
+    async def stalled(scope: Any, receive: Any, send: Any) -> None:
+        async def never(message: Any) -> None:
+            unread.append(scope["method"])
+            await anyio.sleep_forever()
+
+        await app(scope, receive, never)
+
+    large = {"payload": {"text": "x" * 100_000}}
+    ada._transport = httpx.ASGITransport(stalled)
+    events.clear()
+    with anyio.fail_after(HANG):
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(ada.post, f"/rooms/lab/tasks/{JOB}", json=large))
+            group.start_soon(ada.get, "/rooms/lab/tasks")
+            while len(unread) < 2:
+                await anyio.sleep(0.01)
+            assert (await bob.patch(f"/workers/{bobs}")).status_code == 200
+            assert [e.event for e in events] == ["task_status_event", "task_available"]
+            group.cancel_scope.cancel()
 
 
 async def test_a_failing_manager_fails_no_committed_request(app, ada):

@@ -1,15 +1,17 @@
-"""Where a committed change goes: waiting requests, Socket.IO, the broker."""
+"""Where a committed change goes: its answer, waiting requests, Socket.IO, the broker."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import anyio
 from sqlalchemy import and_
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.types import Message, Send
 
 from zndraw_joblib import attempts, telemetry, waiting
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, emit
@@ -20,6 +22,12 @@ from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
+
+#: Where a request's scope holds its :class:`Answer`.
+ANSWER = "zndraw_joblib.answer"
+
+# Bytes that a server takes without waiting for the client to read them.
+UNREAD = 16 * 1024
 
 SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 
@@ -38,6 +46,46 @@ class Dispatcher(Protocol):
 
 #: ``await hook(names)``: the providers that went away, whatever took them.
 ProvidersRemoved = Callable[[list[FullName]], Awaitable[None]]
+
+
+@dataclass
+class Answer:
+    """A request's answer, kept until the session is closed.
+
+    FastAPI ends a request's dependencies after its answer was sent: a client that reads
+    slowly would hold the session, and under a lock-wrapped maker everybody.
+
+    Attributes
+    ----------
+    send : callable
+        The server's.
+    kept : list of dict
+        What was not sent yet.
+    begun : bool
+        There is an answer.
+    """
+
+    send: Send
+    kept: list[Message] = field(default_factory=list)
+    begun: bool = False
+
+    async def keep(self, message: Message) -> None:
+        """Take a message in place of the server; what streams is handed on at once."""
+        self.begun = True
+        self.kept.append(message)
+        if message.get("more_body"):
+            await self.leave()
+
+    async def leave(self, most: float = math.inf) -> None:
+        """Send what is kept, unless it has more bytes than ``most``."""
+        if sum(len(message.get("body", b"")) for message in self.kept) > most:
+            return
+        messages, self.kept = self.kept, []
+        try:
+            for message in messages:
+                await self.send(message)
+        except OSError:
+            log.debug("who asked has hung up")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
 
-from zndraw_joblib.delivery import Exits, ProvidersRemoved, SessionMaker, deliver, tell
+from zndraw_joblib.delivery import (
+    ANSWER,
+    UNREAD,
+    Exits,
+    ProvidersRemoved,
+    SessionMaker,
+    deliver,
+    tell,
+)
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
 from zndraw_joblib.names import UNPRINTABLE, check_room
@@ -165,6 +173,7 @@ WaitingCaller = Annotated[Caller, Depends(_waiting_caller)]
 
 
 async def outbox(
+    request: Request,
     session_maker: Sessions,
     settings: Settings,
     registry: Registry,
@@ -175,24 +184,28 @@ async def outbox(
 
     A route asks for it before anything else, hence before the session, and
     dependencies unwind in reverse: delivery comes after the session is closed, and
-    not at all when the handler raised.
+    not at all when the handler raised. The answer goes ahead of it, unless it is so
+    large that its reader could hold up everybody else's news.
     """
     box = Outbox()
     yield box
+    await request.scope[ANSWER].leave(UNREAD)
     exits = Exits(session_maker, settings, tsio, registry, wakeups=wakeups)
     await deliver(box, exits)
 
 
 async def news(
-    settings: Settings, tsio: Tsio, wakeups: WakeupsDep
+    request: Request, settings: Settings, tsio: Tsio, wakeups: WakeupsDep
 ) -> AsyncIterator[Outbox]:
     """Yield the outbox of a request that has events alone to send, and deliver it."""
     box = Outbox()
     yield box
+    await request.scope[ANSWER].leave(UNREAD)
     await tell(box, settings, tsio, wakeups)
 
 
 async def farewell(
+    request: Request,
     session_maker: Sessions,
     settings: Settings,
     tsio: Tsio,
@@ -202,6 +215,7 @@ async def farewell(
     """Yield the outbox of a request that removes providers, and deliver it."""
     box = Outbox()
     yield box
+    await request.scope[ANSWER].leave(UNREAD)
     exits = Exits(session_maker, settings, tsio, None, removed, wakeups)
     await deliver(box, exits)
 

@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from zndraw_joblib.delivery import ANSWER, Answer
 from zndraw_joblib.exceptions import (
     MalformedBody,
     PayloadTooLarge,
@@ -45,8 +46,6 @@ register_url_convertor("fullname", _FullNameConvertor())
 # SQLSTATE classes of what may succeed when it is tried again: connections, rolled back
 # transactions, resources, the operator (PostgreSQL manual, appendix A)
 PASSING = frozenset({"08", "40", "53", "57"})
-
-_ANSWERED = "zndraw_joblib.answered"
 
 
 class BoundedRequest(Request):
@@ -94,14 +93,16 @@ class Door(APIRoute):
     """A route whose failures are all problem+json."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request; what ends after its answer changes nothing any more."""
+        """Serve a request; its answer leaves when its session is closed."""
+        answer = scope[ANSWER] = Answer(send)
         try:
-            await super().handle(scope, receive, send)
-        except DBAPIError as exc:
-            if not scope.get(_ANSWERED):
+            await super().handle(scope, receive, answer.keep)
+        except Exception as exc:
+            if not answer.begun:
                 raise
             # the session's end: its connection was lost meanwhile
-            log.warning("database unavailable after an answer: %s", exc)
+            log.warning("a session did not end in order: %r", exc)
+        await answer.leave()
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's handler."""
@@ -111,9 +112,7 @@ class Door(APIRoute):
             try:
                 with continuing(request.headers):
                     bounded = BoundedRequest(request.scope, request.receive)
-                    response = await handle(bounded)
-                request.scope[_ANSWERED] = True
-                return response
+                    return await handle(bounded)
             except RequestValidationError as exc:
                 raise invalid_request(list(exc.errors())) from None
             except HTTPException as exc:
