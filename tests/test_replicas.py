@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import anyio.to_thread
 import httpx
 import psutil
 import pytest
+import races
 import servers
 from internal_jobs import Composition
 from load import Load
@@ -39,10 +41,13 @@ from processes import (
     submit,
     until,
 )
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from steps import at_once, meet, row, silence, statuses
-
-from zndraw_joblib.models import Task
+from races import NAMES, ORDERS, Race, Scene
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from steps import at_once, meet, silence, statuses
 
 # they have a database of their own
 pytestmark = pytest.mark.makers("plain")
@@ -85,8 +90,8 @@ class House:
 async def house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
     directory = tmp_path_factory.mktemp("house")
     env = {
-        # longer than the faults: nobody is lost that a test doesn't lose
-        "ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "60",
+        # longer than the tests: nobody is lost that a test doesn't lose
+        "ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "1800",
         "ZNDRAW_JOBLIB_SWEEPER_INTERVAL_SECONDS": "1",
         "ZNDRAW_JOBLIB_INTERNAL_REDISPATCH_SECONDS": "3",
         # a clock may be off by a day
@@ -205,28 +210,50 @@ async def test_three_sweepers_tell_a_loss_once(house: House):
             await hear(browsers, task, "pending", "claimed", "failed")
 
 
-@pytest.mark.parametrize("first", range(3))
-async def test_of_reports_at_three_replicas_one_wins(house: House, first: int):
-    room = f"race-{first}"
-    async with house.browsers(room) as browsers, house.clients() as clients:
-        worker = await offer(clients[0], room)
-        task = await submit(clients[1], room, f"{room}:modifiers:Work")
-        assert len(await claim(clients[2], worker)) == 1
-        await report(clients[0], task, "running")
-        ends = ["completed", "failed", "cancelled"]
-        ends = ends[first:] + ends[:first]
-        reports = [
-            lambda http=http, end=end: report(http, task, end)
-            for http, end in zip(clients, ends, strict=True)
-        ]
-        answers = await meet(house.session_maker, row(Task, task), *reports)
-        assert [answer.status_code for answer in answers] == [200, 409, 409]
-        await hear(browsers, task, "pending", "claimed", "running", ends[0])
-        retries = [
-            lambda http=http: http.post(f"/tasks/{task}/retry") for http in clients
-        ]
-        answers = await meet(house.session_maker, row(Task, task), *retries)
-        assert [answer.status_code for answer in answers] == [202, 409, 409]
+@asynccontextmanager
+async def setting(house: House, room: str) -> AsyncIterator[Scene]:
+    """Yield a scene at three replicas; whoever acts is one user."""
+    async with browsing(house.hosts[2], room) as browser, house.clients() as clients:
+
+        async def hears(task: Any, *states: str) -> None:
+            heard = Counter(states)
+            await until(
+                lambda: told(browser).get(task["id"], Counter()) >= heard,
+                lambda: browser.heard,
+            )
+            assert told(browser)[task["id"]] == heard
+
+        meet_there = partial(meet, house.session_maker)
+        yield Scene(*clients, room, house.session_maker, meet_there, hears)
+
+
+@pytest.mark.parametrize(("race", "first"), ORDERS, ids=NAMES)
+async def test_race(house: House, race: Race, first: int):
+    async with setting(house, f"{race.__name__}-{first}") as scene:
+        await races.run(race, first, scene)
+
+
+async def test_a_heartbeat_during_a_sweep_learns_of_it(house: House):
+    async with setting(house, "beat") as scene:
+        worker = await scene.offer()
+        task = await scene.task(worker, "running")
+        gone = {"error_type": None}
+
+        async def swept() -> None:
+            while gone["error_type"] is None:
+                gone.update(await read(scene.ada, f"/tasks/{task['id']}"))
+                await anyio.sleep(0.01)
+
+        async def silent(session: AsyncSession) -> None:
+            await races.links(worker)(session)
+            await silence(house.session_maker, worker)
+
+        # one of the three sweepers has the worker, and waits for its links
+        beat = partial(scene.elsewhere.patch, f"/workers/{worker}")
+        _, late = await meet(house.session_maker, silent, swept, beat)
+        assert (late.status_code, gone["error_type"]) == (404, "worker_lost")
+        await scene.hears(task, "pending", "claimed", "running", "failed")
+        await races.intact(scene)
 
 
 async def test_at_three_replicas_there_is_one_of_each(house: House):

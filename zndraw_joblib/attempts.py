@@ -638,21 +638,20 @@ async def retry(
     )
     if not task.entitled:
         raise Forbidden.exception(f"task {task_id} is not yours to retry")
-    # locked, so that no soft-deletion of the job comes in between
+    # locked, so that no soft-deletion of the job comes in between; where nothing is
+    # locked, what was read here may be over by the time of the write
     found = await session.execute(
-        select(Job.room_id, Job.deleted, microseconds().label("clock"))
+        select(Job.room_id, microseconds().label("clock"))
         .join(Task, Task.job_id == Job.id)
         .where(Task.id == task_id)
         .with_for_update(read=True, key_share=True, of=Job)
     )
     job = found.one()
-    if job.deleted:
-        raise JobNotFound.exception("the task's job is gone")
     seconds = settings.internal_redispatch_seconds
     reborn = born_claimed(seconds) if job.room_id == INTERNAL_ROOM else {}
     raised = await session.execute(
         update(Task)
-        .where(Task.id == task_id, in_states(TERMINAL))
+        .where(Task.id == task_id, in_states(TERMINAL), of_job(Job.deleted).is_(False))
         .values(
             {
                 **_back_in_queue(),
@@ -676,6 +675,8 @@ async def retry(
     again = await read_changed(session, raised, settings)
     if again:
         return again[0]
+    if await session.scalar(select(of_job(Job.deleted)).where(Task.id == task_id)):
+        raise JobNotFound.exception("the task's job is gone")
     raise InvalidTaskTransition.exception("only a terminal task can be tried again")
 
 
