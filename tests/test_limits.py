@@ -29,9 +29,13 @@ async def test_how_many_workers_a_user_may_have(app, ada, bob):
 async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob, monkeypatch):
     app.state.joblib_settings.max_pending_tasks_per_user = 20
     worker = await offer(ada)
-    for _ in range(20):
+    for _ in range(19):
         await submit(ada)
+    keyed = {"headers": {"Idempotency-Key": '"mine"'}, "json": {}}
+    last = await ada.post(f"/rooms/lab/tasks/{JOB}", **keyed)
     refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
+    again = await ada.post(f"/rooms/lab/tasks/{JOB}", **keyed)
+    assert (again.status_code, again.json()["id"]) == (202, last.json()["id"])
     # who has too many is not counted again and again
     await claim(ada, worker, max_tasks=5)
     refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))

@@ -366,7 +366,6 @@ async def submit_task(
     job = await tasks.resolve(session, room, job_name, body.priority, settings)
     internal = _runs_here(job, job_name, registry, [body], "/body")
     payloads.check_payload(job.schema_, body.payload)
-    await tasks.check_quota(session, caller, settings)
     submitted = await tasks.submit(
         session,
         job,
@@ -379,6 +378,8 @@ async def submit_task(
     )
     if submitted is None:
         raise jobs.not_found(room, job_name)
+    if submitted.created:
+        await tasks.check_quota(session, caller, settings)
     await session.commit()
     task = submitted.task
     if submitted.created:
@@ -421,7 +422,6 @@ async def submit_batch(
     job = jobs.found(rows.one_or_none(), room, job_name)
     internal = _runs_here(job, job_name, registry, body.tasks, "/body/tasks/{}")
     payloads.check_payloads(job.schema_, [task.payload for task in body.tasks])
-    await tasks.check_quota(session, caller, settings, len(body.tasks))
     batch = await tasks.submit_many(
         session,
         job,
@@ -435,6 +435,8 @@ async def submit_batch(
     )
     if batch is None:
         raise jobs.not_found(room, job_name)
+    if batch.created:
+        await tasks.check_quota(session, caller, settings, len(batch.created))
     await session.commit()
     outbox.tasks_changed(batch.created)
     if internal:

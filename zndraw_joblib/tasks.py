@@ -626,8 +626,9 @@ _REMEMBERED_USERS = 10_000
 async def check_quota(
     session: AsyncSession, caller: Caller, settings: JobLibSettings, count: int = 1
 ) -> None:
-    """Make sure that a user has room for ``count`` more waiting tasks.
+    """Make sure that a user had room for the ``count`` tasks just submitted.
 
+    After the insertion, since what is submitted again under its key needs no room.
     Counts only after each twentieth of the room that there was.
 
     Raises
@@ -645,12 +646,12 @@ async def check_quota(
                 Task.created_by_id == caller.id,
                 Task.status == constant(TaskStatus.PENDING),
             )
-            .limit(number(most))
+            .limit(number(most + 1))
             .subquery()
         )
         waiting = await session.scalar(select(func.count()).select_from(theirs)) or 0
-        left = (most - waiting - count) // 20
-        full = waiting + count > most
+        left = (most - waiting) // 20
+        full = waiting > most
         if full:
             _refused[caller.id] = time.monotonic() + _REFUSED_SECONDS
     if full:
