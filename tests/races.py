@@ -440,7 +440,6 @@ async def retry_and_delete_the_last(scene: Scene, first: int) -> None:
 
 async def delete_the_last_two(scene: Scene, first: int) -> None:
     workers = [await scene.offer(), await scene.offer()]
-    # neither sees that the other's link goes: one has to wait for the other
     deletions = [
         partial(user.delete, f"/workers/{worker}")
         for user, worker in zip((scene.ada, scene.elsewhere), workers, strict=True)

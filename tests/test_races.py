@@ -7,6 +7,7 @@ is stopped before its first write until the others are there too.
 
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 import pytest
 import races
@@ -14,11 +15,19 @@ import steps
 from conftest import Sent
 from races import NAMES, ORDERS, Race, Scene, links
 from sqlalchemy import update
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from steps import at_once, execute, read, report, row, silence
 
+from zndraw_joblib import sweeper, workers
+from zndraw_joblib.events import Outbox
 from zndraw_joblib.models import Task, Worker, now
-from zndraw_joblib.sweeper import cleanup_overdue_attempts, cleanup_stale_workers
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.sweeper import (
+    cleanup_idle_jobs,
+    cleanup_overdue_attempts,
+    cleanup_stale_workers,
+)
+from zndraw_joblib.workers import Caller
 
 pytestmark = pytest.mark.makers("plain", "locked", "postgres")
 
@@ -121,3 +130,38 @@ async def test_a_start_under_way_is_not_taken_back(scene):
     )
     assert (started.status_code, taken) == (200, 0)
     assert (await read(scene.ada, task))["status"] == "running"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_submission_and_the_sweep_of_its_idle_job(scene, first):
+    worker = await scene.offer()
+    task, hold = await scene.task(worker), await scene.job_row()
+    await scene.ada.delete(f"/workers/{worker}")
+    # the last that waited: from now on the job is idle
+    await report(scene.bob, task, "cancelled")
+    url = f"/rooms/{scene.room}/tasks/{scene.job}"
+    requests = [
+        partial(scene.bob.post, url, json={}),
+        partial(cleanup_idle_jobs, scene.session_maker),
+    ]
+    answers = await scene.meet(hold, *races.turned(requests, first))
+    submitted, swept = races.turned(answers, first)
+    assert (submitted.status_code, swept) == ((202, 0), (404, 1))[first]
+    await races.intact(scene)
+
+
+@pytest.mark.makers("postgres")
+async def test_the_last_two_workers_go_in_transactions_side_by_side(scene):
+    first, second = await scene.offer(), await scene.offer()
+
+    async def retire_first(session: AsyncSession) -> None:
+        caller = Caller(scene.ada.id, is_superuser=False)
+        gone = await workers.retire(session, UUID(first), caller)
+        await sweeper.retire(session, gone, JobLibSettings(), Outbox())
+
+    # neither sees that the other's link goes: one has to wait for the other
+    (gone,) = await scene.meet(
+        retire_first, lambda: scene.ada.delete(f"/workers/{second}")
+    )
+    assert gone.status_code == 204
+    assert await scene.found() is None
