@@ -155,7 +155,25 @@ def read(directory: Path) -> tuple[list[Call], list[Run]]:
                     runs[run] = Run(path.stem, task, attempt, at)
                 case {"ran": run, "result": result, "at": at}:
                     runs[run] = runs[run]._replace(ended=at, result=result)
-    return list(calls.values()), list(runs.values())
+    return [one for call in calls.values() for one in single(call)], list(runs.values())
+
+
+def single(call: Call) -> Iterator[Call]:
+    """Take a batch of reports apart: each has an outcome of its own."""
+    if call.method != "PATCH" or call.path != "/tasks":
+        yield call
+        return
+    outcomes: dict[str, Any] = {}
+    if agreed(call):
+        outcomes = {outcome["id"]: outcome for outcome in call.answer["outcomes"]}
+    for report in call.body["reports"]:
+        outcome = outcomes.get(report["id"], {"status": call.status, "task": None})
+        yield call._replace(
+            path=f"/tasks/{report['id']}",
+            body=report,
+            status=outcome["status"],
+            answer=outcome["task"],
+        )
 
 
 # --- what the answers say ---
@@ -371,6 +389,8 @@ def nothing_runs_unseen(history: History) -> Finding:
             started.add((task_of(call), call.body["attempt"]))
         if is_report(call, "completed", "failed"):
             closed.add((task_of(call), call.body["attempt"]))
+        if is_claim(call) and call.body.get("start"):
+            started |= {(task["id"], task["attempt"]) for task in views(call)}
         if is_report(call, "cancelled"):
             cancelled.add(task_of(call))
         if is_retry(call):

@@ -16,7 +16,7 @@ from typing import Any
 
 import history_run
 import pytest
-from history import PREFIX, Call, History, Row, Run, judge, read, recorder
+from history import PREFIX, Call, History, Row, Run, judge, read, recorder, single
 
 # its processes have a database of their own
 pytestmark = pytest.mark.makers("plain")
@@ -38,6 +38,11 @@ def claim(worker: str, attempt: int, at: float, key: str = "") -> Call:
     return Call(
         worker, "POST", "/tasks/claim", at, at + 1, 200, key, body, {"tasks": [view]}
     )
+
+
+def started(worker: str, attempt: int, at: float) -> Call:
+    call = claim(worker, attempt, at)
+    return call._replace(body={**call.body, "start": True})
 
 
 def report(worker: str, attempt: int, status: str, at: float, **fields: Any) -> Call:
@@ -66,6 +71,20 @@ def beat(worker: str, attempt: int, at: float) -> Call:
     return Call(
         worker, "PATCH", f"/workers/{worker}", at, at + 1, 200, None, body, answer
     )
+
+
+def in_batch(call: Call, status: int = 200) -> list[Call]:
+    """Make a report as one of two, and take the two apart again."""
+    here = {"id": TASK, "status": status, "task": call.answer}
+    reports = [
+        {"id": "other", "status": "failed", "attempt": 1},
+        {"id": TASK, **call.body},
+    ]
+    outcomes = [{"id": "other", "status": 409, "task": None}, here]
+    together = call._replace(
+        path="/tasks", body={"reports": reports}, answer={"outcomes": outcomes}
+    )
+    return list(single(together))
 
 
 #: the first worker is killed, the second one completes
@@ -111,6 +130,9 @@ GOOD = {
         beat("ada", 1, 20.5)._replace(answered=33)
     ),
     "a report whose answer was lost": told(UNHEARD),
+    "a claim that starts, and a report among others": STORY._replace(
+        calls=[*CALLS[:4], started("bob", 2, 20), *in_batch(CALLS[-1])]
+    ),
     "a retry": History(
         [*CALLS, retry(30), claim("ada", 3, 32), report("ada", 3, "running", 34)],
         [*RUNS, Run("ada", TASK, 3, 35)],
@@ -149,6 +171,10 @@ BAD = {
     ),
     "acknowledged twice": (
         told(report("bob", 2, "completed", 28, result=2)),
+        "completion acknowledged 2 times",
+    ),
+    "acknowledged again in a batch": (
+        told(*in_batch(report("bob", 2, "completed", 28, result=2))),
         "completion acknowledged 2 times",
     ),
     "completed in two attempts": (
