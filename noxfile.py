@@ -13,7 +13,7 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["lint", "docs", "tests"]
+nox.options.sessions = ["lint", "docs", "tests", "soak"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 MAKERS = ["plain", "locked", "locked-memory", "strict", "postgres"]
