@@ -142,7 +142,10 @@ _INDEXES: dict[str, dict[str, tuple[list[str], str | None]]] = {
             "status = 'PENDING' AND available_at IS NULL",
         ),
         "ix_task_delayed": (["job_id", "available_at"], "available_at IS NOT NULL"),
-        "ix_task_pending_of": (["created_by_id"], "status = 'PENDING'"),
+        "ix_task_pending_of": (
+            ["created_by_id"],
+            "status = 'PENDING' AND created_by_id IS NOT NULL",
+        ),
         "ix_task_held": (["worker_id"], "status IN ('CLAIMED', 'RUNNING')"),
         "ix_task_deadline": (["deadline_at"], "deadline_at IS NOT NULL"),
         "ix_task_completed": (["status", "completed_at"], "completed_at IS NOT NULL"),
