@@ -26,8 +26,8 @@ from zndraw_joblib.settings import JobLibSettings, get_settings
 log = logging.getLogger(__name__)
 
 # A batch is one transaction; under a lock-wrapped maker everybody else waits for it.
-WORKERS_A_BATCH = 25
-TASKS_A_BATCH = 250
+WORKERS_A_BATCH = 10
+TASKS_A_BATCH = 125
 
 Batch = Callable[[AsyncSession, Outbox], Awaitable[int]]
 
