@@ -70,7 +70,11 @@ async def prepare(app: FastAPI, kind: str) -> str:
 async def main(database_url: str, kind: str, beside: str) -> None:
     app = make_app(database_url, kind, beside)
     token = await prepare(app, kind)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    # of a socket that does not say that it is TCP asyncio lets small writes wait: an
+    # answer, head and body, would take as long as a delayed ACK
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1024)
     config = uvicorn.Config(
         app, lifespan="off", log_level="critical", timeout_keep_alive=600
     )

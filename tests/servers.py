@@ -29,7 +29,8 @@ async def serve(asgi: Any, **options: Any) -> AsyncIterator[str]:
     TimeoutError
         When it does not start, or does not stop, within 10 seconds.
     """
-    with socket.socket() as listener:
+    # named, or asyncio would let an answer wait for a delayed ACK
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(
             asgi,
