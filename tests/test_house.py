@@ -23,11 +23,14 @@ FLOORS = [
     ["schemas", "payloads", "extension", "provider"],
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["models", "paging", "migration"],
-    ["workers", "jobs", "tasks", "attempts", "claims", "providers", "stats"],
+    [
+        "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims",
+        "providers", "stats",
+    ],
     ["delivery", "watch", "relay", "registry", "sweeper"],
     ["dependencies", "door", "openapi"],
     ["routes"],
-]
+]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
     "client_threads",

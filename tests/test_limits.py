@@ -3,7 +3,7 @@
 import pytest
 from steps import JOB, claim, offer, problem, register, submit
 
-from zndraw_joblib import tasks
+from zndraw_joblib import submissions
 
 
 def refused(answer):
@@ -40,10 +40,10 @@ async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob, monkeypatch):
     await claim(ada, worker, max_tasks=5)
     refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
     await submit(bob)
-    monkeypatch.setattr(tasks, "_refused", {})
+    monkeypatch.setattr(submissions, "_refused", {})
     batch = {"tasks": [{}] * 6}
     refused(await ada.post(f"/rooms/lab/batches/{JOB}", json=batch))
-    monkeypatch.setattr(tasks, "_refused", {})
+    monkeypatch.setattr(submissions, "_refused", {})
     for _ in range(5):
         await submit(ada)
     refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))

@@ -12,13 +12,14 @@ from sqlalchemy import Row
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import (
-    attempts,
     claims,
     jobs,
     payloads,
     providers,
     relay,
+    reports,
     stats,
+    submissions,
     tasks,
     watch,
     workers,
@@ -363,10 +364,10 @@ async def submit_task(
 ) -> TaskResponse:
     """Submit a task to a job that the room sees."""
     room, caller, session = visit
-    job = await tasks.resolve(session, room, job_name, body.priority, settings)
+    job = await submissions.resolve(session, room, job_name, body.priority, settings)
     internal = _runs_here(job, job_name, registry, [body], "/body")
     payloads.check_payload(job.schema_, body.payload)
-    submitted = await tasks.submit(
+    submitted = await submissions.submit(
         session,
         job,
         room,
@@ -379,7 +380,7 @@ async def submit_task(
     if submitted is None:
         raise jobs.not_found(room, job_name)
     if submitted.created:
-        await tasks.check_quota(session, caller, settings)
+        await submissions.check_quota(session, caller, settings)
     await session.commit()
     task = submitted.task
     if submitted.created:
@@ -422,7 +423,7 @@ async def submit_batch(
     job = jobs.found(rows.one_or_none(), room, job_name)
     internal = _runs_here(job, job_name, registry, body.tasks, "/body/tasks/{}")
     payloads.check_payloads(job.schema_, [task.payload for task in body.tasks])
-    batch = await tasks.submit_many(
+    batch = await submissions.submit_many(
         session,
         job,
         job_name,
@@ -436,7 +437,7 @@ async def submit_batch(
     if batch is None:
         raise jobs.not_found(room, job_name)
     if batch.created:
-        await tasks.check_quota(session, caller, settings, len(batch.created))
+        await submissions.check_quota(session, caller, settings, len(batch.created))
     await session.commit()
     outbox.tasks_changed(batch.created)
     if internal:
@@ -589,11 +590,11 @@ async def report_tasks(
     may_enter: Access,
 ) -> TaskReportsResponse:
     """Report what became of up to 32 tasks, each as if it were reported alone."""
-    reports = {report.id: report for report in body.reports}
-    reported = await attempts.report_many(session, reports, caller, may_enter, settings)
+    said = {report.id: report for report in body.reports}
+    reported = await reports.report_many(session, said, caller, may_enter, settings)
     await session.commit()
     outcomes: list[TaskOutcome] = []
-    for task_id, outcome in zip(reports, reported, strict=True):
+    for task_id, outcome in zip(said, reported, strict=True):
         if isinstance(outcome, ProblemException):
             problem = outcome.problem
             told = TaskOutcome(id=task_id, status=problem.status, problem=problem)
@@ -603,7 +604,7 @@ async def report_tasks(
     outbox.tasks_changed(
         outcome.task
         for outcome in reported
-        if isinstance(outcome, attempts.Reported) and outcome.changed
+        if isinstance(outcome, reports.Reported) and outcome.changed
     )
     return TaskReportsResponse(outcomes=outcomes)
 
@@ -624,7 +625,7 @@ async def report_task(
     idempotency_key: IdempotencyKey,
 ) -> TaskResponse:
     """Report what became of a task, or cancel it."""
-    reported = await attempts.report(
+    reported = await reports.report(
         session, task_id, caller, may_enter, body, settings, key=idempotency_key
     )
     await session.commit()
@@ -656,7 +657,7 @@ async def retry_task(
     response: Response,
 ) -> TaskResponse:
     """Set a task that has ended going again."""
-    task = await attempts.retry(session, task_id, caller, may_enter, settings)
+    task = await reports.retry(session, task_id, caller, may_enter, settings)
     internal = task.status is TaskStatus.CLAIMED
     if internal and (registry is None or task.job_name not in registry):
         raise InternalJobNotConfigured.exception(f"nothing here runs {task.job_name}")

@@ -280,7 +280,7 @@ async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[U
 async def retire_where(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Gone:
     """Remove the chosen workers with their links and providers.
 
-    Their tasks are left to :func:`zndraw_joblib.tasks.lose`.
+    Their tasks are left to :func:`zndraw_joblib.attempts.lose`.
 
     Parameters
     ----------

@@ -1,0 +1,496 @@
+"""Reports: what workers and users say becomes of a task."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Row,
+    String,
+    Update,
+    and_,
+    bindparam,
+    case,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
+from sqlalchemy.types import TypeEngine
+
+from zndraw_joblib.attempts import back_in_queue, failed, told
+from zndraw_joblib.exceptions import (
+    Forbidden,
+    InvalidTaskTransition,
+    JobNotFound,
+    LeaseLost,
+    ProblemException,
+)
+from zndraw_joblib.lifecycle import (
+    HELD,
+    REPORTABLE,
+    TERMINAL,
+    ErrorType,
+    TaskStatus,
+)
+from zndraw_joblib.models import (
+    TASK,
+    WORKER,
+    Job,
+    Task,
+    Worker,
+    in_states,
+    microseconds,
+    now,
+)
+from zndraw_joblib.names import INTERNAL_ROOM
+from zndraw_joblib.schemas import (
+    TaskResponse,
+    TaskUpdateRequest,
+)
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.tasks import (
+    VIEW,
+    born_claimed,
+    last_errors,
+    not_found,
+    of_job,
+    queue_order,
+    read_changed,
+    read_view,
+    seen,
+)
+from zndraw_joblib.workers import Caller, RoomAccess
+
+
+def _each(
+    reports: Mapping[UUID, TaskUpdateRequest],
+    what: Callable[[TaskUpdateRequest], Any],
+    kind: TypeEngine[Any],
+) -> ColumnElement[Any]:
+    """Return of each task what its own report says."""
+    said = {task_id: what(report) for task_id, report in reports.items()}
+    first = next(iter(said.values()))
+    if all(value is first for value in said.values()):
+        return literal(first, kind)
+    return case(
+        *((Task.id == task_id, literal(value, kind)) for task_id, value in said.items())
+    )
+
+
+def _failures(
+    reports: Mapping[UUID, TaskUpdateRequest], settings: JobLibSettings
+) -> dict[Any, Any]:
+    """Return what reports of failures make of their tasks."""
+    failure = ErrorType.USER_ERROR
+    return failed(
+        _each(reports, lambda report: report.error, Task.error.type),
+        _each(reports, lambda report: told(report.error, failure), String()),
+        failure,
+        settings,
+        # a comparison, since a lone parameter is no condition everywhere
+        _each(reports, lambda report: report.retryable, Boolean()).is_(true()),
+    )
+
+
+def _reported(
+    status: TaskStatus,
+    key: ColumnElement[Any],
+    error: ColumnElement[Any],
+    result: ColumnElement[Any],
+) -> dict[Any, Any]:
+    """Return what reports of one status, but of no failure, make of their tasks."""
+    if status is TaskStatus.RUNNING:
+        return {
+            Task.status: status,
+            Task.started_at: now(),
+            Task.deadline_at: now(of_job(Job.timeout_seconds)),
+            Task.claim_key: func.coalesce(key, Task.claim_key),
+        }
+    if status is TaskStatus.PENDING:
+        return back_in_queue()
+    return {
+        Task.status: status,
+        Task.completed_at: now(),
+        Task.available_at: None,
+        Task.deadline_at: None,
+        Task.error: error,
+        Task.error_type: None,
+        Task.result: result,
+    }
+
+
+def _alike(
+    status: TaskStatus,
+    reports: Mapping[UUID, TaskUpdateRequest],
+    settings: JobLibSettings,
+) -> dict[Any, Any]:
+    """Return what reports of one status make of their tasks."""
+    if status is TaskStatus.FAILED:
+        return _failures(reports, settings)
+    return _reported(
+        status,
+        literal(None, Task.claim_key.type),
+        _each(reports, lambda report: report.error, Task.error.type),
+        _each(reports, lambda report: report.result, Task.result.type),
+    )
+
+
+_SIGN_OF_LIFE = (
+    update(WORKER)
+    .where(
+        WORKER.c.id
+        == select(Task.worker_id).where(Task.id == bindparam("task")).scalar_subquery(),
+        WORKER.c.user_id == bindparam("owner"),
+    )
+    .values(last_heartbeat=now())
+)
+
+
+@lru_cache(maxsize=64)
+def _reporting(status: TaskStatus, superuser: bool, fenced: bool) -> Update:
+    # built once for each kind of report
+    return update(TASK).where(
+        Task.id == bindparam("task"),
+        _may_become(status),
+        _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
+        Task.attempt == bindparam("lease") if fenced else true(),
+    )
+
+
+@lru_cache(maxsize=64)
+def _moving(status: TaskStatus, superuser: bool, fenced: bool) -> ReturningUpdate[Any]:
+    values = _reported(
+        status,
+        bindparam("key", type_=Task.claim_key.type),
+        bindparam("told", type_=Task.error.type),
+        bindparam("brought", type_=Task.result.type),
+    )
+    reporting = _reporting(status, superuser, fenced)
+    return reporting.values(values).returning(*VIEW)
+
+
+class Reported(NamedTuple):
+    """A task after a report, and whether this report changed it."""
+
+    task: TaskResponse
+    changed: bool
+
+
+async def report(
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    request: TaskUpdateRequest,
+    settings: JobLibSettings,
+    *,
+    key: str | None = None,
+) -> Reported:
+    """Move a task to the reported state, if it is the caller's to move.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    task_id : UUID
+        The task.
+    caller : Caller
+        The owner of the task's worker, a superuser, or to cancel the submitter.
+    may_enter : RoomAccess
+        To whom else it is told that there is such a task.
+    request : TaskUpdateRequest
+        The report; with ``attempt`` it counts for that attempt only.
+    settings : JobLibSettings
+        The host's.
+    key : str, optional
+        An idempotency key: of two deliveries of one task, each with a key of its own,
+        one may start it.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, ``forbidden``, ``invalid-task-transition``, ``lease-lost``.
+    """
+    # The worker before its task, as everywhere: two requests that lock in two orders
+    # would wait for each other.
+    await session.execute(_SIGN_OF_LIFE, {"task": task_id, "owner": caller.id})
+    kind = request.status, caller.is_superuser, request.attempt is not None
+    if request.status is TaskStatus.FAILED:
+        failing = _reporting(*kind).values(_failures({task_id: request}, settings))
+        moving = failing.returning(*VIEW)
+    else:
+        moving = _moving(*kind)
+    names = {
+        "task": task_id,
+        "holder": caller.id,
+        "submitter": caller.id,
+        "lease": request.attempt,
+        "key": key,
+        "told": request.error,
+        "brought": request.result,
+    }
+    moved = await session.execute(moving, names)
+    changed = await read_changed(session, moved, settings)
+    if changed:
+        return Reported(changed[0], changed=True)
+    standing = await _standing(
+        session, task_id, caller, may_enter, request, key, settings
+    )
+    return Reported(standing, changed=False)
+
+
+async def report_many(
+    session: AsyncSession,
+    reports: Mapping[UUID, TaskUpdateRequest],
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
+) -> list[Reported | ProblemException]:
+    """Move each task to the state that is reported of it, if it is the caller's to move.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    reports : mapping of UUID to TaskUpdateRequest
+        By task.
+    caller : Caller
+        As for :func:`report`.
+    may_enter : RoomAccess
+        To whom else it is told that there are such tasks.
+    settings : JobLibSettings
+        The host's.
+
+    Returns
+    -------
+    list of Reported or ProblemException
+        What :func:`report` would have returned or raised for each.
+    """
+    # workers, then tasks, each by id: see docs/house.md
+    holders = select(Task.worker_id).where(Task.id.in_(reports))
+    mine = (
+        select(Worker.id)
+        .where(Worker.id.in_(holders), Worker.user_id == caller.id)
+        .order_by(Worker.id)
+        .with_for_update()
+    )
+    await session.execute(
+        update(Worker).where(Worker.id.in_(mine)).values({Worker.last_heartbeat: now()})
+    )
+    found = await session.execute(
+        seen(settings.queue_position_max)
+        .add_columns(
+            _entitled(caller, TaskStatus.COMPLETED).label("entitled"),
+            _entitled(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
+            Task.claim_key,
+        )
+        .where(Task.id.in_(reports))
+        .order_by(Task.id)
+        .with_for_update(of=Task)
+    )
+    standing = {row.id: row for row in found}
+    moved: dict[UUID, TaskResponse] = {}
+    for status in {report.status: None for report in reports.values()}:
+        alike = {i: r for i, r in reports.items() if r.status is status}
+        changed = await session.execute(
+            update(Task)
+            .where(
+                Task.id.in_(alike),
+                _may_become(status),
+                _entitled(caller, status),
+                Task.attempt
+                == func.coalesce(
+                    _each(alike, lambda report: report.attempt, Task.attempt.type),
+                    Task.attempt,
+                ),
+            )
+            .values(_alike(status, alike, settings))
+            .returning(*VIEW)
+        )
+        views = await read_changed(session, changed, settings)
+        moved |= {task.id: task for task in views}
+    outcomes: list[Reported | ProblemException] = []
+    for task_id, request in reports.items():
+        if task_id in moved:
+            outcomes.append(Reported(moved[task_id], changed=True))
+            continue
+        cancel = request.status is TaskStatus.CANCELLED
+        try:
+            # locked above: what was read there is what stands
+            row = standing.get(task_id)
+            entitled = row and (row.entitled_to_cancel if cancel else row.entitled)
+            if row is None or not (
+                entitled or await may_enter(session, caller, row.room_id)
+            ):
+                raise not_found(task_id)
+            unmoved = _explain(row, bool(entitled), request, None)
+            outcomes.append(Reported(unmoved, changed=False))
+        except ProblemException as exc:
+            outcomes.append(exc)
+    return outcomes
+
+
+def _may_become(status: TaskStatus) -> ColumnElement[bool]:
+    allowed = in_states(REPORTABLE.get(status, frozenset()))
+    if status is not TaskStatus.PENDING:
+        return allowed
+    started = func.coalesce(Task.started_at, Task.claimed_at)
+    return and_(allowed, started == Task.claimed_at)
+
+
+def _may_report(
+    superuser: bool, status: TaskStatus, holder: Any, submitter: Any
+) -> ColumnElement[bool]:
+    # two of the same user: the columns are of two types
+    if superuser:
+        return true()
+    holds: ColumnElement[bool] = Task.holder_id == holder
+    if status is TaskStatus.CANCELLED:
+        return or_(holds, Task.created_by_id == submitter)
+    return holds
+
+
+def _entitled(caller: Caller, status: TaskStatus) -> ColumnElement[bool]:
+    return _may_report(caller.is_superuser, status, caller.id, caller.id)
+
+
+async def _standing(
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    request: TaskUpdateRequest,
+    key: str | None,
+    settings: JobLibSettings,
+) -> TaskResponse:
+    # nothing moved: only now is it worth a read to tell why
+    entitled = _entitled(caller, request.status)
+    row = await _find(session, task_id, entitled, caller, may_enter, settings)
+    return _explain(row, row.entitled, request, key)
+
+
+def _explain(
+    row: Row[Any], entitled: bool, request: TaskUpdateRequest, key: str | None
+) -> TaskResponse:
+    task_id = row.id
+    current = request.attempt is None or row.attempt == request.attempt
+    taken = request.status is TaskStatus.RUNNING and (
+        key is not None and row.claim_key not in (None, key)
+    )
+    repeated = row.status == request.status and request.status in REPORTABLE
+    fenced_out = not current or (request.attempt is not None and row.status not in HELD)
+    if not entitled:
+        # a zombie is told that its lease is over, and a stranger no more than that
+        raise (
+            LeaseLost.exception()
+            if fenced_out
+            else Forbidden.exception(f"task {task_id} is not yours to report on")
+        )
+    if repeated and current and not taken:
+        return read_view(row)
+    if fenced_out or taken:
+        raise LeaseLost.exception(
+            f"task {task_id} is {row.status.value} in attempt {row.attempt}, "
+            "and not under this lease",
+            task_status=row.status.value,
+            attempt=row.attempt,
+        )
+    raise InvalidTaskTransition.exception(
+        f"a {row.status.value} task can't become {request.status.value}",
+        task_status=row.status.value,
+    )
+
+
+async def _find(
+    session: AsyncSession,
+    task_id: UUID,
+    entitled: ColumnElement[bool],
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
+) -> Row[Any]:
+    found = await session.execute(
+        seen(settings.queue_position_max)
+        .add_columns(entitled.label("entitled"), Task.claim_key)
+        .where(Task.id == task_id)
+    )
+    row = found.one_or_none()
+    if row is None or not (
+        row.entitled or await may_enter(session, caller, row.room_id)
+    ):
+        raise not_found(task_id)
+    return row
+
+
+async def retry(
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
+) -> TaskResponse:
+    """Set a terminal task going again, with all its attempts before it.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, ``forbidden``, ``invalid-task-transition``, or
+        ``job-not-found`` when its job is gone.
+    """
+    task = await _find(
+        session, task_id, _may_retry(caller), caller, may_enter, settings
+    )
+    if not task.entitled:
+        raise Forbidden.exception(f"task {task_id} is not yours to retry")
+    # locked, so that no soft-deletion of the job comes in between; where nothing is
+    # locked, what was read here may be over by the time of the write
+    found = await session.execute(
+        select(Job.room_id, microseconds().label("clock"))
+        .join(Task, Task.job_id == Job.id)
+        .where(Task.id == task_id)
+        .with_for_update(read=True, key_share=True, of=Job)
+    )
+    job = found.one()
+    seconds = settings.internal_redispatch_seconds
+    reborn = born_claimed(seconds) if job.room_id == INTERNAL_ROOM else {}
+    raised = await session.execute(
+        update(Task)
+        .where(Task.id == task_id, in_states(TERMINAL), of_job(Job.deleted).is_(False))
+        .values(
+            {
+                **back_in_queue(),
+                Task.queue_order: queue_order(task.priority, job.clock),
+                Task.failed_attempts: 0,
+                Task.completed_at: None,
+                Task.result: None,
+                # or each retry would make it longer
+                Task.errors: case(
+                    (
+                        Task.attempt == task.attempt,
+                        "\n".join(last_errors(task)) or None,
+                    ),
+                    else_=Task.errors,
+                ),
+                **reborn,
+            }
+        )
+        .returning(*VIEW)
+    )
+    again = await read_changed(session, raised, settings)
+    if again:
+        return again[0]
+    if await session.scalar(select(of_job(Job.deleted)).where(Task.id == task_id)):
+        raise JobNotFound.exception("the task's job is gone")
+    raise InvalidTaskTransition.exception("only a terminal task can be tried again")
+
+
+def _may_retry(caller: Caller) -> ColumnElement[bool]:
+    return true() if caller.is_superuser else Task.created_by_id == caller.id
