@@ -245,7 +245,19 @@ async def three_retries(scene: Scene, first: int) -> None:
 
 async def claim_and_delete(scene: Scene, first: int) -> None:
     await scene.offer()  # keeps the job
+    await delete_at_the_claim_of(scene, await scene.offer(), first)
+
+
+async def next_claim_and_delete(scene: Scene, first: int) -> None:
+    """Of a worker whose jobs are remembered."""
+    await scene.offer()  # keeps the job
     worker = await scene.offer()
+    await steps.submit(scene.bob, scene.job, scene.room)
+    await claim(scene.elsewhere, worker)
+    await delete_at_the_claim_of(scene, worker, first)
+
+
+async def delete_at_the_claim_of(scene: Scene, worker: str, first: int) -> None:
     task = await scene.task(worker)
     requests = [
         partial(scene.elsewhere.post, "/tasks/claim", json={"worker_id": worker}),
@@ -265,7 +277,7 @@ async def complete_and_delete(scene: Scene, first: int) -> None:
         partial(report, scene.elsewhere, task, "completed", attempt=1),
         partial(scene.ada.delete, f"/workers/{worker}"),
     ]
-    answers = await scene.meet(row(Worker, worker), *turned(requests, first))
+    answers = await scene.meet(row(Task, task["id"]), *turned(requests, first))
     assert codes(answers) == ([200, 204], [204, 409])[first]
     last = ("completed", "failed")[first]
     await scene.hears(task, "pending", "claimed", "running", last)
@@ -456,6 +468,7 @@ RACES: dict[Race, int] = {
     two_starts: 1,
     three_retries: 1,
     claim_and_delete: 2,
+    next_claim_and_delete: 2,
     complete_and_delete: 2,
     heartbeat_and_delete: 2,
     two_deletions: 1,

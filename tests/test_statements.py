@@ -54,27 +54,29 @@ async def test_few_statements_and_one_commit(ada, engine):
     key = {"Idempotency-Key": "k"}
     # what is asked: how many statements, commits and connections it may take
     asked = {
-        "submit": (lambda: ada.post(job, json={}), 2, 1, 1),
-        "submit, keyed": (lambda: ada.post(job, json={}, headers=key), 2, 1, 1),
-        "claim": (lambda: ada.post("/tasks/claim", json=claiming), 2, 1, 2),
+        "submit": (lambda: ada.post(job, json={}), 1, 1, 1),
+        "submit, keyed": (lambda: ada.post(job, json={}, headers=key), 1, 1, 1),
+        "submit, repeated": (lambda: ada.post(job, json={}, headers=key), 2, 1, 1),
+        "claim": (lambda: ada.post("/tasks/claim", json=claiming), 1, 1, 2),
         "claim, keyed": (
-            lambda: ada.post("/tasks/claim", json=claiming, headers=key), 2, 1, 2
+            lambda: ada.post("/tasks/claim", json=claiming, headers=key), 1, 1, 2
         ),
         "claim, repeated": (
             lambda: ada.post("/tasks/claim", json=claiming, headers=key), 2, 1, 2
         ),
-        "start": (lambda: report(ada, held[0], "running"), 2, 1, 1),
+        "start": (lambda: report(ada, held[0], "running"), 1, 1, 1),
         "progress": (lambda: ada.patch(f"/workers/{worker}", json=beat), 2, 1, 1),
-        "complete": (lambda: report(ada, held[0], "completed"), 2, 1, 1),
+        "complete": (lambda: report(ada, held[0], "completed"), 1, 1, 1),
         "fail": (lambda: report(ada, held[1], "failed"), 2, 1, 1),
-        "cancel": (lambda: report(ada, tasks[-1], "cancelled"), 2, 1, 1),
+        "cancel": (lambda: report(ada, tasks[-1], "cancelled"), 1, 1, 1),
         "heartbeat": (lambda: ada.patch(f"/workers/{worker}"), 1, 1, 1),
         "status": (lambda: ada.get(f"/tasks/{tasks[9]['id']}"), 1, 0, 2),
         "list": (lambda: ada.get("/rooms/lab/tasks"), 2, 0, 1),
         "next page": (lambda: ada.get(f"http://host{next_page}"), 1, 0, 1),
         "drain": (lambda: claim(ada, worker, max_tasks=32), 2, 1, 2),
         "drain again": (lambda: claim(ada, worker, max_tasks=32), 2, 1, 2),
-        "empty claim": (lambda: ada.post("/tasks/claim", json=claiming), 1, 1, 2),
+        "empty claim": (lambda: ada.post("/tasks/claim", json=claiming), 2, 1, 2),
+        "empty claim again": (lambda: ada.post("/tasks/claim", json=claiming), 1, 1, 2),
         "empty claim, keyed": (
             lambda: ada.post(
                 "/tasks/claim", json=claiming, headers={"Idempotency-Key": "l"}

@@ -139,7 +139,7 @@ async def fail(
         .values(failed(error, told(error, error_type), error_type, settings, true()))
         .returning(*VIEW)
     )
-    return await read_changed(session, ended, settings)
+    return await read_changed(session, ended.all(), settings)
 
 
 async def lose(
@@ -227,7 +227,7 @@ async def take_back(
         .values(back_in_queue())
         .returning(*VIEW)
     )
-    return await read_changed(session, taken, settings)
+    return await read_changed(session, taken.all(), settings)
 
 
 async def start_internal(
@@ -246,7 +246,7 @@ async def start_internal(
         )
         .returning(*VIEW)
     )
-    return next(iter(await read_changed(session, started, settings)), None)
+    return next(iter(await read_changed(session, started.all(), settings)), None)
 
 
 async def redispatch(
@@ -263,7 +263,7 @@ async def redispatch(
         .values({Task.deadline_at: now(settings.internal_redispatch_seconds)})
         .returning(*VIEW)
     )
-    return await read_changed(session, resent, settings)
+    return await read_changed(session, resent.all(), settings)
 
 
 async def take_up(
@@ -297,7 +297,7 @@ async def take_up(
             )
             .returning(*VIEW)
         )
-        taken += await read_changed(session, claimed, settings)
+        taken += await read_changed(session, claimed.all(), settings)
     return taken
 
 

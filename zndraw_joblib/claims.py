@@ -19,6 +19,7 @@ from sqlalchemy import (
     false,
     func,
     literal,
+    literal_column,
     select,
     true,
     tuple_,
@@ -34,6 +35,7 @@ from zndraw_joblib.models import (
     TASK,
     Job,
     Task,
+    Worker,
     WorkerJobLink,
     due,
     held,
@@ -72,10 +74,14 @@ def _some_due() -> ColumnElement[bool]:
         .where(ahead.job_id == WorkerJobLink.job_id, ahead.available_at.is_not(None))
         .correlate(WorkerJobLink)
         .scalar_subquery()
+        .label("first")
     )
-    return exists().where(
-        WorkerJobLink.worker_id == bindparam("worker"), first <= now()
+    # a column, since in RETURNING SQLAlchemy leaves the tables' names out of conditions
+    # on SQLite, and `job_id = job_id` is any job's
+    heads = (
+        select(first).where(WorkerJobLink.worker_id == bindparam("worker")).subquery()
     )
+    return exists().where(heads.c.first <= now())
 
 
 def _due(worker_id: UUID) -> Select[tuple[UUID]]:
@@ -116,7 +122,8 @@ def _claimed_before(task: Any) -> ColumnElement[bool]:
 
 def _within_reach(limit: int) -> ColumnElement[str | None]:
     # The first tasks of all are tasks of those jobs whose own first task comes first:
-    # however many jobs a worker serves, few of their queues are read.
+    # however many jobs a worker serves, few of their queues are read. Null when all of
+    # them are empty.
     first = (
         select(func.min(ahead.queue_order))
         .where(ahead.job_id == WorkerJobLink.job_id, queued(ahead))
@@ -132,15 +139,16 @@ def _within_reach(limit: int) -> ColumnElement[str | None]:
         .subquery()
     )
     ids = func.aggregate_strings(cast(served.c.job_id, String), ",")
-    waiting = select(ids).where(served.c.first.is_not(None))
-    return waiting.scalar_subquery().label("jobs")
+    return select(ids).having(func.count(served.c.first) > 0).scalar_subquery()
 
 
 @lru_cache(maxsize=128)
 def _reaching(limit: int, keyed: bool) -> ReturningUpdate[Any]:
     again = exists().where(_claimed_before(ahead)) if keyed else false()
     return workers.touching(
-        _within_reach(limit), _some_due().label("due"), again.label("again")
+        _within_reach(limit).label("jobs"),
+        _some_due().label("due"),
+        again.label("again"),
     )
 
 
@@ -166,8 +174,33 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
     )
 
 
+def _as_known() -> ColumnElement[bool]:
+    # Of a worker whose jobs are remembered: it is there, the caller's, and at work, it
+    # serves no other job since (none is ever taken away), and no delayed task of them
+    # is to take its place first. The worker stays locked, so that it goes with what it
+    # claimed or before.
+    there = (
+        select(literal_column("1"))
+        .where(
+            Worker.id == bindparam("worker"),
+            Worker.user_id == bindparam("owner"),
+            Worker.state == WorkerState.ACTIVE.value,
+        )
+        .with_for_update(read=True)
+        .scalar_subquery()
+    )
+    serves = (
+        select(func.count())
+        .where(WorkerJobLink.worker_id == bindparam("worker"))
+        .scalar_subquery()
+    )
+    return and_(there.is_not(None), serves == bindparam("serves"), ~_some_due())
+
+
 @lru_cache(maxsize=256)
-def _claiming(jobs: int, limit: int, keyed: bool, start: bool) -> ReturningUpdate[Any]:
+def _claiming(
+    jobs: int, limit: int, keyed: bool, start: bool, known: bool
+) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
     head = _heads(jobs, limit).subquery()
     still_queued = rechecked(queued())
@@ -175,7 +208,9 @@ def _claiming(jobs: int, limit: int, keyed: bool, start: bool) -> ReturningUpdat
         select(Task.id)
         .join(head, head.c.id == Task.id)
         .where(
-            still_queued, ~exists().where(_claimed_before(ahead)) if keyed else true()
+            still_queued,
+            ~exists().where(_claimed_before(ahead)) if keyed else true(),
+            _as_known() if known else true(),
         )
         .order_by(Task.queue_order, Task.id)
         .limit(number(limit))
@@ -206,8 +241,21 @@ def _claiming(jobs: int, limit: int, keyed: bool, start: bool) -> ReturningUpdat
                 Task.progress_message: None,
             }
         )
-        .returning(Task.queue_order, *VIEW)
+        .returning(Task.queue_order, workers.unheard(Task.worker_id), *VIEW)
     )
+
+
+class _Served(NamedTuple):
+    jobs: tuple[UUID, ...]
+    key: str | None
+
+
+# The jobs of workers that found work with their last claim, here, and its key. The next
+# claim is one statement, which makes sure that they are what the worker serves.
+_served: dict[UUID, _Served] = {}
+_REMEMBERED_WORKERS = 10_000
+# More queues than these are not worth a look at each of them.
+_REMEMBERED_JOBS = 8
 
 
 class Claim(NamedTuple):
@@ -262,9 +310,24 @@ async def claim(
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
+    shape = limit, key is not None, start
     names = {"worker": worker_id, "key": key}
+    taking = {
+        **names,
+        "holder": caller.id,
+        **workers.unheard_since(caller, settings),
+    }
+    known = _served.get(worker_id)
+    # asked once more under its key, it learns what it got
+    if known and (key is None or key != known.key):
+        rows = await _take(session, known.jobs, shape, taking, known=True)
+        if rows:
+            _served[worker_id] = _Served(known.jobs, key)
+            if rows[0].unheard:
+                await workers.keep_alive(session, [worker_id])
+            return _claim(rows)
     worker = await workers.touch(
-        session, worker_id, caller, _reaching(limit, key is not None), **names
+        session, worker_id, caller, _reaching(*shape[:2]), **names
     )
     draining = worker.state == WorkerState.DRAINING
     # what its key brought before, it gets all the same
@@ -272,24 +335,49 @@ async def claim(
     if worker.due and not (draining or worker.again):
         await promote(session, worker_id)
         jobs = await session.scalar(select(_within_reach(limit)), names)
-    rows: Sequence[Row[Any]] = []
-    if jobs:
-        ids = [UUID(job) for job in jobs.split(",")]
-        # few shapes of the statement for any number of jobs: the nil UUID is no job's
-        branches = 1 << (len(ids) - 1).bit_length()
-        padded = {f"job_{n}": UUID(int=0) for n in range(branches)}
-        chosen = padded | {f"job_{n}": job for n, job in enumerate(ids)}
-        claimed = await session.execute(
-            _claiming(branches, limit, key is not None, start),
-            chosen | names | {"holder": caller.id},
-        )
-        rows = claimed.all()
-    repeated = not rows and key is not None
-    if repeated:
-        again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
-        rows = (await session.execute(again, names)).all()
+    ids = tuple(map(UUID, jobs.split(","))) if jobs else ()
+    rows = await _take(session, ids, shape, taking) if ids else []
+    _remember(worker_id, ids if rows else (), key)
+    if rows or key is None:
+        return _claim(rows, draining)
+    again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
+    return _claim((await session.execute(again, names)).all(), draining, repeated=True)
+
+
+def _remember(worker_id: UUID, jobs: tuple[UUID, ...], key: str | None) -> None:
+    if len(_served) > _REMEMBERED_WORKERS:
+        _served.clear()
+    # of more jobs those that are within reach need not be all
+    if 0 < len(jobs) <= _REMEMBERED_JOBS:
+        _served[worker_id] = _Served(jobs, key)
+    else:
+        _served.pop(worker_id, None)
+
+
+async def _take(
+    session: AsyncSession,
+    jobs: Sequence[UUID],
+    shape: tuple[int, bool, bool],
+    names: dict[str, Any],
+    *,
+    known: bool = False,
+) -> Sequence[Row[Any]]:
+    # few shapes of the statement for any number of jobs: the nil UUID is no job's
+    branches = 1 << (len(jobs) - 1).bit_length()
+    padded = {f"job_{n}": UUID(int=0) for n in range(branches)}
+    chosen = padded | {f"job_{n}": job for n, job in enumerate(jobs)}
+    claimed = await session.execute(
+        _claiming(branches, *shape, known),
+        chosen | names | {"serves": len(jobs)},
+    )
+    return claimed.all()
+
+
+def _claim(
+    rows: Sequence[Row[Any]], done: bool = False, repeated: bool = False
+) -> Claim:
     oldest_first = sorted(rows, key=lambda row: (row.queue_order, row.id))
-    return Claim([read_view(row) for row in oldest_first], draining, repeated)
+    return Claim([read_view(row) for row in oldest_first], done, repeated)
 
 
 class Beat(NamedTuple):
@@ -340,7 +428,7 @@ async def beat(
             )
             .returning(*VIEW)
         )
-        progressed = await read_changed(session, stored, settings)
+        progressed = await read_changed(session, stored.all(), settings)
     unsure = attempts.keys() - {task.id for task in progressed}
     cancelled: list[UUID] = []
     if unsure:

@@ -290,6 +290,14 @@ class Outbox:
             Emission(event, jobs_channel(name)) for name, event in available.items()
         ]
 
+    def dispatch(self, tasks: Iterable["TaskView"]) -> None:
+        """Hand those tasks that were born claimed to the broker."""
+        self.dispatches += [
+            Dispatch(task.job_name, task.id, task.room_id, task.payload)
+            for task in tasks
+            if task.status is TaskStatus.CLAIMED
+        ]
+
     def jobs_changed(self, rooms: Iterable[str]) -> None:
         """Tell rooms that their list of jobs, or of their workers, changed."""
         self.emissions += [
@@ -320,6 +328,7 @@ class TaskView(TaskLike, Protocol):
     """A task as the wire shows it."""
 
     job_name: str
+    payload: dict[str, Any]
     queue_position: int | None
     available_at: datetime | None
     error_type: Any

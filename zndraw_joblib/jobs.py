@@ -9,6 +9,7 @@ from sqlalchemy import (
     Row,
     Select,
     String,
+    Text,
     and_,
     bindparam,
     cast,
@@ -35,7 +36,6 @@ from zndraw_joblib.models import (
     Worker,
     WorkerJobLink,
     alive_within,
-    microseconds,
     queued,
     served_to,
 )
@@ -91,8 +91,8 @@ def named(name: FullName) -> ColumnElement[bool]:
     )
 
 
-#: Finds a live job by what :func:`find` makes of its full name; with the time.
-SERVED = select(Job.id, Job.room_id, Job.schema_, microseconds().label("clock")).where(
+#: Finds a live job by what :func:`find` makes of its full name; its schema as text.
+SERVED = select(Job.id, cast(Job.schema_, Text).label("schema")).where(
     Job.room_id == bindparam("room"),
     Job.category == bindparam("category"),
     Job.name == bindparam("name"),

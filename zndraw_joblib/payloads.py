@@ -204,15 +204,15 @@ def check_schema(schema: JsonObject) -> None:
         raise InvalidSchema.exception(error["detail"], errors=[error]) from None
 
 
-def check_payload(schema: JsonObject, payload: JsonObject) -> None:
-    """Refuse a payload that doesn't fit the job's schema.
+def check_payload(schema: str, payload: JsonObject) -> None:
+    """Refuse a payload that doesn't fit the job's schema, which is given as JSON.
 
     Raises
     ------
     ProblemException
         ``invalid-payload``, with at most ten ``errors``.
     """
-    checker = _checker(json.dumps(schema))
+    checker = _checker(schema)
     if _cost(payload, checker) > MAX_LOOKS:
         raise _too_deep("/body/payload")
     if not checker.validator.is_valid(payload):
@@ -221,7 +221,7 @@ def check_payload(schema: JsonObject, payload: JsonObject) -> None:
         )
 
 
-def check_payloads(schema: JsonObject, payloads: Sequence[JsonObject]) -> None:
+def check_payloads(schema: str, payloads: Sequence[JsonObject]) -> None:
     """Refuse a batch if one of its payloads doesn't fit the job's schema.
 
     Together they may cost as much as a single payload may: the event loop stands still
@@ -233,7 +233,7 @@ def check_payloads(schema: JsonObject, payloads: Sequence[JsonObject]) -> None:
         ``invalid-payload``, with at most ten ``errors``, or ``payload-too-large`` for
         payloads that fit one by one, and take too long together.
     """
-    checker = _checker(json.dumps(schema))
+    checker = _checker(schema)
     errors: list[dict[str, str]] = []
     total = 0
     for n, payload in enumerate(payloads):

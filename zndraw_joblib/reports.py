@@ -16,6 +16,7 @@ from sqlalchemy import (
     case,
     func,
     literal,
+    null,
     or_,
     select,
     true,
@@ -25,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
+from zndraw_joblib import workers
 from zndraw_joblib.attempts import back_in_queue, failed, told
 from zndraw_joblib.exceptions import (
     Forbidden,
@@ -45,9 +47,7 @@ from zndraw_joblib.models import (
     WORKER,
     Job,
     Task,
-    Worker,
     in_states,
-    microseconds,
     now,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
@@ -59,10 +59,12 @@ from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
     born_claimed,
+    end_of_queue,
     last_errors,
+    next_order,
     not_found,
     of_job,
-    queue_order,
+    order_taken,
     read_changed,
     read_view,
     seen,
@@ -143,6 +145,8 @@ def _alike(
     )
 
 
+# Afterwards nothing says whose these tasks were.
+_LEAVING = frozenset({TaskStatus.FAILED, TaskStatus.PENDING})
 _SIGN_OF_LIFE = (
     update(WORKER)
     .where(
@@ -174,7 +178,8 @@ def _moving(status: TaskStatus, superuser: bool, fenced: bool) -> ReturningUpdat
         bindparam("brought", type_=Task.result.type),
     )
     reporting = _reporting(status, superuser, fenced)
-    return reporting.values(values).returning(*VIEW)
+    unheard = workers.unheard(Task.worker_id)
+    return reporting.values(values).returning(unheard, *VIEW)
 
 
 class Reported(NamedTuple):
@@ -219,13 +224,14 @@ async def report(
     ProblemException
         ``task-not-found``, ``forbidden``, ``invalid-task-transition``, ``lease-lost``.
     """
-    # The worker before its task, as everywhere: two requests that lock in two orders
-    # would wait for each other.
-    await session.execute(_SIGN_OF_LIFE, {"task": task_id, "owner": caller.id})
+    if request.status in _LEAVING:
+        # the worker before its task, as everywhere: two requests that lock in two
+        # orders would wait for each other
+        await session.execute(_SIGN_OF_LIFE, {"task": task_id, "owner": caller.id})
     kind = request.status, caller.is_superuser, request.attempt is not None
     if request.status is TaskStatus.FAILED:
         failing = _reporting(*kind).values(_failures({task_id: request}, settings))
-        moving = failing.returning(*VIEW)
+        moving = failing.returning(null().label("unheard"), *VIEW)
     else:
         moving = _moving(*kind)
     names = {
@@ -236,10 +242,13 @@ async def report(
         "key": key,
         "told": request.error,
         "brought": request.result,
+        **workers.unheard_since(caller, settings),
     }
-    moved = await session.execute(moving, names)
+    moved = (await session.execute(moving, names)).all()
     changed = await read_changed(session, moved, settings)
     if changed:
+        if moved[0].unheard and request.status not in _LEAVING:
+            await workers.keep_alive(session, [moved[0].worker_id])
         return Reported(changed[0], changed=True)
     standing = await _standing(
         session, task_id, caller, may_enter, request, key, settings
@@ -274,27 +283,18 @@ async def report_many(
     list of Reported or ProblemException
         What :func:`report` would have returned or raised for each.
     """
-    # workers, then tasks, each by id: see docs/house.md
-    holders = select(Task.worker_id).where(Task.id.in_(reports))
-    mine = (
-        select(Worker.id)
-        .where(Worker.id.in_(holders), Worker.user_id == caller.id)
-        .order_by(Worker.id)
-        .with_for_update()
-    )
-    await session.execute(
-        update(Worker).where(Worker.id.in_(mine)).values({Worker.last_heartbeat: now()})
-    )
     found = await session.execute(
         seen(settings.queue_position_max)
         .add_columns(
             _entitled(caller, TaskStatus.COMPLETED).label("entitled"),
             _entitled(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
             Task.claim_key,
+            workers.unheard(Task.worker_id),
         )
         .where(Task.id.in_(reports))
         .order_by(Task.id)
-        .with_for_update(of=Task)
+        .with_for_update(of=Task),
+        workers.unheard_since(caller, settings),
     )
     standing = {row.id: row for row in found}
     moved: dict[UUID, TaskResponse] = {}
@@ -315,8 +315,10 @@ async def report_many(
             .values(_alike(status, alike, settings))
             .returning(*VIEW)
         )
-        views = await read_changed(session, changed, settings)
+        views = await read_changed(session, changed.all(), settings)
         moved |= {task.id: task for task in views}
+    if heard := {row.worker_id for row in standing.values() if row.unheard}:
+        await workers.keep_alive(session, heard)
     outcomes: list[Reported | ProblemException] = []
     for task_id, request in reports.items():
         if task_id in moved:
@@ -453,21 +455,22 @@ async def retry(
     # locked, so that no soft-deletion of the job comes in between; where nothing is
     # locked, what was read here may be over by the time of the write
     found = await session.execute(
-        select(Job.room_id, microseconds().label("clock"))
+        select(Job.room_id)
         .join(Task, Task.job_id == Job.id)
         .where(Task.id == task_id)
         .with_for_update(read=True, key_share=True, of=Job)
     )
-    job = found.one()
+    internal = found.scalar_one() == INTERNAL_ROOM
     seconds = settings.internal_redispatch_seconds
-    reborn = born_claimed(seconds) if job.room_id == INTERNAL_ROOM else {}
+    reborn = born_claimed(seconds) if internal else {}
+    least = literal(next_order(), Task.queue_order.type)
     raised = await session.execute(
         update(Task)
         .where(Task.id == task_id, in_states(TERMINAL), of_job(Job.deleted).is_(False))
         .values(
             {
                 **back_in_queue(),
-                Task.queue_order: queue_order(task.priority, job.clock),
+                Task.queue_order: end_of_queue(least, Task.priority),
                 Task.failed_attempts: 0,
                 Task.completed_at: None,
                 Task.result: None,
@@ -482,10 +485,12 @@ async def retry(
                 **reborn,
             }
         )
-        .returning(*VIEW)
+        .returning(Task.queue_order, *VIEW)
     )
-    again = await read_changed(session, raised, settings)
+    rows = raised.all()
+    again = await read_changed(session, rows, settings)
     if again:
+        order_taken(rows[0].queue_order, task.priority)
         return again[0]
     if await session.scalar(select(of_job(Job.deleted)).where(Task.id == task_id)):
         raise JobNotFound.exception("the task's job is gone")

@@ -3,12 +3,11 @@
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request, Response, status
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Row
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import (
@@ -48,7 +47,7 @@ from zndraw_joblib.dependencies import (
     request_hash,
 )
 from zndraw_joblib.door import Door
-from zndraw_joblib.events import Dispatch, worker_key
+from zndraw_joblib.events import worker_key
 from zndraw_joblib.exceptions import (
     Forbidden,
     IdempotencyKeyReused,
@@ -73,7 +72,13 @@ from zndraw_joblib.exceptions import (
     WorkerNotFound,
 )
 from zndraw_joblib.lifecycle import TaskStatus
-from zndraw_joblib.names import GLOBAL_ROOM, INTERNAL_ROOM, SPECIAL_ROOMS, FullName
+from zndraw_joblib.names import (
+    GLOBAL_ROOM,
+    INTERNAL_ROOM,
+    SPECIAL_ROOMS,
+    FullName,
+    split_full_name,
+)
 from zndraw_joblib.openapi import (
     ANY_QUERY,
     ANYTHING,
@@ -364,31 +369,28 @@ async def submit_task(
 ) -> TaskResponse:
     """Submit a task to a job that the room sees."""
     room, caller, session = visit
-    job = await submissions.resolve(session, room, job_name, body.priority, settings)
-    internal = _runs_here(job, job_name, registry, [body], "/body")
-    payloads.check_payload(job.schema_, body.payload)
-    submitted = await submissions.submit(
-        session,
-        job,
-        room,
-        caller,
-        body,
-        settings,
-        idempotency_key=idempotency_key,
-        internal=internal,
-    )
-    if submitted is None:
-        raise jobs.not_found(room, job_name)
+
+    async def attempt(target: submissions.Target) -> submissions.Submitted | None:
+        _check_broker(target.name, registry, [body], "/body")
+        payloads.check_payload(target.schema, body.payload)
+        return await submissions.submit(
+            session,
+            target,
+            room,
+            caller,
+            body,
+            settings,
+            idempotency_key=idempotency_key,
+        )
+
+    submitted = await submissions.to_job(session, room, job_name, attempt)
     if submitted.created:
         await submissions.check_quota(session, caller, settings)
     await session.commit()
     task = submitted.task
     if submitted.created:
         outbox.task_changed(task)
-        if internal:
-            outbox.dispatches.append(
-                Dispatch(job_name, task.id, task.room_id, task.payload)
-            )
+        outbox.dispatch([task])
     response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
     response.headers["Retry-After"] = "1"
     return task
@@ -418,47 +420,39 @@ async def submit_batch(
 ) -> TaskBatchResponse:
     """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
     room, caller, session = visit
-    name = jobs.find(room, job_name)
-    rows = await session.execute(jobs.SERVED, name._asdict())
-    job = jobs.found(rows.one_or_none(), room, job_name)
-    internal = _runs_here(job, job_name, registry, body.tasks, "/body/tasks/{}")
-    payloads.check_payloads(job.schema_, [task.payload for task in body.tasks])
-    batch = await submissions.submit_many(
-        session,
-        job,
-        job_name,
-        room,
-        caller,
-        body.tasks,
-        settings,
-        idempotency_key=idempotency_key,
-        internal=internal,
-    )
-    if batch is None:
-        raise jobs.not_found(room, job_name)
+
+    async def attempt(target: submissions.Target) -> submissions.Batch | None:
+        _check_broker(target.name, registry, body.tasks, "/body/tasks/{}")
+        payloads.check_payloads(target.schema, [task.payload for task in body.tasks])
+        return await submissions.submit_many(
+            session,
+            target,
+            room,
+            caller,
+            body.tasks,
+            settings,
+            idempotency_key=idempotency_key,
+        )
+
+    batch = await submissions.to_job(session, room, job_name, attempt)
     if batch.created:
         await submissions.check_quota(session, caller, settings, len(batch.created))
     await session.commit()
     outbox.tasks_changed(batch.created)
-    if internal:
-        outbox.dispatches += [
-            Dispatch(job_name, task.id, task.room_id, task.payload)
-            for task in batch.created
-        ]
+    outbox.dispatch(batch.created)
     return TaskBatchResponse(ids=batch.ids)
 
 
-def _runs_here(
-    job: Row[Any],
-    name: str,
+def _check_broker(
+    name: FullName,
     registry: Registry,
     submitted: Sequence[TaskSubmitRequest],
     where: str,
-) -> bool:
-    """Tell whether tasks go to the broker, if this server has one that takes them."""
-    if job.room_id != INTERNAL_ROOM:
-        return False
-    if registry is None or name not in registry:
+) -> None:
+    """Refuse what would go to the broker, if there is none here that takes it."""
+    if name.room != INTERNAL_ROOM:
+        return
+    if registry is None or str(name) not in registry:
         raise InternalJobNotConfigured.exception(f"nothing here runs {name}")
     detail = "an @internal task starts at once"
     errors = [
@@ -468,7 +462,6 @@ def _runs_here(
     ]
     if errors:
         raise InvalidRequest.exception(detail, errors=errors[: payloads.MAX_ERRORS])
-    return True
 
 
 @router.get("/rooms/{room_id}/tasks", responses=PAGE | problems(*ROOM))
@@ -658,15 +651,10 @@ async def retry_task(
 ) -> TaskResponse:
     """Set a task that has ended going again."""
     task = await reports.retry(session, task_id, caller, may_enter, settings)
-    internal = task.status is TaskStatus.CLAIMED
-    if internal and (registry is None or task.job_name not in registry):
-        raise InternalJobNotConfigured.exception(f"nothing here runs {task.job_name}")
+    _check_broker(split_full_name(task.job_name), registry, [], "")
     await session.commit()
     outbox.task_changed(task)
-    if internal:
-        outbox.dispatches.append(
-            Dispatch(task.job_name, task.id, task.room_id, task.payload)
-        )
+    outbox.dispatch([task])
     response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
     return task
 

@@ -4,37 +4,35 @@ import hashlib
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
     Float,
     Row,
-    Select,
+    Text,
     and_,
     bindparam,
-    case,
+    cast,
     func,
     insert,
     literal,
     literal_column,
+    null,
     select,
 )
-
-# ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
-# construct for both.
-from sqlalchemy.dialects.postgresql import Insert as Upsert
-from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib import jobs, telemetry
 from zndraw_joblib.exceptions import (
     IdempotencyKeyReused,
+    ProblemException,
     QuotaExceeded,
 )
 from zndraw_joblib.lifecycle import TaskStatus
@@ -43,11 +41,11 @@ from zndraw_joblib.models import (
     Job,
     Task,
     constant,
-    microseconds,
     now,
     number,
     queued,
 )
+from zndraw_joblib.names import INTERNAL_ROOM, FullName
 from zndraw_joblib.schemas import (
     TaskResponse,
     TaskSubmitRequest,
@@ -57,13 +55,16 @@ from zndraw_joblib.tasks import (
     PRIORITY_STEP,
     VIEW,
     born_claimed,
-    least_order,
+    end_of_queue,
+    next_order,
+    order_taken,
     position,
-    queue_order,
     read_view,
     seen,
 )
 from zndraw_joblib.workers import Caller
+
+T = TypeVar("T")
 
 
 def _digest(asked: Any) -> str:
@@ -86,63 +87,93 @@ class Submitted(NamedTuple):
     created: bool
 
 
-@lru_cache(maxsize=8)
-def _resolving(position_max: int) -> Select[Any]:
-    least, better = (
-        bindparam(name, type_=Task.queue_order.type) for name in ("least", "better")
-    )
-    # as :func:`queue_order` will have it
-    place = case((microseconds() > least, microseconds()), else_=least) - better
-    return jobs.SERVED.add_columns(
-        bindparam("full_name", type_=Task.job_name.type).label("full_name"),
-        position(Job.id, place, position_max).label("queue_position"),
-    )
+class Target(NamedTuple):
+    """A job as it was found: where a submission goes.
+
+    Attributes
+    ----------
+    id : UUID
+        The job's.
+    name : FullName
+        The job's.
+    schema : str
+        Its JSON Schema, as JSON.
+    """
+
+    id: UUID
+    name: FullName
+    schema: str
 
 
-async def resolve(
+# Jobs as they were found last. Whatever is submitted to one is inserted on the condition
+# that the job is still there, and its schema still the one that the payload was checked
+# against.
+_known: dict[FullName, Target] = {}
+_REMEMBERED_JOBS = 1000
+_REMEMBERED_BYTES = 8192
+
+
+async def to_job(
     session: AsyncSession,
     room: str,
     full_name: str,
-    priority: int,
-    settings: JobLibSettings,
-) -> Row[Any]:
-    """Return the job of a submission, and the place that its task will take.
+    attempt: Callable[[Target], Awaitable[T | None]],
+) -> T:
+    """Return what ``attempt`` makes of a submission to a job that ``room`` sees.
 
-    Returns
-    -------
-    Row
-        ``id``, ``room_id``, ``full_name``, ``schema_``, ``clock`` and
-        ``queue_position``.
+    It is tried with the job as remembered, and again with the job as it is when that
+    came to nothing.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    room : str
+        The room that asks.
+    full_name : str
+        The job's.
+    attempt : coroutine function
+        Returns None when the job is not what it was taken for.
 
     Raises
     ------
     ProblemException
-        ``job-not-found``, also for a malformed name.
+        ``job-not-found``, also for a malformed name, and what ``attempt`` raises.
     """
     name = jobs.find(room, full_name)
-    found = await session.execute(
-        _resolving(settings.queue_position_max),
-        {
-            **name._asdict(),
-            "full_name": full_name,
-            "least": least_order(),
-            "better": priority * PRIORITY_STEP,
-        },
+    if known := _known.get(name):
+        with suppress(ProblemException):
+            done = await attempt(known)
+            if done is not None:
+                return done
+        _known.pop(name, None)
+    rows = await session.execute(jobs.SERVED, name._asdict())
+    row = jobs.found(rows.one_or_none(), room, full_name)
+    target = Target(row.id, name, row.schema)
+    done = await attempt(target)
+    if done is None:
+        raise jobs.not_found(room, full_name)
+    if len(_known) > _REMEMBERED_JOBS:
+        _known.clear()
+    if len(target.schema) <= _REMEMBERED_BYTES:
+        _known[name] = target
+    return done
+
+
+@lru_cache(maxsize=16)
+def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) -> Any:
+    # built once for each shape
+    place = end_of_queue(
+        bindparam("least", type_=Task.queue_order.type),
+        bindparam("rank", type_=Task.queue_order.type),
     )
-    return jobs.found(found.one_or_none(), room, full_name)
-
-
-@lru_cache(maxsize=8)
-def _inserting(internal: bool, delayed: bool, keyed: bool) -> Any:
-    # Built once for each shape, and without ON CONFLICT where no key can conflict:
-    # SQLAlchemy compiles a statement that has it anew each time.
     columns: dict[Any, Any] = {
         Task.id: bindparam("new_id", type_=Task.id.type),
         Task.room_id: bindparam("in_room", type_=Task.room_id.type),
         Task.created_by_id: bindparam("submitter", type_=Task.created_by_id.type),
         Task.payload: bindparam("given", type_=Task.payload.type),
-        Task.priority: bindparam("rank", type_=Task.priority.type),
-        Task.queue_order: bindparam("place", type_=Task.queue_order.type),
+        Task.priority: bindparam("rank", type_=Task.queue_order.type),
+        Task.queue_order: place,
         Task.job_name: bindparam("full_name", type_=Task.job_name.type),
         Task.idempotency_key: bindparam("key", type_=Task.idempotency_key.type),
         Task.request_digest: bindparam("digest", type_=Task.request_digest.type),
@@ -155,30 +186,70 @@ def _inserting(internal: bool, delayed: bool, keyed: bool) -> Any:
         columns |= born_claimed(seconds) | {Task.attempt: literal(1)}
     elif delayed:
         columns[Task.available_at] = now(seconds)
+    job: ColumnElement[UUID] = bindparam("job", type_=Job.id.type)
     source = (
         select(*columns.values())
-        .where(Job.id == bindparam("job", type_=Job.id.type), Job.deleted.is_(False))
+        .where(
+            Job.id == job,
+            Job.deleted.is_(False),
+            cast(Job.schema_, Text) == bindparam("schema", type_=Text()),
+        )
         .with_for_update(read=True, key_share=True)
     )
+    if keyed:
+        # as both databases have it; SQLAlchemy's own construct is compiled anew each time
+        source = source.suffix_with("ON CONFLICT DO NOTHING")
+    queue_position = null() if internal else position(job, place, position_max)
     # of the table, not of the class: the parameters are values, not rows to insert
-    inserting = (upsert if keyed else insert)(TASK).from_select(
-        [column.key for column in columns], source
+    return (
+        insert(TASK)
+        .from_select([column.key for column in columns], source)
+        .returning(Task.queue_order, queue_position.label("queue_position"), *VIEW)
     )
-    if isinstance(inserting, Upsert):
-        inserting = inserting.on_conflict_do_nothing()
-    return inserting.returning(*VIEW)
+
+
+async def _insert(
+    session: AsyncSession,
+    target: Target,
+    room: str,
+    caller: Caller,
+    request: TaskSubmitRequest,
+    settings: JobLibSettings,
+    **names: Any,
+) -> Row[Any] | None:
+    internal = target.name.room == INTERNAL_ROOM
+    redispatch = settings.internal_redispatch_seconds
+    inserted = await session.execute(
+        _inserting(
+            internal,
+            request.delay_seconds > 0,
+            names["key"] is not None,
+            settings.queue_position_max,
+        ),
+        {
+            "in_room": room,
+            "submitter": caller.id,
+            "given": request.payload,
+            "rank": request.priority,
+            "full_name": str(target.name),
+            "job": target.id,
+            "schema": target.schema,
+            "seconds": redispatch if internal else request.delay_seconds,
+            **names,
+        },
+    )
+    return inserted.one_or_none()
 
 
 async def submit(
     session: AsyncSession,
-    job: Row[Any],
+    target: Target,
     room: str,
     caller: Caller,
     request: TaskSubmitRequest,
     settings: JobLibSettings,
     *,
     idempotency_key: str | None = None,
-    internal: bool = False,
 ) -> Submitted | None:
     """Insert a task.
 
@@ -186,9 +257,9 @@ async def submit(
     ----------
     session : AsyncSession
         Whose owner commits.
-    job : Row
-        What :func:`resolve` returned; the job stays locked against soft-deletion until
-        the commit.
+    target : Target
+        The job; it stays locked against soft-deletion until the commit. A task of an
+        ``@internal`` one is born claimed, for the broker instead of a worker.
     room : str
         The room that asks.
     caller : Caller
@@ -199,13 +270,11 @@ async def submit(
         The host's.
     idempotency_key : str, optional
         For this user, room and job it names one task.
-    internal : bool
-        The task is born claimed, for the broker instead of a worker.
 
     Returns
     -------
     Submitted or None
-        None when the job went away meanwhile.
+        None when the job is gone, or has another schema.
 
     Raises
     ------
@@ -216,35 +285,28 @@ async def submit(
     if idempotency_key is not None:
         digest = _digest(request.model_dump(mode="json"))
     new_id = uuid7()
-    inserted = await session.execute(
-        _inserting(internal, request.delay_seconds > 0, idempotency_key is not None),
-        {
-            "new_id": new_id,
-            "in_room": room,
-            "submitter": caller.id,
-            "given": request.payload,
-            "rank": request.priority,
-            "place": queue_order(request.priority, job.clock),
-            "full_name": job.full_name,
-            "key": idempotency_key,
-            "digest": digest,
-            "trace": telemetry.submitting(job.full_name, new_id),
-            "job": job.id,
-            "seconds": settings.internal_redispatch_seconds
-            if internal
-            else request.delay_seconds,
-        },
+    row = await _insert(
+        session,
+        target,
+        room,
+        caller,
+        request,
+        settings,
+        new_id=new_id,
+        least=next_order(),
+        key=idempotency_key,
+        digest=digest,
+        trace=telemetry.submitting(str(target.name), new_id),
     )
-    row = inserted.one_or_none()
     if row is not None:
-        place = job.queue_position if row.status is TaskStatus.PENDING else None
-        return Submitted(read_view(row, place), created=True)
+        order_taken(row.queue_order, request.priority)
+        return Submitted(read_view(row), created=True)
     if idempotency_key is None:
         return None
     earlier = await session.execute(
         seen(settings.queue_position_max)
         .add_columns(Task.request_digest)
-        .where(_keyed(caller, job.id, room, idempotency_key))
+        .where(_keyed(caller, target.id, room, idempotency_key))
     )
     row = earlier.one_or_none()
     if row is None:
@@ -272,15 +334,13 @@ def _ids(first: UUID, count: int) -> list[UUID]:
 
 async def submit_many(
     session: AsyncSession,
-    job: Row[Any],
-    full_name: str,
+    target: Target,
     room: str,
     caller: Caller,
     requests: Sequence[TaskSubmitRequest],
     settings: JobLibSettings,
     *,
     idempotency_key: str | None = None,
-    internal: bool = False,
 ) -> Batch | None:
     """Insert tasks of one job, at most 1000.
 
@@ -288,11 +348,8 @@ async def submit_many(
     ----------
     session : AsyncSession
         Whose owner commits.
-    job : Row
-        ``id`` of the job, and ``clock``; it stays locked against soft-deletion until
-        the commit.
-    full_name : str
-        The job's.
+    target : Target
+        As for :func:`submit`.
     room : str
         The room that asks.
     caller : Caller
@@ -303,13 +360,11 @@ async def submit_many(
         The host's.
     idempotency_key : str, optional
         For this user, room and job it names one batch.
-    internal : bool
-        The tasks are born claimed, for the broker instead of a worker.
 
     Returns
     -------
     Batch or None
-        None when the job went away meanwhile.
+        None when the job is gone, or has another schema.
 
     Raises
     ------
@@ -319,38 +374,29 @@ async def submit_many(
     digest = None
     if idempotency_key is not None:
         digest = _digest([request.model_dump(mode="json") for request in requests])
-    start = UUID(int=uuid7().int >> _BATCH_BITS << _BATCH_BITS)
-    orders = [queue_order(request.priority, job.clock) for request in requests]
-    redispatch = settings.internal_redispatch_seconds
-    inserted = await session.execute(
-        _inserting(
-            internal, requests[0].delay_seconds > 0, idempotency_key is not None
-        ),
-        {
-            "new_id": start,
-            "in_room": room,
-            "submitter": caller.id,
-            "given": requests[0].payload,
-            "rank": requests[0].priority,
-            "place": orders[0],
-            "full_name": full_name,
-            "key": idempotency_key,
-            "digest": digest,
-            # one trace for all of them
-            "trace": telemetry.submitting(full_name),
-            "job": job.id,
-            "seconds": redispatch if internal else requests[0].delay_seconds,
-        },
+    first = await _insert(
+        session,
+        target,
+        room,
+        caller,
+        requests[0],
+        settings,
+        new_id=UUID(int=uuid7().int >> _BATCH_BITS << _BATCH_BITS),
+        least=next_order(len(requests)),
+        key=idempotency_key,
+        digest=digest,
+        # one trace for all of them
+        trace=telemetry.submitting(str(target.name)),
     )
-    first = inserted.one_or_none()
     if first is not None:
-        created = await _add(session, job.id, first, requests, orders, settings)
+        order_taken(first.queue_order, first.priority, len(requests))
+        created = await _add(session, target.id, first, requests, settings)
         return Batch([task.id for task in created], created)
     if idempotency_key is None:
         return None
     earlier = await session.execute(
         select(Task.id, Task.request_digest).where(
-            _keyed(caller, job.id, room, idempotency_key)
+            _keyed(caller, target.id, room, idempotency_key)
         )
     )
     row = earlier.one_or_none()
@@ -366,10 +412,11 @@ async def _add(
     job_id: UUID,
     first: Row[Any],
     requests: Sequence[TaskSubmitRequest],
-    orders: Sequence[int],
     settings: JobLibSettings,
 ) -> list[TaskResponse]:
     """Insert the other tasks of a batch beside its first, which holds the job."""
+    base = first.queue_order + first.priority * PRIORITY_STEP
+    orders = [base + n - r.priority * PRIORITY_STEP for n, r in enumerate(requests)]
     waits = first.status is TaskStatus.PENDING
     common = {
         "job_id": job_id,

@@ -7,8 +7,8 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
-    Result,
     Row,
     Select,
     bindparam,
@@ -32,6 +32,7 @@ from zndraw_joblib.models import (
     Job,
     Task,
     constant,
+    microseconds,
     now,
     number,
     queued,
@@ -49,26 +50,39 @@ PRIORITY_STEP = 2**52
 _last_order = 0
 
 
-def queue_order(priority: int, clock: int) -> int:
+def end_of_queue(least: Any, priority: Any) -> ColumnElement[int]:
     """Return the place at the end of the queue, among tasks of this priority.
+
+    It is the database's clock, since replicas queue tasks side by side.
 
     Parameters
     ----------
-    priority : int
+    least : ColumnElement
+        Of :func:`next_order`.
+    priority : ColumnElement
         Higher comes first; then it is first in, first out.
-    clock : int
-        The database's ``microseconds``: replicas queue tasks side by side.
     """
-    # 52 bits hold the microseconds until 2112; strictly growing, so that neither tasks
-    # of one moment nor a clock set back change the order of one process's own
+    # 52 bits hold the microseconds until 2112
+    clock = case((microseconds() > least, microseconds()), else_=least)
+    place: ColumnElement[int] = clock - priority * literal(PRIORITY_STEP, BigInteger())
+    return place
+
+
+def next_order(count: int = 1) -> int:
+    """Return the least place of the next of ``count`` tasks; those after it follow.
+
+    Strictly growing, so that neither tasks of one moment nor a clock set back change
+    the order of one process's own.
+    """
     global _last_order
-    _last_order = max(least_order(), clock)
-    return _last_order - priority * PRIORITY_STEP
+    _last_order += count
+    return _last_order - count + 1
 
 
-def least_order() -> int:
-    """Return the least that :func:`queue_order` takes for the clock."""
-    return _last_order + 1
+def order_taken(order: int, priority: int, count: int = 1) -> None:
+    """Remember the place that the first of ``count`` tasks has taken."""
+    global _last_order
+    _last_order = max(_last_order, order + priority * PRIORITY_STEP + count - 1)
 
 
 def of_job(column: Any) -> ColumnElement[Any]:
@@ -206,10 +220,9 @@ def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
 
 
 async def read_changed(
-    session: AsyncSession, changed: Result[Any], settings: JobLibSettings
+    session: AsyncSession, rows: Sequence[Row[Any]], settings: JobLibSettings
 ) -> list[TaskResponse]:
     """Make the wire views of what a statement returned, with places in the queue."""
-    rows = changed.all()
     waiting = [row.id for row in rows if row.status is TaskStatus.PENDING]
     places: dict[UUID, int] = {}
     if waiting:

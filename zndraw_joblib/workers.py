@@ -7,6 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
+    Float,
     Row,
     Select,
     bindparam,
@@ -190,6 +191,30 @@ async def mine(
     if touched.one_or_none() is None:
         raise WorkerNotFound.exception(f"you have no worker {worker_id}")
     return worker_id
+
+
+# Of a worker that was heard within this part of ``worker_timeout_seconds``, claims and
+# reports don't write that they were heard again.
+_FRESH = 1 / 60
+
+
+def unheard(worker_id: Any) -> ColumnElement[bool]:
+    """Return the column ``unheard``: whether the caller's worker was not heard just now.
+
+    A statement that returns it needs :func:`keep_alive` after it where it is true. Its
+    parameters are those of :func:`unheard_since`.
+    """
+    heard = select(Worker.last_heartbeat).where(
+        Worker.id == worker_id,
+        Worker.user_id == bindparam("owner"),
+    )
+    ago = now(bindparam("fresh", type_=Float()))
+    return (heard.scalar_subquery() < ago).label("unheard")
+
+
+def unheard_since(caller: Caller, settings: JobLibSettings) -> dict[str, Any]:
+    """Return the parameters of :func:`unheard`."""
+    return {"owner": caller.id, "fresh": -_FRESH * settings.worker_timeout_seconds}
 
 
 async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:
