@@ -70,7 +70,10 @@ async def prepare(app: FastAPI, kind: str) -> str:
 async def main(database_url: str, kind: str, beside: str) -> None:
     app = make_app(database_url, kind, beside)
     token = await prepare(app, kind)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    # with any other protocol asyncio would leave Nagle's algorithm on
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1024)
     config = uvicorn.Config(
         app, lifespan="off", log_level="critical", timeout_keep_alive=600
     )
