@@ -19,6 +19,7 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
+import bench_batches
 import bench_depth
 from bench_client import User
 from bench_sides import (
@@ -277,7 +278,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="turns of each side")
     parser.add_argument("--requests", type=int, help="requests in a turn")
     parser.add_argument("--most", type=int, help="tasks that wait, at most")
-    parser.add_argument("--parts", default="throughput,depth,wakeups")
+    parser.add_argument("--tasks", type=int, help="tasks in a turn of batches")
+    parser.add_argument("--parts", default="throughput,depth,wakeups,batches")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--no-release", action="store_true")
     options = parser.parse_args()
@@ -289,6 +291,9 @@ def parse() -> argparse.Namespace:
     )
     options.most = options.most or (10**5 if options.quick else 10**6)
     options.each = 4 if options.quick else 8
+    options.tasks = options.tasks or (1000 if options.quick else 10**4)
+    # a turn of batches takes as long as all turns of an operation
+    options.batch_rounds = options.rounds or (1 if options.quick else 3)
     options.rounds = options.rounds or (3 if options.quick else 9)
     options.requests = options.requests or (24 if options.quick else 96)
     options.release = (
@@ -310,6 +315,11 @@ def main() -> None:
             found[kind] |= asyncio.run(bench(kind, options))
         if "wakeups" in options.parts:
             found[kind]["wakeups"] = asyncio.run(wake_ups(kind, options))
+        if "batches" in options.parts and kind != "wal":
+            asked = options.release, options.tasks, options.batch_rounds
+            rows = asyncio.run(bench_batches.batches(kind, *asked))
+            bench_batches.tell(KINDS[kind], rows)
+            found[kind]["batches"] = rows
         if "depth" in options.parts and kind != "wal":
             found[kind]["depth"] = asyncio.run(depths(kind, options))
             name = "postgresql" if kind == "postgres" else "sqlite"

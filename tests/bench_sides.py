@@ -45,6 +45,12 @@ def release_python(directory: Path) -> Path:
     return python
 
 
+def environment(ours: bool) -> dict[str, str]:
+    """Return the variables of a process of this tree, or of what knows nothing of it."""
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return environ | ({"PYTHONPATH": str(HERE.parent)} if ours else {})
+
+
 class Database:
     """Makes databases of one kind."""
 
@@ -107,15 +113,12 @@ class Host:
     """A host process."""
 
     def __init__(self, python: str | Path, url: str, kind: str, beside: str) -> None:
-        # nothing of this tree on the path of the release
-        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        if beside == "floor":
-            environ["PYTHONPATH"] = str(HERE.parent)
         self.url = url
         self.process = subprocess.Popen(
             [python, HERE / "bench_host.py", url, kind, beside],
             stdout=subprocess.PIPE,
-            env=environ,
+            # nothing of this tree on the path of the release
+            env=environment(beside == "floor"),
         )
         assert self.process.stdout
         told = json.loads(self.process.stdout.readline())
