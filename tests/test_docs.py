@@ -146,7 +146,9 @@ async def test_a_mounted_host_is_one(elsewhere: Path):
             await socketio.AsyncClient().connect(url, retry=False)
 
 
-async def test_private_rooms_are_private(elsewhere: Path, app, session_maker, ada, bob):
+async def test_private_rooms_are_private(
+    elsewhere: Path, app, session_maker, ada, bob, admin
+):
     page = await pages.run(pages.DOCS / "private-rooms.md")
     page["with_private_rooms"](app)
     page["with_archived_rooms"](app)
@@ -176,14 +178,26 @@ async def test_private_rooms_are_private(elsewhere: Path, app, session_maker, ad
         entered.append((sid, channel))
 
     async def get_session(sid):
-        return {"caller": Caller({"ada": ada, "bob": bob}[sid].id, False)}
+        return {
+            "caller": Caller(
+                {"ada": ada, "bob": bob}.get(sid, admin).id, sid == "admin"
+            )
+        }
 
     tsio.enter_room, tsio.get_session = enter_room, get_session
     handlers = tsio.handlers["/"]
-    for sid in ("ada", "bob"):
+    for sid in ("ada", "bob", "admin"):
         await handlers["join_room"](sid, {"room_id": "lab"})
-        await handlers["join_job_room"](sid, {"job_name": steps.JOB})
-    assert entered == [("ada", "room:lab"), ("ada", f"jobs:{steps.JOB}")]
+        for room in ("lab", "@global"):
+            await handlers["join_job_room"](sid, {"job_name": f"{room}:analysis:A"})
+            provider = {"provider_name": f"{room}:files:Disk"}
+            await handlers["join_provider_room"](sid, provider)
+    in_lab = ["room:lab", "jobs:lab:analysis:A", "providers:lab:files:Disk"]
+    of_all = ["jobs:@global:analysis:A", "providers:@global:files:Disk"]
+    assert entered == [
+        *(("ada", channel) for channel in in_lab),
+        *(("admin", channel) for channel in in_lab + of_all),
+    ]
 
 
 async def test_a_long_job_reports_drains_and_is_looped_over(
