@@ -19,7 +19,7 @@ from steps import claim, offer, silence, submit
 from zndraw_joblib import Category, Extension, JobManager
 
 playwright = pytest.importorskip("playwright.async_api")
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 
 pytestmark = [
     pytest.mark.makers("plain"),
