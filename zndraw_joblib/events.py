@@ -224,6 +224,7 @@ class Dispatch(NamedTuple):
     task_id: UUID
     room_id: str
     payload: dict[str, Any]
+    traceparent: str | None = None
 
 
 @dataclass
@@ -323,6 +324,13 @@ class TaskView(TaskLike, Protocol):
     queue_position: int | None
     available_at: datetime | None
     error_type: Any
+
+
+def dispatch_of(task: Any) -> Dispatch:
+    """Return the message about an ``@internal`` task, from how it stands."""
+    return Dispatch(
+        task.job_name, task.id, task.room_id, task.payload, task.traceparent
+    )
 
 
 def task_key(task_id: Any) -> str:

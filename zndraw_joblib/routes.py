@@ -48,7 +48,7 @@ from zndraw_joblib.dependencies import (
     request_hash,
 )
 from zndraw_joblib.door import Door
-from zndraw_joblib.events import Dispatch, worker_key
+from zndraw_joblib.events import dispatch_of, worker_key
 from zndraw_joblib.exceptions import (
     Forbidden,
     IdempotencyKeyReused,
@@ -388,9 +388,7 @@ async def submit_task(
     if submitted.created:
         outbox.task_changed(task)
         if internal:
-            outbox.dispatches.append(
-                Dispatch(job_name, task.id, task.room_id, task.payload)
-            )
+            outbox.dispatches.append(dispatch_of(task))
     response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
     response.headers["Retry-After"] = "1"
     return task
@@ -443,10 +441,7 @@ async def submit_batch(
     await session.commit()
     outbox.tasks_changed(batch.created)
     if internal:
-        outbox.dispatches += [
-            Dispatch(job_name, task.id, task.room_id, task.payload)
-            for task in batch.created
-        ]
+        outbox.dispatches += map(dispatch_of, batch.created)
     return TaskBatchResponse(ids=batch.ids)
 
 
@@ -666,9 +661,7 @@ async def retry_task(
     await session.commit()
     outbox.task_changed(task)
     if internal:
-        outbox.dispatches.append(
-            Dispatch(task.job_name, task.id, task.room_id, task.payload)
-        )
+        outbox.dispatches.append(dispatch_of(task))
     response.headers["Location"] = f"/v1/joblib/tasks/{task.id}"
     return task
 

@@ -17,7 +17,7 @@ from zndraw_joblib.delivery import (
     SessionMaker,
     deliver,
 )
-from zndraw_joblib.events import Dispatch, Emitter, Outbox, worker_key
+from zndraw_joblib.events import Emitter, Outbox, dispatch_of, worker_key
 from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.models import Job, Worker, number, silent_for
 from zndraw_joblib.schemas import TaskResponse
@@ -229,10 +229,7 @@ async def cleanup_stuck_internal_tasks(
         again = await attempts.take_up(session, settings, TASKS_A_BATCH)
         for task in again:
             outbox.task_changed(task)
-        outbox.dispatches += [
-            Dispatch(task.job_name, task.id, task.room_id, task.payload)
-            for task in overdue + again
-        ]
+        outbox.dispatches += map(dispatch_of, overdue + again)
         return len(overdue) + len(again)
 
     stuck = partial(_change, attempts.fail_stuck, settings)
