@@ -58,6 +58,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def build(session: nox.Session) -> None:
+    """Build wheel and sdist into dist."""
+    session.install("build")
+    session.run("python", "-m", "build", *session.posargs)
+
+
+@nox.session
 def pictures(session: nox.Session) -> None:
     """Draw the state machine anew, from the code."""
     session.install("-e", ".")
@@ -110,6 +117,13 @@ def demo(session: nox.Session) -> None:
     """Run real structures through a host and a worker."""
     install(session, "host", "demo")
     session.run("python", "docs/demo.py", *session.posargs, **PATIENT)
+
+
+@nox.session
+def host(session: nox.Session) -> None:
+    """Run the example host; the environment configures it, as docs/mount.md says."""
+    install(session, "host")
+    session.run("python", "docs/host.py", *session.posargs, **PATIENT)
 
 
 @nox.session
