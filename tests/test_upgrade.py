@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import conftest
 import host
+import pages
 import pytest
 import sqlalchemy as sa
 import steps
@@ -392,6 +393,19 @@ async def test_it_becomes_what_a_new_database_is(
     assert [n for n in names if not re.match(r"(ix|uq|ck)_", n)] == []
 
 
+HOST_ENV = """
+import asyncio
+import os
+from zndraw_auth import create_engine_for_url
+
+async def main():
+    engine = create_engine_for_url(os.environ["DATABASE_URL"])
+    async with engine.begin() as connection:
+        await connection.run_sync(migrate)
+    await engine.dispose()
+
+asyncio.run(main())
+"""
 HOST_BEFORE = """
 import sqlalchemy as sa
 from alembic import op
@@ -431,13 +445,15 @@ async def test_it_stands_in_a_history_of_the_hosts(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     directory = tmp_path / "host"
-    shutil.copytree(DOCS / "migrations", directory / "migrations")
-    shutil.copy(DOCS / "alembic.ini", directory)
     versions = directory / "migrations" / "versions"
-    ours = versions / "joblib_0_2.py"
+    versions.mkdir(parents=True)
+    shutil.copy(DOCS / "alembic.ini", directory)
+    # as the page shows them
+    ours, env = (b.code for b in pages.blocks(DOCS / "upgrade.md", "python"))
     first, its = "down_revision = None", 'down_revision = "host_1"'
-    assert first in ours.read_text()
-    ours.write_text(ours.read_text().replace(first, its))
+    assert first in ours
+    (versions / "joblib_0_2.py").write_text(ours.replace(first, its))
+    (directory / "migrations" / "env.py").write_text(env + HOST_ENV)
     (versions / "host_1.py").write_text(HOST_BEFORE)
     (versions / "host_2.py").write_text(HOST_AFTER)
 
