@@ -1,7 +1,7 @@
 """A complete host: users, jobs, Socket.IO, TaskIQ and the sweeper in one FastAPI app.
 
-Run it with ``python docs/host.py``. When the app is created it reads the environment:
-``DATABASE_URL``, by default a SQLite file; ``REDIS_URL``, by default none (with it and
+Run it with ``nox -s host``, which installs what it needs; docs/mount.md says how to log
+in. When the app is created it reads the environment: ``DATABASE_URL``, by default a SQLite file; ``REDIS_URL``, by default none (with it and
 PostgreSQL any number of replicas may run); ``ZNDRAW_AUTH_...`` and
 ``ZNDRAW_JOBLIB_...``, the settings of the two libraries.
 """

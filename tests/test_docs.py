@@ -1,24 +1,34 @@
 """What the docs show is what the code does."""
 
 import asyncio
+import io
+import json
+import logging
+import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
+import anyio
+import conftest
 import httpx
 import pages
 import pytest
 import servers
 import socketio
+import sqlalchemy as sa
 import states
 import steps
 import tables
 from processes import Process, running
+from taskiq.api import run_receiver_task
+from taskiq_redis import ListQueueBroker
 
 import zndraw_joblib
 from zndraw_joblib import JobManager
@@ -71,6 +81,9 @@ async def test_replicas_prepare_one_database_at_once(page: Path):
     page = await pages.run(page)
     await steps.at_once(*(page["prepare"]() for _ in range(4)))
     await page["engine"].dispose()
+    async with page["pooled"].connect() as connection:
+        assert await connection.scalar(sa.text("SELECT count(*) FROM task")) == 0
+    await page["pooled"].dispose()
 
 
 async def test_the_tutorial_leads_from_nothing_to_a_result(elsewhere: Path):
@@ -113,7 +126,7 @@ async def test_the_tutorial_leads_from_nothing_to_a_result(elsewhere: Path):
             assert await working.ends() == 0, working.written()
         async with run(again) as submitting:
             assert await submitting.ends() == 1
-            assert re.search(rf"^{shown[3]}", submitting.written(), re.MULTILINE)
+            assert submitting.written().splitlines()[-1] == shown[3]
 
 
 async def test_a_mounted_host_is_one(elsewhere: Path):
@@ -146,7 +159,9 @@ async def test_a_mounted_host_is_one(elsewhere: Path):
             await socketio.AsyncClient().connect(url, retry=False)
 
 
-async def test_private_rooms_are_private(elsewhere: Path, app, session_maker, ada, bob):
+async def test_private_rooms_are_private(
+    elsewhere: Path, app, session_maker, ada, bob, admin
+):
     page = await pages.run(pages.DOCS / "private-rooms.md")
     page["with_private_rooms"](app)
     page["with_archived_rooms"](app)
@@ -176,14 +191,75 @@ async def test_private_rooms_are_private(elsewhere: Path, app, session_maker, ad
         entered.append((sid, channel))
 
     async def get_session(sid):
-        return {"caller": Caller({"ada": ada, "bob": bob}[sid].id, False)}
+        return {
+            "caller": Caller(
+                {"ada": ada, "bob": bob}.get(sid, admin).id, sid == "admin"
+            )
+        }
 
     tsio.enter_room, tsio.get_session = enter_room, get_session
     handlers = tsio.handlers["/"]
-    for sid in ("ada", "bob"):
+    for sid in ("ada", "bob", "admin"):
         await handlers["join_room"](sid, {"room_id": "lab"})
-        await handlers["join_job_room"](sid, {"job_name": steps.JOB})
-    assert entered == [("ada", "room:lab"), ("ada", f"jobs:{steps.JOB}")]
+        for room in ("lab", "@global"):
+            await handlers["join_job_room"](sid, {"job_name": f"{room}:analysis:A"})
+            provider = {"provider_name": f"{room}:files:Disk"}
+            await handlers["join_provider_room"](sid, provider)
+    in_lab = ["room:lab", "jobs:lab:analysis:A", "providers:lab:files:Disk"]
+    of_all = ["jobs:@global:analysis:A", "providers:@global:files:Disk"]
+    assert entered == [
+        *(("ada", channel) for channel in in_lab),
+        *(("admin", channel) for channel in in_lab + of_all),
+    ]
+
+
+#: a page's ``work`` in a process of its own, where SIGTERM ends it
+WORK = """
+import asyncio, sys
+from pathlib import Path
+import pages
+
+page = asyncio.run(pages.run(Path(sys.argv[1])))
+page["work"](*sys.argv[2:])
+"""
+
+
+@asynccontextmanager
+async def working(page: Path, elsewhere: Path, *arguments: str) -> AsyncIterator[None]:
+    """Let the worker that a page shows work, and leave when it is asked to."""
+    command, log = ("-c", WORK, page, *arguments), elsewhere / "worker.log"
+    paths = os.pathsep.join(map(str, (pages.ROOT / "tests", pages.DOCS)))
+    async with running(*command, log=log, PYTHONPATH=paths) as process:
+        yield
+        process.popen.send_signal(signal.SIGTERM)
+        assert await process.ends() == 0, process.written()
+
+
+async def is_there(user: Any, job: str, room: str = "lab") -> None:
+    """Wait until a worker offers a job."""
+    with anyio.fail_after(30):
+        while (await user.get(f"/rooms/{room}/jobs/{job}")).status_code == 404:
+            await anyio.sleep(0.05)
+
+
+async def test_the_worker_of_the_readme_counts(elsewhere: Path, server, admin):
+    readme = pages.ROOT / "README.md"
+    page = await pages.run(readme)
+    login = (server, admin.email, conftest.PASSWORD)
+    async with working(readme, elsewhere, *login):
+        await is_there(admin, "@global:analysis:Composition", "my-room")
+        counted = await asyncio.to_thread(page["count"], *login)
+    assert counted == {"Cu": 2, "O": 1}
+    await page["engine"].dispose()
+
+
+async def test_a_gpu_worker_loads_once_and_works(elsewhere: Path, server, ada):
+    page = pages.DOCS / "gpu-workers.md"
+    async with working(page, elsewhere, server, ada.token, "cuda:7"):
+        await is_there(ada, "lab:modifiers:Relax")
+        task = await steps.submit(ada, "lab:modifiers:Relax", payload={"steps": 3})
+        answer = await ada.get(f"/tasks/{task['id']}", headers={"Prefer": "wait=20"})
+    assert answer.json()["result"] == {"steps": 3, "device": "cuda:7"}
 
 
 async def test_a_long_job_reports_drains_and_is_looped_over(
@@ -194,9 +270,8 @@ async def test_a_long_job_reports_drains_and_is_looped_over(
     def work() -> tuple[Any, ...]:
         with JobManager.connect(server, token=ada.token) as manager:
             relax = page["Relax"]
-            manager.register(relax, room="lab", run_kwargs={"device": "cuda:0"})
+            page["work_patiently"](manager, {"potential": page["Potential"]("cpu")})
             ids = [manager.submit(relax(), "lab", job_room="lab") for _ in range(2)]
-            # as registered by the page: without run_kwargs
             page["serve"](manager, 2)
             http = httpx.Client(base_url=server, headers=ada.headers)
             page["drain"](http, str(manager.worker_id))
@@ -207,7 +282,8 @@ async def test_a_long_job_reports_drains_and_is_looped_over(
 
     ended, listed = await asyncio.to_thread(work)
     assert [task.status for task in ended] == ["completed"] * 2
-    assert ended[0].result == {"steps": 100, "device": "cpu"}
+    assert ended[0].result == {"steps": 100, "device": "cuda:0"}
+    assert ended[0].max_attempts == page["policy"].max_attempts == 3
     assert [worker["state"] for worker in listed] == ["draining"]
 
 
@@ -226,22 +302,110 @@ async def test_a_scan_is_submitted_and_served_in_batches(elsewhere, server, ada)
     assert len(set(once)) == 100
 
 
-async def test_internal_jobs_of_the_page_run(elsewhere, app, ada, admin):
-    page = await pages.run(pages.DOCS / "internal-jobs.md")
-    http = httpx.AsyncClient(
+async def thumbnails(page: dict[str, Any], user: Any) -> list[dict[str, Any]]:
+    """Return what becomes of a good task and of one that fails."""
+    run, ended = page["Thumbnail"].run, []
+    for how in (run, Mock(side_effect=ValueError("no picture"))):
+        page["Thumbnail"].run = how
+        task = await steps.submit(
+            user, "@internal:analysis:Thumbnail", payload={"width": 7}
+        )
+        answer = await user.get(f"/tasks/{task['id']}", headers={"Prefer": "wait=20"})
+        ended.append({k: answer.json()[k] for k in ("status", "result", "error")})
+    page["Thumbnail"].run = run
+    return ended
+
+
+THUMBNAILS = [
+    {"status": "completed", "result": {"width": 7}, "error": None},
+    {"status": "failed", "result": None, "error": "no picture"},
+]
+
+
+@pytest.fixture
+async def service(app, admin) -> AsyncIterator[httpx.AsyncClient]:
+    """Yield the client that ``@internal`` tasks are reported with."""
+    async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app),
         base_url="http://host",
         headers={"Authorization": f"Bearer {admin.token}"},
-    )
-    broker = await page["register"](app, page["make_executor"](http))
-    task = await steps.submit(ada, "@internal:analysis:Thumbnail", payload={"width": 7})
-    answer = await ada.get(f"/tasks/{task['id']}", headers={"Prefer": "wait=20"})
-    assert (answer.json()["status"], answer.json()["result"]) == (
-        "completed",
-        {"width": 7},
-    )
+    ) as http:
+        yield http
+
+
+async def test_internal_jobs_of_the_page_run(elsewhere, app, ada, service):
+    page = await pages.run(pages.DOCS / "internal-jobs.md")
+    broker = await page["register"](app, page["make_executor"](service))
+    assert await thumbnails(page, ada) == THUMBNAILS
     await broker.shutdown()
-    await http.aclose()
+
+
+async def test_internal_jobs_of_the_page_run_beside_the_host(
+    elsewhere, app, session_maker, ada, service, redis_url
+):
+    page = await pages.run(pages.DOCS / "internal-jobs.md")
+    sender = ListQueueBroker(redis_url)
+    await zndraw_joblib.register_internal_jobs(
+        app, sender, [page["Thumbnail"]], None, session_maker
+    )
+    broker = page["worker_broker"](redis_url, service)
+    await broker.startup()
+    receiving = asyncio.create_task(run_receiver_task(broker))
+    assert await thumbnails(page, ada) == THUMBNAILS
+    receiving.cancel()
+    await asyncio.wait([receiving])
+    await broker.shutdown()
+    await sender.shutdown()
+
+
+async def test_a_route_behind_the_lock_lets_go_of_it(elsewhere):
+    page = await pages.run(pages.DOCS / "sqlite-lock.md")
+    transport = httpx.ASGITransport(page["app"])
+    async with httpx.AsyncClient(transport=transport, base_url="http://host") as http:
+        answers = await steps.at_once(*(http.post("/reports") for _ in range(4)))
+    assert [answer.json() for answer in answers] == [42] * 4
+    assert not page["db_lock"].locked()
+    await page["engine"].dispose()
+
+
+async def test_numbers_and_lines_of_the_page_are_told(
+    elsewhere, ada, session_maker, capsys
+):
+    page = await pages.run(pages.DOCS / "operations.md")
+    lines = io.StringIO()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(page["JsonLines"]())
+    log = logging.getLogger("zndraw_joblib")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        await steps.offer(ada)
+        task = await steps.submit(ada)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+    (told,) = map(json.loads, lines.getvalue().splitlines())
+    assert told == {
+        "message": f"task {task['id']} of {steps.JOB} submitted",
+        "event": "submitted",
+        "task_id": task["id"],
+        "job_name": steps.JOB,
+        "room_id": "lab",
+        "worker_id": None,
+        "attempt": 0,
+    }
+    async with session_maker() as session:
+        await page["print_queues"](session)
+    assert re.fullmatch(rf"{steps.JOB} 1 0 \d+\.\d+\n", capsys.readouterr().out)
+
+
+async def test_a_host_raises_problems_of_the_page(elsewhere, app, ada):
+    page = await pages.run(pages.DOCS / "problems.md")
+    app.get("/quota/{used}")(page["check_quota"])
+    assert (await ada.get("http://host/quota/100")).status_code == 200
+    refused = steps.problem(await ada.get("http://host/quota/101"), 403, "forbidden")
+    assert refused["detail"] == "your group has used its hours"
 
 
 def test_shell_blocks_name_what_there_is():

@@ -12,13 +12,14 @@ import conftest
 import pytest
 from anyio.to_thread import run_sync
 from conftest import User
+from makers import SessionMaker
 from pydantic import Field
-from steps import claim, offer, submit
+from steps import claim, offer, silence, submit
 
 from zndraw_joblib import Category, Extension, JobManager
 
 playwright = pytest.importorskip("playwright.async_api")
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 
 pytestmark = [
     pytest.mark.makers("plain"),
@@ -176,9 +177,12 @@ async def test_people_see_tasks_move_and_move_them(
 
 
 async def test_a_connection_that_breaks_comes_back(
-    page: Any, server: str, app: Any, ada: User
+    page: Any, server: str, app: Any, ada: User, session_maker: SessionMaker
 ):
     expect = playwright.expect
+    # what lives is not for the browser's clock to say
+    ahead = "const now = Date.now; Date.now = () => now() + 3600e3"
+    await page.add_init_script(ahead)
     await page.goto(server)
     await log_in(page, ada, conftest.PASSWORD)
     line = page.locator("#line")
@@ -195,4 +199,9 @@ async def test_a_connection_that_breaks_comes_back(
     await expect(page.locator("#waiting .card")).to_have_count(1)
     await claim(ada, worker)
     await expect(page.locator("#going .card")).to_have_count(1)
+    await expect(page.locator(".worker.alive")).to_have_count(1)
+    await silence(session_maker, worker)
+    await page.reload()
+    await expect(page.locator(".worker")).to_contain_text("silent since")
+    await expect(page.locator(".worker.alive")).to_have_count(0)
     assert page.wrong == []

@@ -4,8 +4,11 @@ import asyncio
 import logging
 import subprocess
 import sys
+import threading
+import time
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 from conftest import PASSWORD, User
 from makers import SessionMaker
@@ -15,10 +18,20 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from steps import JOB, claim, offer, read, report, silence, submit
+from sqlalchemy import update
+from steps import JOB, claim, execute, offer, read, report, silence, submit
+from taskiq import InMemoryBroker
 
-from zndraw_joblib import Category, Extension, JobManager
-from zndraw_joblib.sweeper import cleanup_stale_workers
+from zndraw_joblib import (
+    Category,
+    Extension,
+    JobManager,
+    register_internal_jobs,
+    register_internal_tasks,
+    telemetry,
+)
+from zndraw_joblib.models import Task, now
+from zndraw_joblib.sweeper import cleanup_stale_workers, cleanup_stuck_internal_tasks
 
 pytestmark = pytest.mark.makers("plain")
 
@@ -42,6 +55,29 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> InMemoryMetricReader:
     provider = MeterProvider([reader])
     monkeypatch.setattr(metrics._internal, "_METER_PROVIDER", provider)
     return reader
+
+
+def finished(
+    spans: InMemorySpanExporter, name: str, within: ReadableSpan | None = None
+) -> list[ReadableSpan]:
+    """Return the spans of a name, those of one trace alone, as they began."""
+    found = [
+        span
+        for span in spans.get_finished_spans()
+        if span.name == name
+        and (within is None or span.context.trace_id == within.context.trace_id)
+    ]
+    return sorted(found, key=lambda span: span.start_time)
+
+
+def ancestors(spans: InMemorySpanExporter, span: ReadableSpan) -> list[int]:
+    """Return the ids of the spans that a span stands in."""
+    above = {s.context.span_id: s.parent for s in spans.get_finished_spans()}
+    line, at = [], span.parent
+    while at is not None:
+        line.append(at.span_id)
+        at = above.get(at.span_id)
+    return line
 
 
 async def test_each_change_is_one_structured_line(
@@ -84,7 +120,7 @@ async def test_each_change_is_one_structured_line(
 
 class Outcome(Extension):
     category: ClassVar[Category] = Category.MODIFIER
-    good: bool = True
+    good: bool | None = True
 
     def run(self, vis: Any, **kwargs: Any) -> None:
         if not self.good:
@@ -163,6 +199,174 @@ async def test_a_trace_goes_from_the_submission_through_the_run(
     }  # fmt: skip
 
 
+async def test_traces_of_a_batch_go_into_each_run(
+    server: str, ada: User, spans: InMemorySpanExporter
+):
+    def work() -> list[str]:
+        login = {"user": ada.email, "password": PASSWORD}
+        with JobManager.connect(
+            server, **login, execute=lambda task: None, concurrency=4
+        ) as manager:
+            manager.register(Outcome, room="lab")
+            with trace.get_tracer("a notebook").start_as_current_span("a cell"):
+                many = [Outcome() for _ in range(5)]
+                ids = manager.submit_many(many, "lab", job_room="lab")
+            manager.wait_all(ids, timeout=30)
+            return ids
+
+    ids = await asyncio.to_thread(work)
+    (cell,) = finished(spans, "a cell")
+    sent, taken = finished(spans, "submit lab:modifiers:Outcome", cell)
+    runs = finished(spans, "process lab:modifiers:Outcome", cell)
+    # both sides tell of a batch once, and each run goes on with what the host took
+    assert sent.context.span_id in ancestors(spans, taken)
+    assert {run.parent.span_id for run in runs} == {taken.context.span_id}
+    assert sorted(r.attributes["messaging.message.id"] for r in runs) == sorted(ids)
+
+
+class Echo:
+    category = "modifiers"
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {"type": "object"}
+
+
+class Noted(InMemoryBroker):
+    """Runs a task before it returns, and keeps what was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(await_inplace=True)
+        self.sent: list[Any] = []
+
+    async def kick(self, message: Any) -> None:
+        self.sent.append(self.formatter.loads(message.message))
+        await super().kick(message)
+
+
+@pytest.mark.parametrize("where", ["in the host", "in TaskIQ's worker"])
+@pytest.mark.parametrize("path", ["tasks", "batches"])
+async def test_internal_tasks_go_on_with_the_trace(
+    app: Any,
+    ada: User,
+    session_maker: SessionMaker,
+    spans: InMemorySpanExporter,
+    where: str,
+    path: str,
+):
+    inner = []
+
+    async def executor(*args: Any) -> None:
+        inner.append(trace.get_current_span().get_span_context().span_id)
+        raise RuntimeError("as asked")
+
+    broker = Noted()
+    await register_internal_jobs(app, broker, [Echo], executor, session_maker)
+    if where != "in the host":
+        # it has neither app nor database
+        app.state.internal_registry = register_internal_tasks(broker, [Echo], executor)
+    job, count = "@internal:modifiers:Echo", 2 if path == "batches" else 1
+    body = {"tasks": [{}] * count} if path == "batches" else {}
+    answer = await ada.post(
+        f"/rooms/lab/{path}/{job}", json=body, headers={"traceparent": TRACEPARENT}
+    )
+    assert answer.status_code == 202, answer.text
+    (taken,) = finished(spans, f"submit {job}")
+    runs = finished(spans, f"process {job}")
+    assert [f"{run.context.trace_id:032x}" for run in (taken, *runs)] == [TRACE] * (
+        1 + count
+    )
+    assert {run.parent.span_id for run in runs} == {taken.context.span_id}
+    assert [run.context.span_id for run in runs] == inner
+    assert {run.kind for run in runs} == {trace.SpanKind.CONSUMER}
+    assert {run.status.status_code for run in runs} == {trace.StatusCode.ERROR}
+    # hosts' own tasks take exactly these arguments
+    assert [set(m.kwargs) for m in broker.sent] == [
+        {"task_id", "room_id", "payload"}
+    ] * count
+
+
+@pytest.mark.parametrize(
+    ("header", "label"), [(TRACEPARENT, TRACEPARENT), (None, None)]
+)
+async def test_a_broker_is_told_of_a_trace_without_opentelemetry(
+    app: Any,
+    ada: User,
+    session_maker: SessionMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    header: str | None,
+    label: str | None,
+):
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    carried = []
+
+    async def executor(*args: Any) -> None:
+        carried.append(telemetry.carried())
+
+    broker = Noted()
+    await register_internal_jobs(app, broker, [Echo], executor, session_maker)
+    app.state.internal_registry = register_internal_tasks(broker, [Echo], executor)
+    headers = {} if header is None else {"traceparent": header}
+    url = "/rooms/lab/tasks/@internal:modifiers:Echo"
+    task = (await ada.post(url, json={}, headers=headers)).json()
+    # and when it is sent again
+    late = update(Task).values(deadline_at=now(-1))
+    await execute(session_maker, late)
+    registry = app.state.internal_registry
+    await cleanup_stuck_internal_tasks(session_maker, registry=registry)
+    assert [m.kwargs["task_id"] for m in broker.sent] == [task["id"]] * 2
+    assert [m.labels.get("traceparent") for m in broker.sent] == [label] * 2
+    assert carried == [label] * 2
+
+
+async def test_a_worker_tells_the_same_lines(
+    server: str, ada: User, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "zndraw_joblib")
+    at_work = threading.Event()
+
+    def run(task: Any) -> None:
+        if task.extension.good is None:
+            at_work.set()
+            for _ in range(1000):
+                task.raise_if_cancelled()
+                time.sleep(0.02)
+        task.extension.run(None)
+
+    def work() -> tuple[str, list[str]]:
+        login = {"user": ada.email, "password": PASSWORD}
+        with JobManager.connect(
+            server, **login, execute=run, heartbeat_interval=0.2
+        ) as manager:
+            manager.register(Outcome, room="lab")
+            ids = [
+                manager.submit(Outcome(good=good), "lab", job_room="lab")
+                for good in (True, False, None)
+            ]
+            assert at_work.wait(30)
+            url = f"{server}/v1/joblib/tasks/{ids[-1]}"
+            httpx.patch(url, json={"status": "cancelled"}, headers=ada.headers)
+            manager.wait_all(ids, timeout=30)
+            return str(manager.worker_id), ids
+
+    worker, ids = await asyncio.to_thread(work)
+    of_worker = [r for r in caplog.records if r.name.startswith("zndraw_joblib.client")]
+    told = [r for r in of_worker if hasattr(r, "event")]
+    by_task = {id: [r.event for r in told if r.task_id == id] for id in ids}
+    assert list(by_task.values()) == [
+        ["claimed", "started", "completed"],
+        ["claimed", "started", "failed"],
+        ["claimed", "started", "cancelled"],
+    ]
+    assert {(r.job_name, r.room_id, r.worker_id, r.attempt) for r in told} == {
+        ("lab:modifiers:Outcome", "lab", worker, 1)
+    }
+    assert {r.levelname for r in told} == {"INFO"}
+    # the traceback goes with the failure
+    (why,) = [r for r in of_worker if r.exc_info and ids[1] in r.getMessage()]
+    assert "as asked" in str(why.exc_info[1])
+
+
 @pytest.mark.parametrize(
     ("header", "kept"), [(TRACEPARENT, TRACE), ("00-nonsense", None), (None, None)]
 )
@@ -209,3 +413,48 @@ print(asked, carried)
         timeout=60,
     )
     assert (ran.returncode, ran.stdout) == (0, f"[] {TRACEPARENT}\n"), ran.stderr
+
+
+def test_with_the_api_alone_nothing_is_made():
+    probe = """
+from types import SimpleNamespace
+from opentelemetry import metrics, propagate, trace
+
+asked = []
+
+def spy(cls, name):
+    real = getattr(cls, name)
+    def note(self, *args, **kwargs):
+        asked.append(name)
+        return real(self, *args, **kwargs)
+    setattr(cls, name, note)
+
+# no provider is set: the API stands in with these
+spy(type(trace.get_tracer_provider()), "get_tracer")
+spy(type(metrics.get_meter_provider()), "get_meter")
+inject = propagate.inject
+propagate.inject = lambda *args, **kwargs: asked.append("inject")
+
+from zndraw_joblib import telemetry
+from zndraw_joblib.lifecycle import TaskStatus
+
+task = SimpleNamespace(id="id", job_name="a:b:c", room_id="a", worker_id=None, attempt=0,
+    status=TaskStatus.PENDING, error_type=None, progress=None, progress_message=None)
+with telemetry.continuing({"traceparent": "%s"}):
+    carried = telemetry.submitting("a:b:c", "id")
+telemetry.task_changed(task)
+with telemetry.processing("a:b:c", "id", 1, carried):
+    assert not trace.get_current_span().get_span_context().is_valid
+silent = list(asked)
+# the spies would have seen it
+trace.get_tracer("x"), metrics.get_meter("x")
+print(silent, asked, carried)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", probe % TRACEPARENT],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    seen = f"[] ['get_tracer', 'get_meter'] {TRACEPARENT}\n"
+    assert (ran.returncode, ran.stdout) == (0, seen), ran.stderr

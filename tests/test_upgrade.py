@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from uuid import UUID, uuid4
 
 import conftest
 import host
+import pages
 import pytest
 import sqlalchemy as sa
 import steps
@@ -143,33 +145,51 @@ def read_old(connection: sa.Connection) -> Rows:
     }
 
 
-def shape(connection: sa.Connection) -> Any:
+def told(thing: Any, *hidden: str) -> Any:
+    """Return a thing that the inspector tells of, so that it can be compared."""
+    if isinstance(thing, dict):
+        return sorted(
+            (k, told(v, *hidden)) for k, v in thing.items() if k not in hidden
+        )
+    if isinstance(thing, list):
+        return [told(part, *hidden) for part in thing]
+    # clauses, types, names and nothing
+    return " ".join(str(thing).split())
+
+
+def shape(connection: sa.Connection, *hidden: str) -> Any:
     """Return what the database says of our tables, names and all, in one order."""
     look = sa.inspect(connection)
-    anonymous = connection.dialect.name == "sqlite"
-
-    def told(things: Any) -> list[str]:
-        # SQLite has no names for what 0.1.7 did not name
-        hidden = {"comment", *({"name"} if anonymous else ())}
-        return sorted(
-            str(sorted((k, str(v)) for k, v in t.items() if k not in hidden))
-            for t in things
-        )
-
     return {
         t: {
             "columns": sorted(
                 (c["name"], str(c["type"]), c["nullable"], c["default"])
                 for c in look.get_columns(t)
             ),
-            "indexes": sorted(i["name"] for i in look.get_indexes(t)),
-            "unique": sorted(u["name"] for u in look.get_unique_constraints(t)),
-            "checks": sorted(str(c["name"]) for c in look.get_check_constraints(t)),
-            "keys": told(look.get_foreign_keys(t)),
-            "primary": told([look.get_pk_constraint(t)]),
+            # columns, uniqueness and conditions with the names
+            "indexes": sorted(told(look.get_indexes(t))),
+            "unique": sorted(told(look.get_unique_constraints(t))),
+            "checks": sorted(told(look.get_check_constraints(t))),
+            "keys": sorted(told(look.get_foreign_keys(t), *hidden)),
+            "primary": told(look.get_pk_constraint(t)),
         }
         for t in OURS
     }
+
+
+def shape_but_for_keys_names(connection: sa.Connection) -> Any:
+    """Return the same without the names that 0.1.7 has on PostgreSQL alone."""
+    return shape(connection, "name")
+
+
+def names_of_keys(connection: sa.Connection) -> list[tuple[str, str | None]]:
+    """Return how the foreign keys are named, and how they should be."""
+    look = sa.inspect(connection)
+    return [
+        (f"{t}_{key['constrained_columns'][0]}_fkey", key["name"])
+        for t in OURS
+        for key in look.get_foreign_keys(t)
+    ]
 
 
 def differences(connection: sa.Connection) -> Any:
@@ -180,11 +200,15 @@ def differences(connection: sa.Connection) -> Any:
 
 
 async def alembic(
-    engine: AsyncEngine, monkeypatch: Any, verb: str, target: str
+    engine: AsyncEngine,
+    monkeypatch: Any,
+    verb: str,
+    target: str,
+    directory: Path = DOCS,
 ) -> None:
     url = engine.url.render_as_string(hide_password=False)
     monkeypatch.setenv("DATABASE_URL", url)
-    config = Config(DOCS / "alembic.ini")
+    config = Config(directory / "alembic.ini")
     await asyncio.to_thread(getattr(command, verb), config, target)
 
 
@@ -318,14 +342,15 @@ async def test_there_work_and_back(
     session_maker: SessionMaker,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    before = await look(engine, shape)
+    before = await look(engine, shape_but_for_keys_names)
     kept = await look(engine, read_old)
     await alembic(engine, monkeypatch, "upgrade", "head")
     assert await look(engine, differences) == []
 
     moved = await work(app, client, rows, session_maker)
     await alembic(engine, monkeypatch, "downgrade", "base")
-    assert await look(engine, shape) == before
+    assert await look(engine, shape_but_for_keys_names) == before
+    assert all(name == to_be for to_be, name in await look(engine, names_of_keys))
     after = await look(engine, read_old)
     for name in ("user", "worker_job_link", "provider"):
         assert after[name] == kept[name]
@@ -359,12 +384,104 @@ async def test_it_becomes_what_a_new_database_is(
         await connection.run_sync(Base.metadata.create_all)
     assert upgraded == await look(engine, shape)
     names = [
-        f"{kind} {name}"
+        dict(thing)["name"]
         for table in upgraded.values()
         for kind in ("indexes", "unique", "checks")
-        for name in table[kind]
+        for thing in table[kind]
     ]
-    assert [n for n in names if not re.match(r"\w+ (ix|uq|ck)_", n)] == []
+    assert len(names) > 20
+    assert [n for n in names if not re.match(r"(ix|uq|ck)_", n)] == []
+
+
+HOST_ENV = """
+import asyncio
+import os
+from zndraw_auth import create_engine_for_url
+
+async def main():
+    engine = create_engine_for_url(os.environ["DATABASE_URL"])
+    async with engine.begin() as connection:
+        await connection.run_sync(migrate)
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+HOST_BEFORE = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "host_1", None
+
+
+def upgrade():
+    # the host's own table, whose rows hang on ours
+    job = sa.ForeignKey("job.id", name="favourite_job_id_fkey", ondelete="CASCADE")
+    op.create_table("favourite", sa.Column("job_id", sa.Uuid(), job, primary_key=True))
+    op.execute("INSERT INTO favourite SELECT id FROM job")
+
+
+def downgrade():
+    op.drop_table("favourite")
+"""
+HOST_AFTER = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "host_2", "joblib_0_2"
+
+
+def upgrade():
+    op.add_column("favourite", sa.Column("note", sa.String()))
+
+
+def downgrade():
+    with op.batch_alter_table("favourite") as batch:
+        batch.drop_column("note")
+"""
+
+
+@pytest.mark.parametrize("rows", [192], indirect=True)
+async def test_it_stands_in_a_history_of_the_hosts(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    directory = tmp_path / "host"
+    versions = directory / "migrations" / "versions"
+    versions.mkdir(parents=True)
+    shutil.copy(DOCS / "alembic.ini", directory)
+    # as the page shows them
+    ours, env = (b.code for b in pages.blocks(DOCS / "upgrade.md", "python"))
+    first, its = "down_revision = None", 'down_revision = "host_1"'
+    assert first in ours
+    (versions / "joblib_0_2.py").write_text(ours.replace(first, its))
+    (directory / "migrations" / "env.py").write_text(env + HOST_ENV)
+    (versions / "host_1.py").write_text(HOST_BEFORE)
+    (versions / "host_2.py").write_text(HOST_AFTER)
+
+    def favourites(connection: sa.Connection) -> Any:
+        look = sa.inspect(connection)
+        ids = connection.scalars(
+            sa.select(sa.column("job_id", sa.Uuid)).select_from(sa.table("favourite"))
+        )
+        revision = MigrationContext.configure(connection).get_current_revision()
+        return revision, set(ids), told(look.get_foreign_keys("favourite"))
+
+    async def go(verb: str, target: str) -> None:
+        await alembic(engine, monkeypatch, verb, target, directory)
+
+    await go("upgrade", "host_1")
+    before = await look(engine, shape_but_for_keys_names)
+    revision, ids, keys = await look(engine, favourites)
+    assert (revision, len(ids)) == ("host_1", 4)
+    for _ in range(2):
+        await go("upgrade", "head")
+        assert await look(engine, favourites) == ("host_2", ids, keys)
+        upgraded = await look(engine, shape)
+        await go("downgrade", "host_1")
+        assert await look(engine, favourites) == ("host_1", ids, keys)
+        assert await look(engine, shape_but_for_keys_names) == before
+    await go("upgrade", "joblib_0_2")
+    assert await look(engine, shape) == upgraded
+    assert (await look(engine, favourites))[0] == "joblib_0_2"
 
 
 @pytest.mark.parametrize("rows", [192], indirect=True)

@@ -163,6 +163,21 @@ async def test_listings_tell_what_workers_serve(ada, bob, admin):
         assert page["total"] == len(serving)
 
 
+async def test_listings_tell_which_workers_are_alive(ada, app, session_maker):
+    silent, heard = await offer(ada), await offer(ada)
+    await silence(session_maker, silent)
+
+    async def alive(path: str) -> dict[str, bool]:
+        return {w["id"]: w["alive"] for w in (await ada.get(path)).json()["items"]}
+
+    for path in ("/workers", "/rooms/lab/workers"):
+        assert await alive(path) == {silent: False, heard: True}
+    # for how long a silence is none, the host says
+    app.state.joblib_settings.worker_timeout_seconds = 7200
+    for path in ("/workers", "/rooms/lab/workers"):
+        assert await alive(path) == {silent: True, heard: True}
+
+
 async def test_a_draining_worker_finishes_and_gets_nothing_new(ada, bob, admin):
     worker = await offer(ada)
     url = f"/workers/{worker}"

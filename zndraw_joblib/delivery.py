@@ -175,7 +175,11 @@ async def _dispatch(dispatches: Sequence[Dispatch], exits: Exits) -> None:
 async def _send(dispatch: Dispatch, exits: Exits) -> None:
     if exits.registry is None:
         raise RuntimeError("there is no broker")
-    with anyio.fail_after(exits.settings.dispatch_timeout_seconds):
+    trace = {"traceparent": dispatch.traceparent} if dispatch.traceparent else {}
+    with (
+        telemetry.continuing(trace),
+        anyio.fail_after(exits.settings.dispatch_timeout_seconds),
+    ):
         await exits.registry.send(
             dispatch.job_name,
             task_id=str(dispatch.task_id),

@@ -224,6 +224,7 @@ class Dispatch(NamedTuple):
     task_id: UUID
     room_id: str
     payload: dict[str, Any]
+    traceparent: str | None
 
 
 @dataclass
@@ -293,7 +294,9 @@ class Outbox:
     def dispatch(self, tasks: Iterable["TaskView"]) -> None:
         """Hand those tasks that were born claimed to the broker."""
         self.dispatches += [
-            Dispatch(task.job_name, task.id, task.room_id, task.payload)
+            Dispatch(
+                task.job_name, task.id, task.room_id, task.payload, task.traceparent
+            )
             for task in tasks
             if task.status is TaskStatus.CLAIMED
         ]
@@ -332,6 +335,7 @@ class TaskView(TaskLike, Protocol):
     queue_position: int | None
     available_at: datetime | None
     error_type: Any
+    traceparent: str | None
 
 
 def task_key(task_id: Any) -> str:

@@ -394,6 +394,9 @@ def _tighten(op: Any) -> None:
                     ["id"],
                     ondelete="SET NULL",
                 )
+    with _batch(op, "worker_job_link") as batch:
+        # it is so already; but SQLite makes the table anew, and names its keys
+        batch.alter_column("job_id", existing_type=sa.Uuid(), nullable=False)
 
 
 def downgrade(op: Any) -> None:

@@ -5,12 +5,12 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 from uuid import UUID
 
 from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession
-from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask
+from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
 from zndraw_joblib import attempts, jobs, telemetry
 from zndraw_joblib.delivery import Exits, SessionMaker, deliver
@@ -74,13 +74,21 @@ class InternalRegistry:
 
     async def send(self, name: str, **message: Any) -> None:
         """Hand a message to the broker; what the broker raises is raised."""
-        await self.tasks[name].kiq(**message)
+        task = self.tasks[name]
+        # a label, since hosts' own tasks take exactly these arguments
+        if (trace := telemetry.carried()) is not None:
+            await task.kicker().with_labels(traceparent=trace).kiq(**message)
+        else:
+            await task.kiq(**message)
 
 
 def register_internal_tasks(
     broker: AsyncBroker, extensions: Iterable[Any], executor: InternalExecutor
 ) -> InternalRegistry:
     """Register extensions with a broker, for a process with no app and no database.
+
+    Where the process uses OpenTelemetry, a run stands in a consumer span, which goes on
+    with the trace of the submission.
 
     Parameters
     ----------
@@ -91,7 +99,16 @@ def register_internal_tasks(
     executor : InternalExecutor
         Runs a task and reports on it.
     """
-    return _register(broker, extensions, executor, _job_receiver(executor))
+
+    async def run(
+        extension: Any, payload: dict[str, Any], room_id: str, task_id: str
+    ) -> None:
+        name, trace = str(internal_name(extension)), telemetry.carried()
+        # which attempt it is, only the host knows
+        with telemetry.processing(name, task_id, None, trace):
+            await executor(extension, payload, room_id, task_id)
+
+    return _register(broker, extensions, executor, _job_receiver(run))
 
 
 def _register(
@@ -108,12 +125,22 @@ def _register(
     return InternalRegistry(tasks, by_name, executor)
 
 
+def _context(context: Annotated[Context, TaskiqDepends()]) -> Context:
+    return context
+
+
 def _job_receiver(
     run: InternalExecutor,
 ) -> Callable[[Any], Callable[..., Awaitable[None]]]:
     def receiver(extension: Any) -> Callable[..., Awaitable[None]]:
-        async def receive(task_id: str, room_id: str, payload: dict[str, Any]) -> None:
-            await run(extension, payload, room_id, task_id)
+        async def receive(
+            task_id: str,
+            room_id: str,
+            payload: dict[str, Any],
+            context: Annotated[Context | None, TaskiqDepends(_context)] = None,
+        ) -> None:
+            with telemetry.continuing(context.message.labels if context else {}):
+                await run(extension, payload, room_id, task_id)
 
         return receive
 

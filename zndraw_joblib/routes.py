@@ -154,9 +154,10 @@ async def list_workers(
     caller: CurrentCaller,
     session: SessionDep,
     pager: PagerDep,
+    settings: Settings,
 ) -> PaginatedResponse[WorkerSummary]:
     """List all workers."""
-    listing = await workers.list_all(session, pager.page)
+    listing = await workers.list_all(session, pager.page, settings)
     items = [WorkerSummary(**row._mapping) for row in listing.rows]
     return pager.show(listing, items)
 
@@ -214,10 +215,11 @@ async def delete_worker(
 async def list_room_workers(
     visit: Reading,
     pager: PagerDep,
+    settings: Settings,
 ) -> PaginatedResponse[WorkerSummary]:
     """List the workers of the jobs that the room sees."""
     room, _, session = visit
-    listing = await workers.list_serving(session, room, pager.page)
+    listing = await workers.list_serving(session, room, pager.page, settings)
     items = [WorkerSummary(**row._mapping) for row in listing.rows]
     return pager.show(listing, items)
 

@@ -162,6 +162,11 @@ class WorkerSummary(BaseModel):
     last_heartbeat: datetime
     job_count: int
     state: WorkerState = WorkerState.ACTIVE
+    alive: bool = Field(
+        default=False,
+        description="Whether it was heard within `worker_timeout_seconds`, by the"
+        " database's clock.",
+    )
 
 
 class TaskHeartbeat(BaseModel):

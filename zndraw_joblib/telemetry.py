@@ -2,7 +2,7 @@
 
 Nothing of OpenTelemetry is imported here before the host or the worker has: without it
 a trace context is handed on from the submission to the worker, and that is all. Names
-follow OpenTelemetry's semantic conventions for messaging (1.27): the job is the
+follow OpenTelemetry's semantic conventions for messaging (1.28): the job is the
 destination, the task the message.
 """
 
@@ -63,7 +63,7 @@ def _metering() -> "_Instruments | None":
 
 @contextmanager
 def continuing(headers: Mapping[str, str]) -> Iterator[None]:
-    """Go on with the trace that a request's ``traceparent`` header tells of."""
+    """Go on with the trace that ``traceparent`` tells of, a header or a label."""
     given = headers.get("traceparent")
     if given is None or not TRACEPARENT.fullmatch(given):
         yield
@@ -73,6 +73,11 @@ def continuing(headers: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _incoming.reset(token)
+
+
+def carried() -> str | None:
+    """Return the trace context that came with a request or a broker's message."""
+    return _incoming.get()
 
 
 def _context(api: Any, given: str | None) -> Any:

@@ -32,6 +32,7 @@ from zndraw_joblib.models import (
     ProviderRecord,
     Worker,
     WorkerJobLink,
+    alive_within,
     now,
     number,
     served_to,
@@ -354,7 +355,7 @@ async def retire_where(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Go
     )
 
 
-def _summaries() -> Select[Any]:
+def _summaries(settings: JobLibSettings) -> Select[Any]:
     job_count = (
         select(func.count())
         .select_from(WorkerJobLink)
@@ -367,15 +368,20 @@ def _summaries() -> Select[Any]:
         Worker.state,
         Worker.created_at,
         job_count.label("job_count"),
+        alive_within(settings.worker_timeout_seconds).label("alive"),
     )
 
 
-async def list_all(session: AsyncSession, page: Page) -> Listing:
+async def list_all(
+    session: AsyncSession, page: Page, settings: JobLibSettings
+) -> Listing:
     """Return a page of all workers."""
-    return await paginate(session, _summaries(), Worker, page)
+    return await paginate(session, _summaries(settings), Worker, page)
 
 
-async def list_serving(session: AsyncSession, room: str, page: Page) -> Listing:
+async def list_serving(
+    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
+) -> Listing:
     """Return a page of the workers of the jobs that ``room`` sees."""
     serving = (
         select(WorkerJobLink.worker_id)
@@ -383,5 +389,5 @@ async def list_serving(session: AsyncSession, room: str, page: Page) -> Listing:
         .where(served_to(room))
     )
     return await paginate(
-        session, _summaries().where(Worker.id.in_(serving)), Worker, page
+        session, _summaries(settings).where(Worker.id.in_(serving)), Worker, page
     )
