@@ -31,9 +31,9 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
 )
 from zndraw_joblib.models import (
-    Job,
-    Task,
-    Worker,
+    JOB,
+    TASK,
+    WORKER,
     due,
     held,
     in_states,
@@ -59,12 +59,12 @@ MAX_KEPT_ERROR = 2000
 def back_in_queue() -> dict[Any, Any]:
     """Return what makes a task wait for another worker."""
     return {
-        Task.status: TaskStatus.PENDING,
-        Task.worker_id: None,
-        Task.holder_id: None,
-        Task.claim_key: None,
-        Task.started_at: None,
-        Task.deadline_at: None,
+        TASK.c.status: TaskStatus.PENDING,
+        TASK.c.worker_id: None,
+        TASK.c.holder_id: None,
+        TASK.c.claim_key: None,
+        TASK.c.started_at: None,
+        TASK.c.deadline_at: None,
     }
 
 
@@ -78,37 +78,37 @@ def failed(
     """Return what the end of a failed attempt makes of its task."""
     # The one place that decides what a failed attempt leads to: reports, lost workers
     # and time-outs all end here.
-    again = and_(retryable, Task.failed_attempts + 1 < Task.max_attempts)
-    doubling = case((Task.failed_attempts > 20, 20), else_=Task.failed_attempts)
-    full = of_job(Job.retry_delay_seconds) * literal(1).bitwise_lshift(doubling)
+    again = and_(retryable, TASK.c.failed_attempts + 1 < TASK.c.max_attempts)
+    doubling = case((TASK.c.failed_attempts > 20, 20), else_=TASK.c.failed_attempts)
+    full = of_job(JOB.c.retry_delay_seconds) * literal(1).bitwise_lshift(doubling)
     # "equal jitter": half of the backoff stands, half is drawn (AWS Architecture Blog,
     # "Exponential Backoff And Jitter", 2015)
     cap = settings.retry_delay_max_seconds
     backoff = case((full > cap, cap), else_=full) * (0.5 + noise() / 2)
-    line = literal('{"attempt": ') + cast(Task.attempt, String) + told
-    kept = case((again, null()), else_=Task.worker_id)
-    holder = case((again, null()), else_=Task.holder_id)
-    status_type = Task.status.type
+    line = literal('{"attempt": ') + cast(TASK.c.attempt, String) + told
+    kept = case((again, null()), else_=TASK.c.worker_id)
+    holder = case((again, null()), else_=TASK.c.holder_id)
+    status_type = TASK.c.status.type
     return {
         **back_in_queue(),
-        Task.status: case(
+        TASK.c.status: case(
             (again, literal(TaskStatus.PENDING, status_type)),
             else_=literal(TaskStatus.FAILED, status_type),
         ),
-        Task.worker_id: kept,
-        Task.holder_id: holder,
-        Task.started_at: case((again, null()), else_=Task.started_at),
-        Task.available_at: case(
+        TASK.c.worker_id: kept,
+        TASK.c.holder_id: holder,
+        TASK.c.started_at: case((again, null()), else_=TASK.c.started_at),
+        TASK.c.available_at: case(
             (
-                and_(again, of_job(Job.retry_delay_seconds) > 0),
+                and_(again, of_job(JOB.c.retry_delay_seconds) > 0),
                 now(cast(backoff, Float)),
             )
         ),
-        Task.completed_at: case((~again, now())),
-        Task.failed_attempts: Task.failed_attempts + 1,
-        Task.error: error,
-        Task.error_type: error_type.value,
-        Task.errors: func.coalesce(Task.errors + "\n", "") + line,
+        TASK.c.completed_at: case((~again, now())),
+        TASK.c.failed_attempts: TASK.c.failed_attempts + 1,
+        TASK.c.error: error,
+        TASK.c.error_type: error_type.value,
+        TASK.c.errors: func.coalesce(TASK.c.errors + "\n", "") + line,
     }
 
 
@@ -134,7 +134,7 @@ async def fail(
         The tasks, waiting for their next attempt or failed.
     """
     ended = await session.execute(
-        update(Task)
+        update(TASK)
         .where(rechecked(held()), chosen)
         .values(failed(error, told(error, error_type), error_type, settings, true()))
         .returning(*VIEW)
@@ -149,10 +149,10 @@ async def lose(
     limit: int | None = None,
 ) -> list[TaskResponse]:
     """End the attempts of workers that are lost: all, or at most ``limit`` of them."""
-    theirs = and_(held(), Task.worker_id.in_(worker_ids))
+    theirs = and_(held(), TASK.c.worker_id.in_(worker_ids))
     if limit is not None:
-        some = select(Task.id).where(theirs).limit(number(limit)).with_for_update()
-        theirs = Task.id.in_(some)
+        some = select(TASK.c.id).where(theirs).limit(number(limit)).with_for_update()
+        theirs = TASK.c.id.in_(some)
     return await fail(
         session,
         theirs,
@@ -167,18 +167,18 @@ async def lose_orphans(
 ) -> list[TaskResponse]:
     """End at most ``limit`` attempts whose worker is gone without having ended them."""
     orphans = (
-        select(Task.id)
+        select(TASK.c.id)
         .where(
             held(),
-            Task.worker_id.is_not(None),
-            ~exists().where(Worker.id == Task.worker_id),
+            TASK.c.worker_id.is_not(None),
+            ~exists().where(WORKER.c.id == TASK.c.worker_id),
         )
         .limit(number(limit))
-        .with_for_update(of=Task, skip_locked=True)
+        .with_for_update(of=TASK, skip_locked=True)
     )
     return await fail(
         session,
-        Task.id.in_(orphans),
+        TASK.c.id.in_(orphans),
         settings,
         error=WORKER_LOST_ERROR,
         error_type=ErrorType.WORKER_LOST,
@@ -189,14 +189,14 @@ def _overdue(
     status: TaskStatus, whose: ColumnElement[bool], limit: int
 ) -> Select[tuple[UUID]]:
     return (
-        select(Task.id)
+        select(TASK.c.id)
         .where(
-            Task.deadline_at <= now(),
+            TASK.c.deadline_at <= now(),
             whose,
             in_states(frozenset({status})),
         )
         .limit(number(limit))
-        .with_for_update(of=Task, skip_locked=True)
+        .with_for_update(of=TASK, skip_locked=True)
     )
 
 
@@ -206,7 +206,9 @@ async def time_out(
     """End at most ``limit`` attempts that ran longer than their job allows."""
     return await fail(
         session,
-        Task.id.in_(_overdue(TaskStatus.RUNNING, Task.worker_id.is_not(None), limit)),
+        TASK.c.id.in_(
+            _overdue(TaskStatus.RUNNING, TASK.c.worker_id.is_not(None), limit)
+        ),
         settings,
         error=TIMEOUT_ERROR,
         error_type=ErrorType.TIMEOUT,
@@ -218,10 +220,10 @@ async def take_back(
 ) -> list[TaskResponse]:
     """Put at most ``limit`` tasks that were claimed and never started in the queue."""
     taken = await session.execute(
-        update(Task)
+        update(TASK)
         .where(
-            Task.id.in_(
-                _overdue(TaskStatus.CLAIMED, Task.worker_id.is_not(None), limit)
+            TASK.c.id.in_(
+                _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_not(None), limit)
             )
         )
         .values(back_in_queue())
@@ -235,13 +237,13 @@ async def start_internal(
 ) -> TaskResponse | None:
     """Take an ``@internal`` task from the broker: of two deliveries one gets it."""
     started = await session.execute(
-        update(Task)
-        .where(Task.id == task_id, in_states(frozenset({TaskStatus.CLAIMED})))
+        update(TASK)
+        .where(TASK.c.id == task_id, in_states(frozenset({TaskStatus.CLAIMED})))
         .values(
             {
-                Task.status: TaskStatus.RUNNING,
-                Task.started_at: now(),
-                Task.deadline_at: None,
+                TASK.c.status: TaskStatus.RUNNING,
+                TASK.c.started_at: now(),
+                TASK.c.deadline_at: None,
             }
         )
         .returning(*VIEW)
@@ -256,11 +258,11 @@ async def redispatch(
 
     Their next time is set, so that of several replicas one sends each again.
     """
-    overdue = _overdue(TaskStatus.CLAIMED, Task.worker_id.is_(None), limit)
+    overdue = _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_(None), limit)
     resent = await session.execute(
-        update(Task)
-        .where(Task.id.in_(overdue))
-        .values({Task.deadline_at: now(settings.internal_redispatch_seconds)})
+        update(TASK)
+        .where(TASK.c.id.in_(overdue))
+        .values({TASK.c.deadline_at: now(settings.internal_redispatch_seconds)})
         .returning(*VIEW)
     )
     return await read_changed(session, resent.all(), settings)
@@ -276,23 +278,23 @@ async def take_up(
     list of TaskResponse
         At most ``limit`` that wait for no time, and as many whose time has come.
     """
-    own = select(Job.id).where(Job.room_id == INTERNAL_ROOM)
+    own = select(JOB.c.id).where(JOB.c.room_id == INTERNAL_ROOM)
     taken: list[TaskResponse] = []
     # one after the other: each has an index of its own
     for waiting in (queued(), due()):
         chosen = (
-            select(Task.id)
-            .where(waiting, Task.job_id.in_(own))
+            select(TASK.c.id)
+            .where(waiting, TASK.c.job_id.in_(own))
             .limit(number(limit))
-            .with_for_update(of=Task, skip_locked=True)
+            .with_for_update(of=TASK, skip_locked=True)
         )
         claimed = await session.execute(
-            update(Task)
-            .where(Task.id.in_(chosen))
+            update(TASK)
+            .where(TASK.c.id.in_(chosen))
             .values(
                 {
                     **born_claimed(settings.internal_redispatch_seconds),
-                    Task.available_at: None,
+                    TASK.c.available_at: None,
                 }
             )
             .returning(*VIEW)
@@ -307,18 +309,18 @@ async def fail_stuck(
     """End at most ``limit`` ``@internal`` attempts that outlived their time."""
     oldest = now(-settings.internal_task_timeout_seconds)
     stuck = (
-        select(Task.id)
+        select(TASK.c.id)
         .where(
             held(),
-            Task.worker_id.is_(None),
-            func.coalesce(Task.started_at, Task.claimed_at) < oldest,
+            TASK.c.worker_id.is_(None),
+            func.coalesce(TASK.c.started_at, TASK.c.claimed_at) < oldest,
         )
         .limit(number(limit))
-        .with_for_update(of=Task, skip_locked=True)
+        .with_for_update(of=TASK, skip_locked=True)
     )
     return await fail(
         session,
-        Task.id.in_(stuck),
+        TASK.c.id.in_(stuck),
         settings,
         error=INTERNAL_TIMEOUT_ERROR,
         error_type=ErrorType.TIMEOUT,

@@ -32,11 +32,10 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from zndraw_joblib import workers
 from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
 from zndraw_joblib.models import (
+    JOB,
+    LINK,
     TASK,
-    Job,
-    Task,
-    Worker,
-    WorkerJobLink,
+    WORKER,
     due,
     held,
     now,
@@ -70,31 +69,29 @@ def _some_due() -> ColumnElement[bool]:
     # Each claim asks, so it is the head of each job's index that is looked at: for an
     # EXISTS over the tasks themselves PostgreSQL, with a generic plan, reads them all.
     first = (
-        select(func.min(ahead.available_at))
-        .where(ahead.job_id == WorkerJobLink.job_id, ahead.available_at.is_not(None))
-        .correlate(WorkerJobLink)
+        select(func.min(ahead.c.available_at))
+        .where(ahead.c.job_id == LINK.c.job_id, ahead.c.available_at.is_not(None))
+        .correlate(LINK)
         .scalar_subquery()
         .label("first")
     )
     # a column, since in RETURNING SQLAlchemy leaves the tables' names out of conditions
     # on SQLite, and `job_id = job_id` is any job's
-    heads = (
-        select(first).where(WorkerJobLink.worker_id == bindparam("worker")).subquery()
-    )
+    heads = select(first).where(LINK.c.worker_id == bindparam("worker")).subquery()
     return exists().where(heads.c.first <= now())
 
 
 def _due(worker_id: UUID) -> Select[tuple[UUID]]:
-    served = select(WorkerJobLink.job_id).where(WorkerJobLink.worker_id == worker_id)
-    return select(Task.id).where(due(), Task.job_id.in_(served))
+    served = select(LINK.c.job_id).where(LINK.c.worker_id == worker_id)
+    return select(TASK.c.id).where(due(), TASK.c.job_id.in_(served))
 
 
 async def served(session: AsyncSession, worker_id: UUID) -> dict[UUID, str]:
     """Return a worker's jobs, with their full names."""
     found = await session.execute(
-        select(Job.id, Job.room_id, Job.category, Job.name)
-        .join(WorkerJobLink, WorkerJobLink.job_id == Job.id)
-        .where(WorkerJobLink.worker_id == worker_id)
+        select(JOB.c.id, JOB.c.room_id, JOB.c.category, JOB.c.name)
+        .join(LINK, LINK.c.job_id == JOB.c.id)
+        .where(LINK.c.worker_id == worker_id)
     )
     return {job_id: str(FullName(*name)) for job_id, *name in found}
 
@@ -103,12 +100,12 @@ async def promote(session: AsyncSession, worker_id: UUID) -> None:
     """Let delayed tasks of a worker's jobs, whose time has come, take their place."""
     ready = (
         _due(worker_id)
-        .order_by(Task.available_at)
+        .order_by(TASK.c.available_at)
         .limit(number(PROMOTION))
         .with_for_update(skip_locked=True)
     )
     await session.execute(
-        update(Task).where(Task.id.in_(ready)).values({Task.available_at: None})
+        update(TASK).where(TASK.c.id.in_(ready)).values({TASK.c.available_at: None})
     )
 
 
@@ -125,15 +122,15 @@ def _within_reach(limit: int) -> ColumnElement[str | None]:
     # however many jobs a worker serves, few of their queues are read. Null when all of
     # them are empty.
     first = (
-        select(func.min(ahead.queue_order))
-        .where(ahead.job_id == WorkerJobLink.job_id, queued(ahead))
-        .correlate(WorkerJobLink)
+        select(func.min(ahead.c.queue_order))
+        .where(ahead.c.job_id == LINK.c.job_id, queued(ahead.c))
+        .correlate(LINK)
         .scalar_subquery()
         .label("first")
     )
     served = (
-        select(WorkerJobLink.job_id, first)
-        .where(WorkerJobLink.worker_id == bindparam("worker"))
+        select(LINK.c.job_id, first)
+        .where(LINK.c.worker_id == bindparam("worker"))
         .order_by(first.asc().nulls_last())
         .limit(number(limit + CONTENTION))
         .subquery()
@@ -144,7 +141,7 @@ def _within_reach(limit: int) -> ColumnElement[str | None]:
 
 @lru_cache(maxsize=128)
 def _reaching(limit: int, keyed: bool) -> ReturningUpdate[Any]:
-    again = exists().where(_claimed_before(ahead)) if keyed else false()
+    again = exists().where(_claimed_before(ahead.c)) if keyed else false()
     return workers.touching(
         _within_reach(limit).label("jobs"),
         _some_due().label("due"),
@@ -159,9 +156,11 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
     # not a correlated LIMIT: SQLite has no LATERAL, and without it PostgreSQL, which
     # can't know how short the reach is, prefers to read the whole table.
     heads = [
-        select(Task.id, Task.queue_order)
-        .where(Task.job_id == bindparam(f"job_{job}", type_=Task.job_id.type), queued())
-        .order_by(Task.queue_order)
+        select(TASK.c.id, TASK.c.queue_order)
+        .where(
+            TASK.c.job_id == bindparam(f"job_{job}", type_=TASK.c.job_id.type), queued()
+        )
+        .order_by(TASK.c.queue_order)
         .limit(number(limit + CONTENTION))
         .subquery()
         for job in range(jobs)
@@ -182,16 +181,16 @@ def _as_known() -> ColumnElement[bool]:
     there = (
         select(literal_column("1"))
         .where(
-            Worker.id == bindparam("worker"),
-            Worker.user_id == bindparam("owner"),
-            Worker.state == WorkerState.ACTIVE.value,
+            WORKER.c.id == bindparam("worker"),
+            WORKER.c.user_id == bindparam("owner"),
+            WORKER.c.state == WorkerState.ACTIVE.value,
         )
         .with_for_update(read=True)
         .scalar_subquery()
     )
     serves = (
         select(func.count())
-        .where(WorkerJobLink.worker_id == bindparam("worker"))
+        .where(LINK.c.worker_id == bindparam("worker"))
         .scalar_subquery()
     )
     return and_(there.is_not(None), serves == bindparam("serves"), ~_some_due())
@@ -205,43 +204,43 @@ def _claiming(
     head = _heads(jobs, limit).subquery()
     still_queued = rechecked(queued())
     oldest = (
-        select(Task.id)
-        .join(head, head.c.id == Task.id)
+        select(TASK.c.id)
+        .join(head, head.c.id == TASK.c.id)
         .where(
             still_queued,
-            ~exists().where(_claimed_before(ahead)) if keyed else true(),
+            ~exists().where(_claimed_before(ahead.c)) if keyed else true(),
             _as_known() if known else true(),
         )
-        .order_by(Task.queue_order, Task.id)
+        .order_by(TASK.c.queue_order, TASK.c.id)
         .limit(number(limit))
-        .with_for_update(of=Task, skip_locked=True)
+        .with_for_update(of=TASK, skip_locked=True)
     )
     taken: dict[Any, Any] = {
-        Task.status: TaskStatus.CLAIMED,
-        Task.deadline_at: now(of_job(Job.start_timeout_seconds)),
+        TASK.c.status: TaskStatus.CLAIMED,
+        TASK.c.deadline_at: now(of_job(JOB.c.start_timeout_seconds)),
     }
     if start:
         taken = {
-            Task.status: TaskStatus.RUNNING,
-            Task.started_at: now(),
-            Task.deadline_at: now(of_job(Job.timeout_seconds)),
+            TASK.c.status: TaskStatus.RUNNING,
+            TASK.c.started_at: now(),
+            TASK.c.deadline_at: now(of_job(JOB.c.timeout_seconds)),
         }
     return (
         update(TASK)
-        .where(Task.id.in_(oldest))
+        .where(TASK.c.id.in_(oldest))
         .values(
             {
                 **taken,
-                Task.worker_id: bindparam("worker"),
-                Task.holder_id: bindparam("holder"),
-                Task.attempt: Task.attempt + 1,
-                Task.claimed_at: now(),
-                Task.claim_key: bindparam("key"),
-                Task.progress: None,
-                Task.progress_message: None,
+                TASK.c.worker_id: bindparam("worker"),
+                TASK.c.holder_id: bindparam("holder"),
+                TASK.c.attempt: TASK.c.attempt + 1,
+                TASK.c.claimed_at: now(),
+                TASK.c.claim_key: bindparam("key"),
+                TASK.c.progress: None,
+                TASK.c.progress_message: None,
             }
         )
-        .returning(Task.queue_order, workers.unheard(Task.worker_id), *VIEW)
+        .returning(TASK.c.queue_order, workers.unheard(TASK.c.worker_id), *VIEW)
     )
 
 
@@ -340,7 +339,7 @@ async def claim(
     _remember(worker_id, ids if rows else (), key)
     if rows or key is None:
         return _claim(rows, draining)
-    again = select(Task.queue_order, *VIEW).where(_claimed_before(Task))
+    again = select(TASK.c.queue_order, *VIEW).where(_claimed_before(TASK.c))
     return _claim((await session.execute(again, names)).all(), draining, repeated=True)
 
 
@@ -409,20 +408,22 @@ async def beat(
     told = [t for t in reported if t.progress is not None or t.message is not None]
     progressed: list[TaskResponse] = []
     if told:
-        fractions = ((Task.id == t.id, literal(t.progress, Float)) for t in told)
-        messages = ((Task.id == t.id, literal(t.message, String)) for t in told)
+        fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in told)
+        messages = ((TASK.c.id == t.id, literal(t.message, String)) for t in told)
         stored = await session.execute(
-            update(Task)
+            update(TASK)
             .where(
                 held(),
-                Task.worker_id == worker_id,
-                tuple_(Task.id, Task.attempt).in_([(t.id, t.attempt) for t in told]),
+                TASK.c.worker_id == worker_id,
+                tuple_(TASK.c.id, TASK.c.attempt).in_(
+                    [(t.id, t.attempt) for t in told]
+                ),
             )
             .values(
                 {
-                    Task.progress: func.coalesce(case(*fractions), Task.progress),
-                    Task.progress_message: func.coalesce(
-                        case(*messages), Task.progress_message
+                    TASK.c.progress: func.coalesce(case(*fractions), TASK.c.progress),
+                    TASK.c.progress_message: func.coalesce(
+                        case(*messages), TASK.c.progress_message
                     ),
                 }
             )
@@ -433,8 +434,8 @@ async def beat(
     cancelled: list[UUID] = []
     if unsure:
         found = await session.execute(
-            select(Task.id, Task.status, Task.worker_id, Task.attempt).where(
-                Task.id.in_(unsure)
+            select(TASK.c.id, TASK.c.status, TASK.c.worker_id, TASK.c.attempt).where(
+                TASK.c.id.in_(unsure)
             )
         )
         for row in found:

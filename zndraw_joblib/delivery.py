@@ -16,7 +16,7 @@ from starlette.types import Message, Send
 from zndraw_joblib import attempts, telemetry, waiting
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, emit
 from zndraw_joblib.lifecycle import ErrorType
-from zndraw_joblib.models import Task
+from zndraw_joblib.models import TASK
 from zndraw_joblib.names import FullName
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.wakeups import Wakeups
@@ -198,7 +198,7 @@ async def _undeliverable(
             failed = await attempts.fail(
                 session,
                 # a message that arrived although its sending failed is not undone
-                and_(Task.id.in_(ids), Task.started_at.is_(None)),
+                and_(TASK.c.id.in_(ids), TASK.c.started_at.is_(None)),
                 exits.settings,
                 error=f"The broker did not take the task: {why!r}",
                 error_type=ErrorType.DISPATCH,

@@ -31,10 +31,10 @@ from zndraw_joblib.exceptions import (
     SchemaConflict,
 )
 from zndraw_joblib.models import (
-    Job,
-    Task,
-    Worker,
-    WorkerJobLink,
+    JOB,
+    LINK,
+    TASK,
+    WORKER,
     alive_within,
     queued,
     served_to,
@@ -87,16 +87,18 @@ def not_found(room: str, full_name: str) -> Exception:
 def named(name: FullName) -> ColumnElement[bool]:
     """Return the condition that picks a job by its full name."""
     return and_(
-        Job.room_id == name.room, Job.category == name.category, Job.name == name.name
+        JOB.c.room_id == name.room,
+        JOB.c.category == name.category,
+        JOB.c.name == name.name,
     )
 
 
 #: Finds a live job by what :func:`find` makes of its full name; its schema as text.
-SERVED = select(Job.id, cast(Job.schema_, Text).label("schema")).where(
-    Job.room_id == bindparam("room"),
-    Job.category == bindparam("category"),
-    Job.name == bindparam("name"),
-    Job.deleted.is_(False),
+SERVED = select(JOB.c.id, cast(JOB.c.schema, Text).label("schema")).where(
+    JOB.c.room_id == bindparam("room"),
+    JOB.c.category == bindparam("category"),
+    JOB.c.name == bindparam("name"),
+    JOB.c.deleted.is_(False),
 )
 
 
@@ -141,29 +143,29 @@ async def register(
         ``schema-conflict``.
     """
     new_id = uuid7()
-    fresh = upsert(Job).values(
+    fresh = upsert(JOB).values(
         id=new_id,
         room_id=name.room,
         category=name.category,
         name=name.name,
-        schema_=schema,
+        schema=schema,
         deleted=False,
         **(JobPolicy().model_dump() | policy),
     )
     arrived = await session.scalar(
         fresh.on_conflict_do_update(
-            index_elements=[Job.room_id, Job.category, Job.name],
+            index_elements=[JOB.c.room_id, JOB.c.category, JOB.c.name],
             set_={"schema": fresh.excluded.schema, "deleted": False}
             | {field: fresh.excluded[field] for field in JobPolicy.model_fields},
-            where=Job.deleted.is_(True),
-        ).returning(Job.id)
+            where=JOB.c.deleted.is_(True),
+        ).returning(JOB.c.id)
     )
     job_id = arrived or await _join(session, name, schema, policy)
     joined = worker_id is not None and await session.scalar(
-        upsert(WorkerJobLink)
+        upsert(LINK)
         .values(worker_id=worker_id, job_id=job_id)
         .on_conflict_do_nothing()
-        .returning(WorkerJobLink.job_id)
+        .returning(LINK.c.job_id)
     )
     return Registration(job_id, arrived is not None, bool(joined))
 
@@ -172,27 +174,27 @@ async def _join(
     session: AsyncSession, name: FullName, schema: JsonObject, policy: dict[str, Any]
 ) -> UUID:
     # the upsert locked the row: what is read here stands until the commit
-    rows = await session.execute(select(Job.id, Job.schema_).where(named(name)))
+    rows = await session.execute(select(JOB.c.id, JOB.c.schema).where(named(name)))
     job = rows.one()
-    if json.dumps(job.schema_, sort_keys=True) != json.dumps(schema, sort_keys=True):
+    if json.dumps(job.schema, sort_keys=True) != json.dumps(schema, sort_keys=True):
         raise SchemaConflict.exception(f"job {name} exists with another schema")
     if policy:
-        await session.execute(update(Job).where(Job.id == job.id).values(**policy))
+        await session.execute(update(JOB).where(JOB.c.id == job.id).values(**policy))
     return UUID(str(job.id))
 
 
 async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:
     """Write an ``@internal`` job as the server's own code defines it."""
-    fresh = upsert(Job).values(
+    fresh = upsert(JOB).values(
         room_id=name.room,
         category=name.category,
         name=name.name,
-        schema_=schema,
+        schema=schema,
         deleted=False,
     )
     await session.execute(
         fresh.on_conflict_do_update(
-            index_elements=[Job.room_id, Job.category, Job.name],
+            index_elements=[JOB.c.room_id, JOB.c.category, JOB.c.name],
             set_={"schema": fresh.excluded.schema, "deleted": False},
         )
     )
@@ -212,16 +214,16 @@ async def delete_idle(
     # the links and tasks of whoever held the rows until now, and that the other of two
     # workers that go at once took its link with it.
     locked = await session.scalars(
-        select(Job.id)
-        .where(chosen, Job.deleted.is_(False), Job.room_id != INTERNAL_ROOM)
-        .order_by(Job.id)
+        select(JOB.c.id)
+        .where(chosen, JOB.c.deleted.is_(False), JOB.c.room_id != INTERNAL_ROOM)
+        .order_by(JOB.c.id)
         .with_for_update()
     )
     deleted = await session.execute(
-        update(Job)
-        .where(Job.id.in_(locked.all()), ~wanted())
+        update(JOB)
+        .where(JOB.c.id.in_(locked.all()), ~wanted())
         .values(deleted=True)
-        .returning(Job.room_id, Job.category, Job.name)
+        .returning(JOB.c.room_id, JOB.c.category, JOB.c.name)
     )
     return [FullName(*row) for row in deleted]
 
@@ -229,43 +231,43 @@ async def delete_idle(
 def wanted() -> ColumnElement[bool]:
     """Return the condition under which a job is served, or a task waits for it."""
     return or_(
-        exists().where(WorkerJobLink.job_id == Job.id),
-        _first(Task.queue_order, queued()).is_not(None),
-        _first(Task.available_at, Task.available_at.is_not(None)).is_not(None),
+        exists().where(LINK.c.job_id == JOB.c.id),
+        _first(TASK.c.queue_order, queued()).is_not(None),
+        _first(TASK.c.available_at, TASK.c.available_at.is_not(None)).is_not(None),
     )
 
 
 def _first(column: Any, waiting: ColumnElement[bool]) -> ColumnElement[Any]:
     # not EXISTS: where many tasks wait for other jobs, PostgreSQL would look for one of
     # this job by reading the whole table
-    first = select(func.min(column)).where(Task.job_id == Job.id, waiting)
-    return first.correlate(Job).scalar_subquery()
+    first = select(func.min(column)).where(TASK.c.job_id == JOB.c.id, waiting)
+    return first.correlate(JOB).scalar_subquery()
 
 
 def _view(worker_timeout: float) -> Select[Any]:
     links = (
-        select(func.aggregate_strings(cast(WorkerJobLink.worker_id, String), ","))
-        .where(WorkerJobLink.job_id == Job.id)
+        select(func.aggregate_strings(cast(LINK.c.worker_id, String), ","))
+        .where(LINK.c.job_id == JOB.c.id)
         .scalar_subquery()
     )
     alive = (
         select(func.count())
-        .select_from(WorkerJobLink)
-        .join(Worker, Worker.id == WorkerJobLink.worker_id)
-        .where(WorkerJobLink.job_id == Job.id, alive_within(worker_timeout))
+        .select_from(LINK)
+        .join(WORKER, WORKER.c.id == LINK.c.worker_id)
+        .where(LINK.c.job_id == JOB.c.id, alive_within(worker_timeout))
         .scalar_subquery()
     )
     return select(
-        Job.id,
-        Job.room_id,
-        Job.category,
-        Job.name,
-        Job.schema_,
-        Job.created_at,
-        Job.max_attempts,
-        Job.retry_delay_seconds,
-        Job.timeout_seconds,
-        Job.start_timeout_seconds,
+        JOB.c.id,
+        JOB.c.room_id,
+        JOB.c.category,
+        JOB.c.name,
+        JOB.c.schema,
+        JOB.c.created_at,
+        JOB.c.max_attempts,
+        JOB.c.retry_delay_seconds,
+        JOB.c.timeout_seconds,
+        JOB.c.start_timeout_seconds,
         links.label("workers"),
         alive.label("workers_alive"),
     )
@@ -284,7 +286,7 @@ async def read(
     worker_id: UUID | None = None,
 ) -> JobResponse:
     """Return a job; ``worker_id`` is the one that registered it just now."""
-    rows = await session.execute(_view(worker_timeout).where(Job.id == job_id))
+    rows = await session.execute(_view(worker_timeout).where(JOB.c.id == job_id))
     return JobResponse(**_fields(rows.one()), worker_id=worker_id)
 
 
@@ -300,7 +302,7 @@ async def read_named(
     """
     name = find(room, full_name)
     rows = await session.execute(
-        _view(worker_timeout).where(named(name), Job.deleted.is_(False))
+        _view(worker_timeout).where(named(name), JOB.c.deleted.is_(False))
     )
     return JobResponse(**_fields(found(rows.one_or_none(), room, full_name)))
 
@@ -310,5 +312,5 @@ async def list_visible(
 ) -> tuple[list[JobSummary], Listing]:
     """Return a page of the jobs that ``room`` sees."""
     statement = _view(worker_timeout).where(served_to(room))
-    listing = await paginate(session, statement, Job, page)
+    listing = await paginate(session, statement, JOB, page)
     return [JobSummary(**_fields(row)) for row in listing.rows], listing

@@ -152,7 +152,7 @@ def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
     A partial index serves a query only if the query's own text implies the index's
     condition; a bound parameter can't.
     """
-    return literal_column(f"'{status.name}'", Task.status.type)
+    return literal_column(f"'{status.name}'", TASK.c.status.type)
 
 
 def number(value: int) -> ColumnElement[int]:
@@ -337,35 +337,35 @@ class Task(Base):
     traceparent: Mapped[str | None] = mapped_column(String(55))
 
 
-# What statements change: of an entity instead of its table, the ORM would look at each
-# execution for copies to bring up to date, and there are none.
-TASK = cast(Table, Task.__table__)
-WORKER = cast(Table, Worker.__table__)
+# What statements are made of. Of the classes, each execution would pass the ORM, which
+# looks for copies to bring up to date, and there are none.
+JOB, WORKER, LINK, PROVIDER, TASK = (
+    cast(Table, table.__table__)
+    for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task)
+)
 
 
-def visible_from(
-    entry: type[Job] | type[ProviderRecord], room: str
-) -> ColumnElement[bool]:
+def visible_from(entry: Table, room: str) -> ColumnElement[bool]:
     """Return the condition under which ``room`` sees a job or a provider."""
-    return entry.room_id.in_(visible_rooms(room))
+    return entry.c.room_id.in_(visible_rooms(room))
 
 
 def served_to(room: str) -> ColumnElement[bool]:
     """Return the condition under which a job can be submitted to from ``room``."""
-    return and_(visible_from(Job, room), Job.deleted.is_(False))
+    return and_(visible_from(JOB, room), JOB.c.deleted.is_(False))
 
 
 def silent_for(seconds: float) -> ColumnElement[bool]:
     """Return the condition under which a worker counts as lost."""
-    return Worker.last_heartbeat < now(-seconds)
+    return WORKER.c.last_heartbeat < now(-seconds)
 
 
 def alive_within(seconds: float) -> ColumnElement[bool]:
     """Return the condition under which a worker counts as alive."""
-    return Worker.last_heartbeat >= now(-seconds)
+    return WORKER.c.last_heartbeat >= now(-seconds)
 
 
-def queued(task: Any = Task) -> ColumnElement[bool]:
+def queued(task: Any = TASK.c) -> ColumnElement[bool]:
     """Return the condition under which a task waits for a worker, and for no time."""
     return and_(
         task.status == constant(TaskStatus.PENDING), task.available_at.is_(None)
@@ -374,10 +374,10 @@ def queued(task: Any = Task) -> ColumnElement[bool]:
 
 def due() -> ColumnElement[bool]:
     """Return the condition under which a delayed task's time has come."""
-    return Task.available_at <= now()
+    return TASK.c.available_at <= now()
 
 
-def held(task: Any = Task) -> ColumnElement[bool]:
+def held(task: Any = TASK.c) -> ColumnElement[bool]:
     """Return the condition under which a task is in somebody's hands."""
     return and_(task.status.in_(map(constant, sorted(HELD))))
 
@@ -394,7 +394,7 @@ def rechecked(condition: ColumnElement[bool]) -> ColumnElement[bool]:
 
 def in_states(states: frozenset[TaskStatus]) -> ColumnElement[bool]:
     """Return the condition under which a task is in one of ``states``."""
-    return Task.status.in_(map(constant, sorted(states)))
+    return TASK.c.status.in_(map(constant, sorted(states)))
 
 
 def _index(name: str, *columns: Any, where: ColumnElement[bool], **kw: Any) -> None:
@@ -402,48 +402,50 @@ def _index(name: str, *columns: Any, where: ColumnElement[bool], **kw: Any) -> N
 
 
 # the claim, and a task's place in its queue
-_index("ix_task_queue", Task.job_id, Task.queue_order, where=queued())
+_index("ix_task_queue", TASK.c.job_id, TASK.c.queue_order, where=queued())
 # delayed tasks whose time has come
 _index(
     "ix_task_delayed",
-    Task.job_id,
-    Task.available_at,
-    where=Task.available_at.is_not(None),
+    TASK.c.job_id,
+    TASK.c.available_at,
+    where=TASK.c.available_at.is_not(None),
 )
 # what of a user's waits, where it is counted; what no claim says keeps claims from it,
 # since PostgreSQL takes an index that was empty once for one that costs nothing
 _index(
     "ix_task_pending_of",
-    Task.created_by_id,
+    TASK.c.created_by_id,
     where=and_(
-        Task.status == constant(TaskStatus.PENDING), Task.created_by_id.is_not(None)
+        TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)
     ),
 )
 # what a worker holds
-_index("ix_task_held", Task.worker_id, where=held())
+_index("ix_task_held", TASK.c.worker_id, where=held())
 # attempts for the sweeper to end
-_index("ix_task_deadline", Task.deadline_at, where=Task.deadline_at.is_not(None))
+_index("ix_task_deadline", TASK.c.deadline_at, where=TASK.c.deadline_at.is_not(None))
 # ended tasks, for the purge
 _index(
     "ix_task_completed",
-    Task.status,
-    Task.completed_at,
-    where=Task.completed_at.is_not(None),
+    TASK.c.status,
+    TASK.c.completed_at,
+    where=TASK.c.completed_at.is_not(None),
 )
 # one task for one Idempotency-Key
 _index(
     "uq_task_idempotency_key",
-    Task.created_by_id,
-    Task.job_id,
-    Task.room_id,
-    Task.idempotency_key,
-    where=Task.idempotency_key.is_not(None),
+    TASK.c.created_by_id,
+    TASK.c.job_id,
+    TASK.c.room_id,
+    TASK.c.idempotency_key,
+    where=TASK.c.idempotency_key.is_not(None),
     unique=True,
 )
 # the listings, newest first
-Index("ix_task_room", Task.room_id, Task.created_at, Task.id)
-Index("ix_task_room_status", Task.room_id, Task.status, Task.created_at, Task.id)
-Index("ix_task_job_room", Task.job_id, Task.room_id, Task.created_at, Task.id)
+Index("ix_task_room", TASK.c.room_id, TASK.c.created_at, TASK.c.id)
+Index(
+    "ix_task_room_status", TASK.c.room_id, TASK.c.status, TASK.c.created_at, TASK.c.id
+)
+Index("ix_task_job_room", TASK.c.job_id, TASK.c.room_id, TASK.c.created_at, TASK.c.id)
 
 __all__ = [
     "Job",

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     Select,
+    Table,
     Text,
     cast,
     func,
@@ -94,7 +95,7 @@ def size_of(*columns: Any) -> ColumnElement[int]:
 async def paginate(
     session: AsyncSession,
     statement: Select[Any],
-    entity: type[Any],
+    table: Table,
     page: Page,
     complete: Callable[[Select[Any]], Select[Any]] = lambda chosen: chosen,
 ) -> Listing:
@@ -103,18 +104,18 @@ async def paginate(
     Counts only without a cursor: counting is the one cost that grows with the table.
     What ``complete`` adds to the chosen rows, it adds to those of the page alone.
     """
-    newest_first = statement.order_by(entity.created_at.desc(), entity.id.desc())
+    newest_first = statement.order_by(table.c.created_at.desc(), table.c.id.desc())
     if page.cursor is not None:
         total = page.cursor.total
         newest_first = newest_first.where(
-            tuple_(entity.created_at, entity.id)
+            tuple_(table.c.created_at, table.c.id)
             < tuple_(
-                literal(page.cursor.created_at, entity.created_at.type),
-                literal(page.cursor.id, entity.id.type),
+                literal(page.cursor.created_at, table.c.created_at.type),
+                literal(page.cursor.id, table.c.id.type),
             )
         )
     else:
-        counted = statement.with_only_columns(entity.id, maintain_column_froms=True)
+        counted = statement.with_only_columns(table.c.id, maintain_column_froms=True)
         counting = select(func.count()).select_from(counted.subquery())
         total = (await session.scalars(counting)).one()
         newest_first = newest_first.offset(page.offset)

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
-from zndraw_joblib.models import ProviderRecord, number, visible_from
+from zndraw_joblib.models import PROVIDER, number, visible_from
 from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
@@ -21,16 +21,16 @@ from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import Caller, RoomAccess
 
 _VIEW = (
-    ProviderRecord.id,
-    ProviderRecord.room_id,
-    ProviderRecord.category,
-    ProviderRecord.name,
-    ProviderRecord.schema_,
-    ProviderRecord.content_type,
-    ProviderRecord.worker_id,
-    ProviderRecord.created_at,
+    PROVIDER.c.id,
+    PROVIDER.c.room_id,
+    PROVIDER.c.category,
+    PROVIDER.c.name,
+    PROVIDER.c.schema,
+    PROVIDER.c.content_type,
+    PROVIDER.c.worker_id,
+    PROVIDER.c.created_at,
 )
-_NAME = (ProviderRecord.room_id, ProviderRecord.category, ProviderRecord.name)
+_NAME = (PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
 
 
 class Registered(NamedTuple):
@@ -46,14 +46,14 @@ def _view(row: Row[Any]) -> ProviderResponse:
 
 
 def _owned(caller: Caller) -> ColumnElement[bool]:
-    return true() if caller.is_superuser else ProviderRecord.user_id == caller.id
+    return true() if caller.is_superuser else PROVIDER.c.user_id == caller.id
 
 
 def _named(name: FullName) -> ColumnElement[bool]:
     return and_(
-        ProviderRecord.room_id == name.room,
-        ProviderRecord.category == name.category,
-        ProviderRecord.name == name.name,
+        PROVIDER.c.room_id == name.room,
+        PROVIDER.c.category == name.category,
+        PROVIDER.c.name == name.name,
     )
 
 
@@ -80,23 +80,23 @@ async def register(
         ``forbidden`` when the name is another user's.
     """
     new_id = uuid7()
-    fresh = upsert(ProviderRecord).values(
+    fresh = upsert(PROVIDER).values(
         id=new_id,
         room_id=name.room,
         category=name.category,
         name=name.name,
-        schema_=schema,
+        schema=schema,
         content_type=content_type,
         user_id=caller.id,
         worker_id=worker_id,
     )
-    mine = ProviderRecord.user_id == caller.id
+    mine = PROVIDER.c.user_id == caller.id
     registered = await session.execute(
         fresh.on_conflict_do_update(
             index_elements=_NAME,
             set_={
                 **_replaced_by(fresh, "schema", "content_type", "user_id", "worker_id"),
-                "id": case((mine, ProviderRecord.id), else_=uuid7()),
+                "id": case((mine, PROVIDER.c.id), else_=uuid7()),
             },
             where=_owned(caller),
         ).returning(*_VIEW)
@@ -115,11 +115,11 @@ async def install(
     user_id: UUID,
 ) -> None:
     """Write an ``@internal`` provider as the server's own code defines it."""
-    fresh = upsert(ProviderRecord).values(
+    fresh = upsert(PROVIDER).values(
         room_id=name.room,
         category=name.category,
         name=name.name,
-        schema_=schema,
+        schema=schema,
         content_type=content_type,
         user_id=user_id,
     )
@@ -156,18 +156,18 @@ async def list_visible(
     session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> tuple[list[ProviderResponse], Listing]:
     """Return a page of the providers that ``room`` sees."""
-    schema = ProviderRecord.schema_
+    schema = PROVIDER.c.schema
     fits = size_of(schema) <= number(settings.max_page_bytes // max(page.limit, 1))
     shown = [
-        case((fits, schema), else_=literal({}, schema.type)).label("schema_")
+        case((fits, schema), else_=literal({}, schema.type)).label("schema")
         if column is schema
         else column
         for column in _VIEW
     ]
     statement = select(*shown, (~fits).label("abridged")).where(
-        visible_from(ProviderRecord, room)
+        visible_from(PROVIDER, room)
     )
-    listing = await paginate(session, statement, ProviderRecord, page)
+    listing = await paginate(session, statement, PROVIDER, page)
     return [_view(row) for row in listing.rows], listing
 
 
@@ -184,7 +184,7 @@ async def owned(
     """
     found = await session.execute(
         select(*_VIEW, _owned(caller).label("owned")).where(
-            ProviderRecord.id == provider_id
+            PROVIDER.c.id == provider_id
         )
     )
     row = found.one_or_none()
@@ -210,8 +210,8 @@ async def remove(
     if provider.room_id == INTERNAL_ROOM:
         raise Forbidden.exception("the server's own providers stay")
     removed = await session.execute(
-        delete(ProviderRecord)
-        .where(ProviderRecord.id == provider_id, _owned(caller))
+        delete(PROVIDER)
+        .where(PROVIDER.c.id == provider_id, _owned(caller))
         .returning(*_NAME)
     )
     row = removed.one_or_none()

@@ -16,7 +16,7 @@ from zndraw_joblib import attempts, jobs, telemetry
 from zndraw_joblib.delivery import Exits, SessionMaker, deliver
 from zndraw_joblib.events import Outbox
 from zndraw_joblib.lifecycle import ErrorType
-from zndraw_joblib.models import Task
+from zndraw_joblib.models import TASK
 from zndraw_joblib.names import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
 from zndraw_joblib.settings import settings_of
@@ -249,7 +249,7 @@ async def register_internal_jobs(
         async def fail(session: AsyncSession) -> list[Any]:
             return await attempts.fail(
                 session,
-                Task.id == UUID(task_id),
+                TASK.c.id == UUID(task_id),
                 settings_of(app),
                 error=str(exc) or type(exc).__name__,
                 error_type=ErrorType.USER_ERROR,

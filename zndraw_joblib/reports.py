@@ -43,10 +43,9 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
 )
 from zndraw_joblib.models import (
+    JOB,
     TASK,
     WORKER,
-    Job,
-    Task,
     in_states,
     now,
 )
@@ -83,7 +82,10 @@ def _each(
     if all(value is first for value in said.values()):
         return literal(first, kind)
     return case(
-        *((Task.id == task_id, literal(value, kind)) for task_id, value in said.items())
+        *(
+            (TASK.c.id == task_id, literal(value, kind))
+            for task_id, value in said.items()
+        )
     )
 
 
@@ -93,7 +95,7 @@ def _failures(
     """Return what reports of failures make of their tasks."""
     failure = ErrorType.USER_ERROR
     return failed(
-        _each(reports, lambda report: report.error, Task.error.type),
+        _each(reports, lambda report: report.error, TASK.c.error.type),
         _each(reports, lambda report: told(report.error, failure), String()),
         failure,
         settings,
@@ -111,21 +113,21 @@ def _reported(
     """Return what reports of one status, but of no failure, make of their tasks."""
     if status is TaskStatus.RUNNING:
         return {
-            Task.status: status,
-            Task.started_at: now(),
-            Task.deadline_at: now(of_job(Job.timeout_seconds)),
-            Task.claim_key: func.coalesce(key, Task.claim_key),
+            TASK.c.status: status,
+            TASK.c.started_at: now(),
+            TASK.c.deadline_at: now(of_job(JOB.c.timeout_seconds)),
+            TASK.c.claim_key: func.coalesce(key, TASK.c.claim_key),
         }
     if status is TaskStatus.PENDING:
         return back_in_queue()
     return {
-        Task.status: status,
-        Task.completed_at: now(),
-        Task.available_at: None,
-        Task.deadline_at: None,
-        Task.error: error,
-        Task.error_type: None,
-        Task.result: result,
+        TASK.c.status: status,
+        TASK.c.completed_at: now(),
+        TASK.c.available_at: None,
+        TASK.c.deadline_at: None,
+        TASK.c.error: error,
+        TASK.c.error_type: None,
+        TASK.c.result: result,
     }
 
 
@@ -139,9 +141,9 @@ def _alike(
         return _failures(reports, settings)
     return _reported(
         status,
-        literal(None, Task.claim_key.type),
-        _each(reports, lambda report: report.error, Task.error.type),
-        _each(reports, lambda report: report.result, Task.result.type),
+        literal(None, TASK.c.claim_key.type),
+        _each(reports, lambda report: report.error, TASK.c.error.type),
+        _each(reports, lambda report: report.result, TASK.c.result.type),
     )
 
 
@@ -151,7 +153,9 @@ _SIGN_OF_LIFE = (
     update(WORKER)
     .where(
         WORKER.c.id
-        == select(Task.worker_id).where(Task.id == bindparam("task")).scalar_subquery(),
+        == select(TASK.c.worker_id)
+        .where(TASK.c.id == bindparam("task"))
+        .scalar_subquery(),
         WORKER.c.user_id == bindparam("owner"),
     )
     .values(last_heartbeat=now())
@@ -162,10 +166,10 @@ _SIGN_OF_LIFE = (
 def _reporting(status: TaskStatus, superuser: bool, fenced: bool) -> Update:
     # built once for each kind of report
     return update(TASK).where(
-        Task.id == bindparam("task"),
+        TASK.c.id == bindparam("task"),
         _may_become(status),
         _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
-        Task.attempt == bindparam("lease") if fenced else true(),
+        TASK.c.attempt == bindparam("lease") if fenced else true(),
     )
 
 
@@ -173,12 +177,12 @@ def _reporting(status: TaskStatus, superuser: bool, fenced: bool) -> Update:
 def _moving(status: TaskStatus, superuser: bool, fenced: bool) -> ReturningUpdate[Any]:
     values = _reported(
         status,
-        bindparam("key", type_=Task.claim_key.type),
-        bindparam("told", type_=Task.error.type),
-        bindparam("brought", type_=Task.result.type),
+        bindparam("key", type_=TASK.c.claim_key.type),
+        bindparam("told", type_=TASK.c.error.type),
+        bindparam("brought", type_=TASK.c.result.type),
     )
     reporting = _reporting(status, superuser, fenced)
-    unheard = workers.unheard(Task.worker_id)
+    unheard = workers.unheard(TASK.c.worker_id)
     return reporting.values(values).returning(unheard, *VIEW)
 
 
@@ -288,12 +292,12 @@ async def report_many(
         .add_columns(
             _entitled(caller, TaskStatus.COMPLETED).label("entitled"),
             _entitled(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
-            Task.claim_key,
-            workers.unheard(Task.worker_id),
+            TASK.c.claim_key,
+            workers.unheard(TASK.c.worker_id),
         )
-        .where(Task.id.in_(reports))
-        .order_by(Task.id)
-        .with_for_update(of=Task),
+        .where(TASK.c.id.in_(reports))
+        .order_by(TASK.c.id)
+        .with_for_update(of=TASK),
         workers.unheard_since(caller, settings),
     )
     standing = {row.id: row for row in found}
@@ -301,15 +305,15 @@ async def report_many(
     for status in {report.status: None for report in reports.values()}:
         alike = {i: r for i, r in reports.items() if r.status is status}
         changed = await session.execute(
-            update(Task)
+            update(TASK)
             .where(
-                Task.id.in_(alike),
+                TASK.c.id.in_(alike),
                 _may_become(status),
                 _entitled(caller, status),
-                Task.attempt
+                TASK.c.attempt
                 == func.coalesce(
-                    _each(alike, lambda report: report.attempt, Task.attempt.type),
-                    Task.attempt,
+                    _each(alike, lambda report: report.attempt, TASK.c.attempt.type),
+                    TASK.c.attempt,
                 ),
             )
             .values(_alike(status, alike, settings))
@@ -344,8 +348,8 @@ def _may_become(status: TaskStatus) -> ColumnElement[bool]:
     allowed = in_states(REPORTABLE.get(status, frozenset()))
     if status is not TaskStatus.PENDING:
         return allowed
-    started = func.coalesce(Task.started_at, Task.claimed_at)
-    return and_(allowed, started == Task.claimed_at)
+    started = func.coalesce(TASK.c.started_at, TASK.c.claimed_at)
+    return and_(allowed, started == TASK.c.claimed_at)
 
 
 def _may_report(
@@ -354,9 +358,9 @@ def _may_report(
     # two of the same user: the columns are of two types
     if superuser:
         return true()
-    holds: ColumnElement[bool] = Task.holder_id == holder
+    holds: ColumnElement[bool] = TASK.c.holder_id == holder
     if status is TaskStatus.CANCELLED:
-        return or_(holds, Task.created_by_id == submitter)
+        return or_(holds, TASK.c.created_by_id == submitter)
     return holds
 
 
@@ -421,8 +425,8 @@ async def _find(
 ) -> Row[Any]:
     found = await session.execute(
         seen(settings.queue_position_max)
-        .add_columns(entitled.label("entitled"), Task.claim_key)
-        .where(Task.id == task_id)
+        .add_columns(entitled.label("entitled"), TASK.c.claim_key)
+        .where(TASK.c.id == task_id)
     )
     row = found.one_or_none()
     if row is None or not (
@@ -455,47 +459,49 @@ async def retry(
     # locked, so that no soft-deletion of the job comes in between; where nothing is
     # locked, what was read here may be over by the time of the write
     found = await session.execute(
-        select(Job.room_id)
-        .join(Task, Task.job_id == Job.id)
-        .where(Task.id == task_id)
-        .with_for_update(read=True, key_share=True, of=Job)
+        select(JOB.c.room_id)
+        .join(TASK, TASK.c.job_id == JOB.c.id)
+        .where(TASK.c.id == task_id)
+        .with_for_update(read=True, key_share=True, of=JOB)
     )
     internal = found.scalar_one() == INTERNAL_ROOM
     seconds = settings.internal_redispatch_seconds
     reborn = born_claimed(seconds) if internal else {}
-    least = literal(next_order(), Task.queue_order.type)
+    least = literal(next_order(), TASK.c.queue_order.type)
     raised = await session.execute(
-        update(Task)
-        .where(Task.id == task_id, in_states(TERMINAL), of_job(Job.deleted).is_(False))
+        update(TASK)
+        .where(
+            TASK.c.id == task_id, in_states(TERMINAL), of_job(JOB.c.deleted).is_(False)
+        )
         .values(
             {
                 **back_in_queue(),
-                Task.queue_order: end_of_queue(least, Task.priority),
-                Task.failed_attempts: 0,
-                Task.completed_at: None,
-                Task.result: None,
+                TASK.c.queue_order: end_of_queue(least, TASK.c.priority),
+                TASK.c.failed_attempts: 0,
+                TASK.c.completed_at: None,
+                TASK.c.result: None,
                 # or each retry would make it longer
-                Task.errors: case(
+                TASK.c.errors: case(
                     (
-                        Task.attempt == task.attempt,
+                        TASK.c.attempt == task.attempt,
                         "\n".join(last_errors(task)) or None,
                     ),
-                    else_=Task.errors,
+                    else_=TASK.c.errors,
                 ),
                 **reborn,
             }
         )
-        .returning(Task.queue_order, *VIEW)
+        .returning(TASK.c.queue_order, *VIEW)
     )
     rows = raised.all()
     again = await read_changed(session, rows, settings)
     if again:
         order_taken(rows[0].queue_order, task.priority)
         return again[0]
-    if await session.scalar(select(of_job(Job.deleted)).where(Task.id == task_id)):
+    if await session.scalar(select(of_job(JOB.c.deleted)).where(TASK.c.id == task_id)):
         raise JobNotFound.exception("the task's job is gone")
     raise InvalidTaskTransition.exception("only a terminal task can be tried again")
 
 
 def _may_retry(caller: Caller) -> ColumnElement[bool]:
-    return true() if caller.is_superuser else Task.created_by_id == caller.id
+    return true() if caller.is_superuser else TASK.c.created_by_id == caller.id

@@ -10,10 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.models import (
-    Job,
-    Task,
-    Worker,
-    WorkerJobLink,
+    JOB,
+    LINK,
+    TASK,
+    WORKER,
     alive_within,
     constant,
     held,
@@ -39,8 +39,8 @@ def _waiting(count_max: int, *order: Any, where: ColumnElement[bool]) -> Any:
     # No more of a queue than count_max is read, in the order of its index: else
     # counting would take longer the longer the queue is. Written as positions are.
     return (
-        select(ahead.created_at)
-        .where(ahead.job_id == Job.id, where)
+        select(ahead.c.created_at)
+        .where(ahead.c.job_id == JOB.c.id, where)
         .order_by(*order)
         .limit(select(number(count_max)).scalar_subquery())
         .correlate_except(ahead)
@@ -50,25 +50,27 @@ def _waiting(count_max: int, *order: Any, where: ColumnElement[bool]) -> Any:
 
 def _statement(settings: JobLibSettings) -> Select[Any]:
     most = settings.queue_position_max
-    first = _waiting(most, ahead.queue_order, where=queued(ahead))
-    delayed = _waiting(most, ahead.available_at, where=ahead.available_at.is_not(None))
+    first = _waiting(most, ahead.c.queue_order, where=queued(ahead.c))
+    delayed = _waiting(
+        most, ahead.c.available_at, where=ahead.c.available_at.is_not(None)
+    )
     oldest = func.min(first.c.created_at)
     alive = (
         select(func.count())
-        .select_from(WorkerJobLink)
-        .join(Worker, Worker.id == WorkerJobLink.worker_id)
+        .select_from(LINK)
+        .join(WORKER, WORKER.c.id == LINK.c.worker_id)
         .where(
-            WorkerJobLink.job_id == Job.id,
+            LINK.c.job_id == JOB.c.id,
             alive_within(settings.worker_timeout_seconds),
         )
         .scalar_subquery()
     )
     return select(
-        Job.id,
-        Job.room_id,
-        Job.category,
-        Job.name,
-        Job.created_at,
+        JOB.c.id,
+        JOB.c.room_id,
+        JOB.c.category,
+        JOB.c.name,
+        JOB.c.created_at,
         select(func.count()).select_from(first).scalar_subquery().label("pending"),
         select(func.count()).select_from(delayed).scalar_subquery().label("delayed"),
         select(oldest).scalar_subquery().label("oldest"),
@@ -82,7 +84,7 @@ async def _counted(
 ) -> Counter[tuple[UUID, TaskStatus]]:
     # Read in the order of the index that holds just these, and counted outside: SQLite
     # would rather read all tasks in the order of their jobs than sort some.
-    some = select(Task.job_id, Task.status).where(chosen).order_by(order)
+    some = select(TASK.c.job_id, TASK.c.status).where(chosen).order_by(order)
     read = some.limit(number(COUNTED_MAX)).subquery()
     counting = select(read.c.job_id, read.c.status, func.count())
     found = await session.execute(counting.group_by(read.c.job_id, read.c.status))
@@ -92,11 +94,11 @@ async def _counted(
 async def _views(session: AsyncSession, rows: Sequence[Row[Any]]) -> list[JobStats]:
     # What is held and what ended just now stand in indexes of their own, over all jobs:
     # what is read is what goes on, not what waits or is done.
-    counted = await _counted(session, held(), Task.worker_id)
+    counted = await _counted(session, held(), TASK.c.worker_id)
     for status in sorted(ENDED):
-        just_now = Task.completed_at >= now(-SECONDS_COUNTED)
-        ended = and_(Task.status == constant(status), just_now)
-        counted += await _counted(session, ended, Task.completed_at)
+        just_now = TASK.c.completed_at >= now(-SECONDS_COUNTED)
+        ended = and_(TASK.c.status == constant(status), just_now)
+        counted += await _counted(session, ended, TASK.c.completed_at)
     return [_view(row, counted) for row in rows]
 
 
@@ -129,8 +131,8 @@ async def queue_stats(
         ``queue_position_max`` for each job; a worker is alive that was heard within
         ``worker_timeout_seconds``.
     """
-    statement = _statement(settings or get_settings()).where(Job.deleted.is_(False))
-    rows = await session.execute(statement.order_by(Job.id))
+    statement = _statement(settings or get_settings()).where(JOB.c.deleted.is_(False))
+    rows = await session.execute(statement.order_by(JOB.c.id))
     return await _views(session, rows.all())
 
 
@@ -139,5 +141,5 @@ async def list_visible(
 ) -> tuple[list[JobStats], Listing]:
     """Return a page of what goes on in the jobs that ``room`` sees."""
     statement = _statement(settings).where(served_to(room))
-    listing = await paginate(session, statement, Job, page)
+    listing = await paginate(session, statement, JOB, page)
     return await _views(session, listing.rows), listing

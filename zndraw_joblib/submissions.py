@@ -37,9 +37,8 @@ from zndraw_joblib.exceptions import (
 )
 from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.models import (
+    JOB,
     TASK,
-    Job,
-    Task,
     constant,
     now,
     number,
@@ -73,10 +72,10 @@ def _digest(asked: Any) -> str:
 
 def _keyed(caller: Caller, job_id: UUID, room: str, key: str) -> ColumnElement[bool]:
     return and_(
-        Task.created_by_id == caller.id,
-        Task.job_id == job_id,
-        Task.room_id == room,
-        Task.idempotency_key == key,
+        TASK.c.created_by_id == caller.id,
+        TASK.c.job_id == job_id,
+        TASK.c.room_id == room,
+        TASK.c.idempotency_key == key,
     )
 
 
@@ -164,35 +163,35 @@ async def to_job(
 def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) -> Any:
     # built once for each shape
     place = end_of_queue(
-        bindparam("least", type_=Task.queue_order.type),
-        bindparam("rank", type_=Task.queue_order.type),
+        bindparam("least", type_=TASK.c.queue_order.type),
+        bindparam("rank", type_=TASK.c.queue_order.type),
     )
     columns: dict[Any, Any] = {
-        Task.id: bindparam("new_id", type_=Task.id.type),
-        Task.room_id: bindparam("in_room", type_=Task.room_id.type),
-        Task.created_by_id: bindparam("submitter", type_=Task.created_by_id.type),
-        Task.payload: bindparam("given", type_=Task.payload.type),
-        Task.priority: bindparam("rank", type_=Task.queue_order.type),
-        Task.queue_order: place,
-        Task.job_name: bindparam("full_name", type_=Task.job_name.type),
-        Task.idempotency_key: bindparam("key", type_=Task.idempotency_key.type),
-        Task.request_digest: bindparam("digest", type_=Task.request_digest.type),
-        Task.traceparent: bindparam("trace", type_=Task.traceparent.type),
-        Task.job_id: Job.id,
-        Task.max_attempts: Job.max_attempts,
+        TASK.c.id: bindparam("new_id", type_=TASK.c.id.type),
+        TASK.c.room_id: bindparam("in_room", type_=TASK.c.room_id.type),
+        TASK.c.created_by_id: bindparam("submitter", type_=TASK.c.created_by_id.type),
+        TASK.c.payload: bindparam("given", type_=TASK.c.payload.type),
+        TASK.c.priority: bindparam("rank", type_=TASK.c.queue_order.type),
+        TASK.c.queue_order: place,
+        TASK.c.job_name: bindparam("full_name", type_=TASK.c.job_name.type),
+        TASK.c.idempotency_key: bindparam("key", type_=TASK.c.idempotency_key.type),
+        TASK.c.request_digest: bindparam("digest", type_=TASK.c.request_digest.type),
+        TASK.c.traceparent: bindparam("trace", type_=TASK.c.traceparent.type),
+        TASK.c.job_id: JOB.c.id,
+        TASK.c.max_attempts: JOB.c.max_attempts,
     }
     seconds: ColumnElement[float] = bindparam("seconds", type_=Float())
     if internal:
-        columns |= born_claimed(seconds) | {Task.attempt: literal(1)}
+        columns |= born_claimed(seconds) | {TASK.c.attempt: literal(1)}
     elif delayed:
-        columns[Task.available_at] = now(seconds)
-    job: ColumnElement[UUID] = bindparam("job", type_=Job.id.type)
+        columns[TASK.c.available_at] = now(seconds)
+    job: ColumnElement[UUID] = bindparam("job", type_=JOB.c.id.type)
     source = (
         select(*columns.values())
         .where(
-            Job.id == job,
-            Job.deleted.is_(False),
-            cast(Job.schema_, Text) == bindparam("schema", type_=Text()),
+            JOB.c.id == job,
+            JOB.c.deleted.is_(False),
+            cast(JOB.c.schema, Text) == bindparam("schema", type_=Text()),
         )
         .with_for_update(read=True, key_share=True)
     )
@@ -204,7 +203,7 @@ def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) ->
     return (
         insert(TASK)
         .from_select([column.key for column in columns], source)
-        .returning(Task.queue_order, queue_position.label("queue_position"), *VIEW)
+        .returning(TASK.c.queue_order, queue_position.label("queue_position"), *VIEW)
     )
 
 
@@ -305,7 +304,7 @@ async def submit(
         return None
     earlier = await session.execute(
         seen(settings.queue_position_max)
-        .add_columns(Task.request_digest)
+        .add_columns(TASK.c.request_digest)
         .where(_keyed(caller, target.id, room, idempotency_key))
     )
     row = earlier.one_or_none()
@@ -395,7 +394,7 @@ async def submit_many(
     if idempotency_key is None:
         return None
     earlier = await session.execute(
-        select(Task.id, Task.request_digest).where(
+        select(TASK.c.id, TASK.c.request_digest).where(
             _keyed(caller, target.id, room, idempotency_key)
         )
     )
@@ -427,9 +426,9 @@ async def _add(
         **{
             column.key: getattr(first, column.key)
             for column in (
-                Task.job_name, Task.room_id, Task.created_by_id, Task.status,
-                Task.attempt, Task.max_attempts, Task.created_at, Task.claimed_at,
-                Task.traceparent,
+                TASK.c.job_name, TASK.c.room_id, TASK.c.created_by_id, TASK.c.status,
+                TASK.c.attempt, TASK.c.max_attempts, TASK.c.created_at, TASK.c.claimed_at,
+                TASK.c.traceparent,
             )
         },
     }  # fmt: skip
@@ -458,9 +457,9 @@ async def _add(
     if waits:
         most = settings.queue_position_max
         head = await session.scalars(
-            select(Task.queue_order)
-            .where(Task.job_id == job_id, queued())
-            .order_by(Task.queue_order)
+            select(TASK.c.queue_order)
+            .where(TASK.c.job_id == job_id, queued())
+            .order_by(TASK.c.queue_order)
             .limit(number(most))
         )
         before = head.all()
@@ -507,8 +506,8 @@ async def check_quota(
         theirs = (
             select(literal_column("1"))
             .where(
-                Task.created_by_id == caller.id,
-                Task.status == constant(TaskStatus.PENDING),
+                TASK.c.created_by_id == caller.id,
+                TASK.c.status == constant(TaskStatus.PENDING),
             )
             .limit(number(most + 1))
             .subquery()

@@ -19,7 +19,7 @@ from zndraw_joblib.delivery import (
 )
 from zndraw_joblib.events import Emitter, Outbox, worker_key
 from zndraw_joblib.lifecycle import TaskStatus
-from zndraw_joblib.models import Job, Worker, number, silent_for
+from zndraw_joblib.models import JOB, WORKER, number, silent_for
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
 
@@ -42,7 +42,7 @@ async def retire(
     outbox.ended += map(worker_key, gone.worker_ids)
     outbox.jobs_changed(gone.job_rooms)
     outbox.providers_gone(gone.providers)
-    await jobs.delete_idle(session, Job.id.in_(gone.job_ids))
+    await jobs.delete_idle(session, JOB.c.id.in_(gone.job_ids))
 
 
 async def _in_batches(batch: Batch, size: int, exits: Exits) -> int:
@@ -92,7 +92,7 @@ async def cleanup_stale_workers(
     async def silent(session: AsyncSession, outbox: Outbox) -> int:
         nonlocal retired
         chosen = (
-            select(Worker.id)
+            select(WORKER.c.id)
             .where(silent_for(settings.worker_timeout_seconds))
             .limit(number(WORKERS_A_BATCH))
             .with_for_update(skip_locked=True)
@@ -105,7 +105,7 @@ async def cleanup_stale_workers(
             # a later batch ends the rest, and then the workers
             return WORKERS_A_BATCH
         gone = await workers.retire_where(
-            session, select(Worker.id).where(Worker.id.in_(ids)).with_for_update()
+            session, select(WORKER.c.id).where(WORKER.c.id.in_(ids)).with_for_update()
         )
         if gone.worker_ids:
             await retire(session, gone, settings, outbox)
@@ -144,7 +144,7 @@ async def cleanup_worker(
     )
     outbox = Outbox()
     async with session_maker() as session:
-        chosen = select(Worker.id).where(Worker.id == worker_id).with_for_update()
+        chosen = select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
         gone = await workers.retire_where(session, chosen)
         if gone.worker_ids:
             await retire(session, gone, settings, outbox)

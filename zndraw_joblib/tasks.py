@@ -21,7 +21,6 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import aliased
 
 from zndraw_joblib.exceptions import TaskNotFound
 from zndraw_joblib.lifecycle import (
@@ -29,8 +28,8 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
 )
 from zndraw_joblib.models import (
-    Job,
-    Task,
+    JOB,
+    TASK,
     constant,
     microseconds,
     now,
@@ -42,7 +41,7 @@ from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import Caller, RoomAccess
 
-ahead = aliased(Task)
+ahead = TASK.alias()
 
 KEPT_ERRORS = 5
 
@@ -87,33 +86,38 @@ def order_taken(order: int, priority: int, count: int = 1) -> None:
 
 def of_job(column: Any) -> ColumnElement[Any]:
     """Return a column of the task's job, inside a statement about tasks."""
-    return select(column).where(Job.id == Task.job_id).correlate(Task).scalar_subquery()
+    return (
+        select(column)
+        .where(JOB.c.id == TASK.c.job_id)
+        .correlate(TASK)
+        .scalar_subquery()
+    )
 
 
 #: What :func:`read_view` makes a task of, in a SELECT as in a RETURNING.
 VIEW = (
-    Task.id,
-    Task.job_name,
-    Task.room_id,
-    Task.status,
-    Task.created_at,
-    Task.started_at,
-    Task.completed_at,
-    Task.worker_id,
-    Task.error,
-    Task.payload,
-    Task.attempt,
-    Task.max_attempts,
-    Task.claimed_at,
-    Task.available_at,
-    Task.error_type,
-    Task.errors,
-    Task.result,
-    Task.progress,
-    Task.progress_message,
-    Task.priority,
-    Task.created_by_id,
-    Task.traceparent,
+    TASK.c.id,
+    TASK.c.job_name,
+    TASK.c.room_id,
+    TASK.c.status,
+    TASK.c.created_at,
+    TASK.c.started_at,
+    TASK.c.completed_at,
+    TASK.c.worker_id,
+    TASK.c.error,
+    TASK.c.payload,
+    TASK.c.attempt,
+    TASK.c.max_attempts,
+    TASK.c.claimed_at,
+    TASK.c.available_at,
+    TASK.c.error_type,
+    TASK.c.errors,
+    TASK.c.result,
+    TASK.c.progress,
+    TASK.c.progress_message,
+    TASK.c.priority,
+    TASK.c.created_by_id,
+    TASK.c.traceparent,
 )
 
 
@@ -121,10 +125,10 @@ def position(job_id: Any, order: Any, position_max: int) -> ColumnElement[int]:
     """Return the place of ``order`` in a job's queue, counted up to a maximum."""
     before = (
         select(literal_column("1"))
-        .where(ahead.job_id == job_id, queued(ahead), ahead.queue_order < order)
+        .where(ahead.c.job_id == job_id, queued(ahead.c), ahead.c.queue_order < order)
         # In the order of the queue, and up to a number that PostgreSQL can't know: else
         # it would rather read a whole queue, if the jobs' queues are short on average.
-        .order_by(ahead.queue_order)
+        .order_by(ahead.c.queue_order)
         .limit(select(number(position_max - 1)).scalar_subquery())
         .correlate_except(ahead)
         .subquery()
@@ -135,19 +139,20 @@ def position(job_id: Any, order: Any, position_max: int) -> ColumnElement[int]:
 @lru_cache(maxsize=8)
 def seen(position_max: int) -> Select[Any]:
     """Return the statement that reads tasks as the wire shows them."""
-    place = position(Task.job_id, Task.queue_order, position_max)
+    place = position(TASK.c.job_id, TASK.c.queue_order, position_max)
     return select(
-        *VIEW, case((Task.status == TaskStatus.PENDING, place)).label("queue_position")
+        *VIEW,
+        case((TASK.c.status == TaskStatus.PENDING, place)).label("queue_position"),
     )
 
 
 KEPT_OF_ERROR = 1000
-_LARGE = (Task.payload, Task.result, Task.errors, Task.error)
+_LARGE = (TASK.c.payload, TASK.c.result, TASK.c.errors, TASK.c.error)
 
 
 def _abridging(statement: Select[Any], fits: ColumnElement[bool]) -> Select[Any]:
     """Return ``statement`` without the contents of rows that don't fit."""
-    kept = {Task.error.key: func.substr(Task.error, 1, number(KEPT_OF_ERROR))}
+    kept = {TASK.c.error.key: func.substr(TASK.c.error, 1, number(KEPT_OF_ERROR))}
     large = {column.key for column in _LARGE}
     columns = [
         case((fits, column), else_=kept.get(column.key, null())).label(column.key)
@@ -161,12 +166,12 @@ def _abridging(statement: Select[Any], fits: ColumnElement[bool]) -> Select[Any]
 @lru_cache(maxsize=64)
 def _listed(largest: int) -> Select[Any]:
     fits = size_of(*_LARGE) <= number(largest)
-    return _abridging(select(*VIEW, Task.job_id, Task.queue_order), fits)
+    return _abridging(select(*VIEW, TASK.c.job_id, TASK.c.queue_order), fits)
 
 
 @lru_cache(maxsize=8)
 def _queried(position_max: int, all_together: int) -> Select[Any]:
-    up_to_here = func.sum(size_of(*_LARGE)).over(order_by=Task.id)
+    up_to_here = func.sum(size_of(*_LARGE)).over(order_by=TASK.c.id)
     return _abridging(seen(position_max), up_to_here <= number(all_together))
 
 
@@ -180,9 +185,9 @@ def _placed(listed: Select[Any], position_max: int) -> Select[Any]:
     waits = page.c.status == constant(TaskStatus.PENDING)
     jobs = select(page.c.job_id).where(waits).distinct().subquery()
     edge = (
-        select(ahead.queue_order)
-        .where(ahead.job_id == jobs.c.job_id, queued(ahead))
-        .order_by(ahead.queue_order)
+        select(ahead.c.queue_order)
+        .where(ahead.c.job_id == jobs.c.job_id, queued(ahead.c))
+        .order_by(ahead.c.queue_order)
         .limit(number(1))
         .offset(select(number(position_max - 1)).scalar_subquery())
         .correlate(jobs)
@@ -226,9 +231,9 @@ async def read_changed(
     waiting = [row.id for row in rows if row.status is TaskStatus.PENDING]
     places: dict[UUID, int] = {}
     if waiting:
-        place = position(Task.job_id, Task.queue_order, settings.queue_position_max)
+        place = position(TASK.c.job_id, TASK.c.queue_order, settings.queue_position_max)
         found = await session.execute(
-            select(Task.id, place.label("place")).where(Task.id.in_(waiting))
+            select(TASK.c.id, place.label("place")).where(TASK.c.id.in_(waiting))
         )
         places = {row.id: row.place for row in found}
     return [read_view(row, places.get(row.id)) for row in rows]
@@ -237,10 +242,10 @@ async def read_changed(
 def born_claimed(redispatch_seconds: float | ColumnElement[float]) -> dict[Any, Any]:
     """Return what makes an ``@internal`` task wait for the broker's answer."""
     return {
-        Task.status: literal(TaskStatus.CLAIMED, Task.status.type),
-        Task.attempt: Task.attempt + 1,
-        Task.claimed_at: now(),
-        Task.deadline_at: now(redispatch_seconds),
+        TASK.c.status: literal(TaskStatus.CLAIMED, TASK.c.status.type),
+        TASK.c.attempt: TASK.c.attempt + 1,
+        TASK.c.claimed_at: now(),
+        TASK.c.deadline_at: now(redispatch_seconds),
     }
 
 
@@ -253,8 +258,8 @@ def not_found(task_id: UUID) -> Exception:
 def _reading(position_max: int) -> Select[Any]:
     return (
         seen(position_max)
-        .add_columns(Task.holder_id)
-        .where(Task.id == bindparam("task"))
+        .add_columns(TASK.c.holder_id)
+        .where(TASK.c.id == bindparam("task"))
     )
 
 
@@ -292,8 +297,8 @@ async def readable(
 ) -> list[UUID]:
     """Return which of these tasks the caller may read, in the order of the ids."""
     found = await session.execute(
-        select(Task.id, Task.room_id, Task.created_by_id, Task.holder_id).where(
-            Task.id.in_(task_ids)
+        select(TASK.c.id, TASK.c.room_id, TASK.c.created_by_id, TASK.c.holder_id).where(
+            TASK.c.id.in_(task_ids)
         )
     )
     rooms: dict[UUID, str | None] = {
@@ -315,7 +320,7 @@ async def read_many(
 ) -> list[TaskResponse]:
     """Return the tasks with these ids, in their order; abridged beyond what fits."""
     asked = _queried(settings.queue_position_max, settings.max_query_bytes)
-    found = await session.execute(asked.where(Task.id.in_(task_ids)))
+    found = await session.execute(asked.where(TASK.c.id.in_(task_ids)))
     views = {row.id: read_view(row) for row in found}
     return [views[task_id] for task_id in task_ids if task_id in views]
 
@@ -325,9 +330,9 @@ async def last_unfinished(
 ) -> UUID | None:
     """Return which of the tasks will probably end last; None when all have ended."""
     last: UUID | None = await session.scalar(
-        select(Task.id)
-        .where(Task.id.in_(task_ids), Task.status.not_in(TERMINAL))
-        .order_by(Task.queue_order.desc())
+        select(TASK.c.id)
+        .where(TASK.c.id.in_(task_ids), TASK.c.status.not_in(TERMINAL))
+        .order_by(TASK.c.queue_order.desc())
         .limit(number(1))
     )
     return last
@@ -344,15 +349,15 @@ async def list_tasks(
 ) -> tuple[list[TaskResponse], Listing]:
     """Return a page of the tasks that ``room`` submitted."""
     largest = settings.max_page_bytes // max(page.limit, 1)
-    statement = _listed(largest).where(Task.room_id == room)
+    statement = _listed(largest).where(TASK.c.room_id == room)
     if job_id is not None:
-        statement = statement.where(Task.job_id == job_id)
+        statement = statement.where(TASK.c.job_id == job_id)
     if status is not None:
-        statement = statement.where(Task.status == status)
+        statement = statement.where(TASK.c.status == status)
     listing = await paginate(
         session,
         statement,
-        Task,
+        TASK,
         page,
         partial(_placed, position_max=settings.queue_position_max),
     )
@@ -370,13 +375,15 @@ async def purge(
         How many were deleted.
     """
     outlived = (
-        select(Task.id)
-        .where(Task.status == constant(status), Task.completed_at < now(-kept_seconds))
-        .order_by(Task.completed_at)
+        select(TASK.c.id)
+        .where(
+            TASK.c.status == constant(status), TASK.c.completed_at < now(-kept_seconds)
+        )
+        .order_by(TASK.c.completed_at)
         .limit(number(limit))
         .with_for_update(skip_locked=True)
     )
     purged = await session.scalars(
-        delete(Task).where(Task.id.in_(outlived)).returning(Task.id)
+        delete(TASK).where(TASK.c.id.in_(outlived)).returning(TASK.c.id)
     )
     return len(purged.all())

@@ -34,10 +34,10 @@ from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
 from zndraw_joblib.models import (
-    Job,
-    Task,
-    Worker,
-    WorkerJobLink,
+    JOB,
+    LINK,
+    TASK,
+    WORKER,
     in_states,
     now,
     number,
@@ -315,7 +315,7 @@ async def _listen(wakeups: Wakeups, watch: Watch) -> None:
 def _counted(waits: ColumnElement[bool], order: Any) -> ColumnElement[int]:
     some = (
         select(literal_column("1"))
-        .where(ahead.job_id == Job.id, waits)
+        .where(ahead.c.job_id == JOB.c.id, waits)
         # as for a place in the queue: in the order of the index, and up to a number
         # that PostgreSQL can't know
         .order_by(order)
@@ -340,25 +340,25 @@ _DRAINING = -1
 # each job can be claimed, and how many jobs each worker serves
 _NEWS = union_all(
     select(
-        _kind("task"), Task.id.label("id"), literal_column("0").label("number")
-    ).where(_among(Task.id, "tasks"), in_states(TERMINAL)),
+        _kind("task"), TASK.c.id.label("id"), literal_column("0").label("number")
+    ).where(_among(TASK.c.id, "tasks"), in_states(TERMINAL)),
     select(
         _kind("job"),
-        Job.id,
-        _counted(queued(ahead), ahead.queue_order)
-        + _counted(ahead.available_at <= now(), ahead.available_at),
-    ).where(_among(Job.id, "jobs")),
+        JOB.c.id,
+        _counted(queued(ahead.c), ahead.c.queue_order)
+        + _counted(ahead.c.available_at <= now(), ahead.c.available_at),
+    ).where(_among(JOB.c.id, "jobs")),
     select(
         _kind("worker"),
-        Worker.id,
+        WORKER.c.id,
         case(
-            (Worker.state == WorkerState.DRAINING.value, _DRAINING),
+            (WORKER.c.state == WorkerState.DRAINING.value, _DRAINING),
             else_=select(func.count())
-            .where(WorkerJobLink.worker_id == Worker.id)
-            .correlate(Worker)
+            .where(LINK.c.worker_id == WORKER.c.id)
+            .correlate(WORKER)
             .scalar_subquery(),
         ),
-    ).where(_among(Worker.id, "workers")),
+    ).where(_among(WORKER.c.id, "workers")),
 )
 
 

@@ -27,11 +27,10 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from zndraw_joblib.exceptions import Forbidden, QuotaExceeded, WorkerNotFound
 from zndraw_joblib.lifecycle import WorkerState
 from zndraw_joblib.models import (
+    JOB,
+    LINK,
+    PROVIDER,
     WORKER,
-    Job,
-    ProviderRecord,
-    Worker,
-    WorkerJobLink,
     alive_within,
     now,
     number,
@@ -92,17 +91,17 @@ async def create(
     most = settings.max_workers_per_user
     theirs = (
         select(literal_column("1"))
-        .where(Worker.user_id == user_id)
+        .where(WORKER.c.user_id == user_id)
         .limit(number(most))
         .subquery()
     )
     few = select(func.count()).select_from(theirs).scalar_subquery() < number(most)
     created = await session.execute(
-        insert(Worker)
+        insert(WORKER)
         .from_select(
-            ["user_id"], select(literal(user_id, Worker.user_id.type)).where(few)
+            ["user_id"], select(literal(user_id, WORKER.c.user_id.type)).where(few)
         )
-        .returning(Worker.id, Worker.last_heartbeat, Worker.state)
+        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
     )
     row = created.one_or_none()
     if row is None:
@@ -205,9 +204,9 @@ def unheard(worker_id: Any) -> ColumnElement[bool]:
     A statement that returns it needs :func:`keep_alive` after it where it is true. Its
     parameters are those of :func:`unheard_since`.
     """
-    heard = select(Worker.last_heartbeat).where(
-        Worker.id == worker_id,
-        Worker.user_id == bindparam("owner"),
+    heard = select(WORKER.c.last_heartbeat).where(
+        WORKER.c.id == worker_id,
+        WORKER.c.user_id == bindparam("owner"),
     )
     ago = now(bindparam("fresh", type_=Float()))
     return (heard.scalar_subquery() < ago).label("unheard")
@@ -221,13 +220,15 @@ def unheard_since(caller: Caller, settings: JobLibSettings) -> dict[str, Any]:
 async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:
     """Record a sign of life of many workers; one that is being written to needs none."""
     free = (
-        select(Worker.id)
-        .where(Worker.id.in_(worker_ids))
-        .order_by(Worker.id)
+        select(WORKER.c.id)
+        .where(WORKER.c.id.in_(worker_ids))
+        .order_by(WORKER.c.id)
         .with_for_update(skip_locked=True)
     )
     await session.execute(
-        update(Worker).where(Worker.id.in_(free)).values({Worker.last_heartbeat: now()})
+        update(WORKER)
+        .where(WORKER.c.id.in_(free))
+        .values({WORKER.c.last_heartbeat: now()})
     )
 
 
@@ -242,15 +243,15 @@ async def set_state(
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
     changed = await session.execute(
-        update(Worker)
-        .where(Worker.id == worker_id, _may_command(caller))
+        update(WORKER)
+        .where(WORKER.c.id == worker_id, _may_command(caller))
         .values(
             state=state.value,
             last_heartbeat=case(
-                (Worker.user_id == caller.id, now()), else_=Worker.last_heartbeat
+                (WORKER.c.user_id == caller.id, now()), else_=WORKER.c.last_heartbeat
             ),
         )
-        .returning(Worker.id, Worker.last_heartbeat, Worker.state)
+        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
     )
     row = changed.one_or_none()
     if row is None:
@@ -260,11 +261,11 @@ async def set_state(
 
 
 def _may_command(caller: Caller) -> ColumnElement[bool]:
-    return true() if caller.is_superuser else Worker.user_id == caller.id
+    return true() if caller.is_superuser else WORKER.c.user_id == caller.id
 
 
 async def _explain(session: AsyncSession, worker_id: UUID) -> None:
-    known = await session.scalar(select(Worker.id).where(Worker.id == worker_id))
+    known = await session.scalar(select(WORKER.c.id).where(WORKER.c.id == worker_id))
     if known is None:
         raise WorkerNotFound.exception(f"there is no worker {worker_id}")
 
@@ -279,8 +280,8 @@ async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Gone
     """
     gone = await retire_where(
         session,
-        select(Worker.id)
-        .where(Worker.id == worker_id, _may_command(caller))
+        select(WORKER.c.id)
+        .where(WORKER.c.id == worker_id, _may_command(caller))
         .with_for_update(),
     )
     if not gone.worker_ids:
@@ -295,10 +296,10 @@ async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[U
     Until then no claim, heartbeat or registration of theirs can commit, on any database.
     """
     locked = await session.scalars(
-        update(Worker)
-        .where(Worker.id.in_(chosen))
-        .values(state=Worker.state)
-        .returning(Worker.id)
+        update(WORKER)
+        .where(WORKER.c.id.in_(chosen))
+        .values(state=WORKER.c.state)
+        .returning(WORKER.c.id)
     )
     return locked.all()
 
@@ -319,34 +320,34 @@ async def retire_where(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Go
     # A write first: from here on no claim, heartbeat or registration of these workers
     # can commit before this does, on any database.
     locked = await session.scalars(
-        update(Worker)
-        .where(Worker.id.in_(chosen))
+        update(WORKER)
+        .where(WORKER.c.id.in_(chosen))
         .values(state=WorkerState.DRAINING.value)
-        .returning(Worker.id)
+        .returning(WORKER.c.id)
     )
     worker_ids = locked.all()
     if not worker_ids:
         return Gone()
     jobs = await session.execute(
-        delete(WorkerJobLink)
-        .where(WorkerJobLink.worker_id.in_(worker_ids))
+        delete(LINK)
+        .where(LINK.c.worker_id.in_(worker_ids))
         .returning(
-            WorkerJobLink.job_id,
-            select(Job.room_id)
-            .where(Job.id == WorkerJobLink.job_id)
-            .correlate(WorkerJobLink)
+            LINK.c.job_id,
+            select(JOB.c.room_id)
+            .where(JOB.c.id == LINK.c.job_id)
+            .correlate(LINK)
             .scalar_subquery()
             .label("room_id"),
         )
     )
     served = jobs.all()
     providers = await session.execute(
-        delete(ProviderRecord)
-        .where(ProviderRecord.worker_id.in_(worker_ids))
-        .returning(ProviderRecord.room_id, ProviderRecord.category, ProviderRecord.name)
+        delete(PROVIDER)
+        .where(PROVIDER.c.worker_id.in_(worker_ids))
+        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
     )
     removed = [FullName(*row) for row in providers]
-    await session.execute(delete(Worker).where(Worker.id.in_(worker_ids)))
+    await session.execute(delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
     return Gone(
         worker_ids,
         {row.job_id for row in served},
@@ -358,15 +359,15 @@ async def retire_where(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Go
 def _summaries(settings: JobLibSettings) -> Select[Any]:
     job_count = (
         select(func.count())
-        .select_from(WorkerJobLink)
-        .where(WorkerJobLink.worker_id == Worker.id)
+        .select_from(LINK)
+        .where(LINK.c.worker_id == WORKER.c.id)
         .scalar_subquery()
     )
     return select(
-        Worker.id,
-        Worker.last_heartbeat,
-        Worker.state,
-        Worker.created_at,
+        WORKER.c.id,
+        WORKER.c.last_heartbeat,
+        WORKER.c.state,
+        WORKER.c.created_at,
         job_count.label("job_count"),
         alive_within(settings.worker_timeout_seconds).label("alive"),
     )
@@ -376,7 +377,7 @@ async def list_all(
     session: AsyncSession, page: Page, settings: JobLibSettings
 ) -> Listing:
     """Return a page of all workers."""
-    return await paginate(session, _summaries(settings), Worker, page)
+    return await paginate(session, _summaries(settings), WORKER, page)
 
 
 async def list_serving(
@@ -384,10 +385,10 @@ async def list_serving(
 ) -> Listing:
     """Return a page of the workers of the jobs that ``room`` sees."""
     serving = (
-        select(WorkerJobLink.worker_id)
-        .join(Job, Job.id == WorkerJobLink.job_id)
+        select(LINK.c.worker_id)
+        .join(JOB, JOB.c.id == LINK.c.job_id)
         .where(served_to(room))
     )
     return await paginate(
-        session, _summaries(settings).where(Worker.id.in_(serving)), Worker, page
+        session, _summaries(settings).where(WORKER.c.id.in_(serving)), WORKER, page
     )
