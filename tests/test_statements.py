@@ -9,7 +9,9 @@ from inspect import signature
 import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
 from steps import claim, offer, report, submit
+from zndraw_auth import User
 
 from zndraw_joblib.dependencies import FarewellDep, NewsDep, OutboxDep
 from zndraw_joblib.routes import router
@@ -19,7 +21,11 @@ pytestmark = pytest.mark.makers("plain")
 
 @contextmanager
 def counted(engine: AsyncEngine) -> Iterator[Counter]:
-    """Count look-ups of a user, other statements, commits, and connections."""
+    """Count look-ups of a user, other statements, commits, and connections.
+
+    And statements of other entities: each execution of one makes a copy, whose key in
+    the cache of compiled statements is computed anew.
+    """
     counts: Counter[str] = Counter()
 
     def execute(connection, cursor, statement, parameters, context, many):
@@ -32,6 +38,10 @@ def counted(engine: AsyncEngine) -> Iterator[Counter]:
     def checkout(dbapi, record, proxy):
         counts["connections"] += 1
 
+    def of_entity(state):
+        if state.is_orm_statement and state.bind_mapper.class_ is not User:
+            counts["entities"] += 1
+
     listeners = {
         "before_cursor_execute": execute,
         "commit": commit,
@@ -39,7 +49,9 @@ def counted(engine: AsyncEngine) -> Iterator[Counter]:
     }
     for name, listener in listeners.items():
         event.listen(engine.sync_engine, name, listener)
+    event.listen(Session, "do_orm_execute", of_entity)
     yield counts
+    event.remove(Session, "do_orm_execute", of_entity)
     for name, listener in listeners.items():
         event.remove(engine.sync_engine, name, listener)
 

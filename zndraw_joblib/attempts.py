@@ -72,7 +72,7 @@ def failed(
     error: str | ColumnElement[Any] | None,
     told: str | ColumnElement[Any],
     error_type: ErrorType,
-    settings: JobLibSettings,
+    longest_backoff: float | ColumnElement[float],
     retryable: ColumnElement[bool],
 ) -> dict[Any, Any]:
     """Return what the end of a failed attempt makes of its task."""
@@ -83,8 +83,8 @@ def failed(
     full = of_job(JOB.c.retry_delay_seconds) * literal(1).bitwise_lshift(doubling)
     # "equal jitter": half of the backoff stands, half is drawn (AWS Architecture Blog,
     # "Exponential Backoff And Jitter", 2015)
-    cap = settings.retry_delay_max_seconds
-    backoff = case((full > cap, cap), else_=full) * (0.5 + noise() / 2)
+    capped = case((full > longest_backoff, longest_backoff), else_=full)
+    backoff = capped * (0.5 + noise() / 2)
     line = literal('{"attempt": ') + cast(TASK.c.attempt, String) + told
     kept = case((again, null()), else_=TASK.c.worker_id)
     holder = case((again, null()), else_=TASK.c.holder_id)
@@ -133,11 +133,10 @@ async def fail(
     list of TaskResponse
         The tasks, waiting for their next attempt or failed.
     """
+    longest_backoff = settings.retry_delay_max_seconds
+    values = failed(error, told(error, error_type), error_type, longest_backoff, true())
     ended = await session.execute(
-        update(TASK)
-        .where(rechecked(held()), chosen)
-        .values(failed(error, told(error, error_type), error_type, settings, true()))
-        .returning(*VIEW)
+        update(TASK).where(rechecked(held()), chosen).values(values).returning(*VIEW)
     )
     return await read_changed(session, ended.all(), settings)
 

@@ -138,6 +138,8 @@ class JobManager(Claimant):
         self._own_socket: OwnSocket | None = None
 
         self._slots = threading.Semaphore(concurrency)
+        #: claimed tasks whose end was not told yet, begun or not
+        self._in_hand: set[str] = set()
         self._heart: Ticker | None = None
         self._claimer: threading.Thread | None = None
         self._runners: DaemonPool | None = None
@@ -198,7 +200,7 @@ class JobManager(Claimant):
         self._start_heart()
         self._runners = DaemonPool(self.concurrency, "zndraw-task")
         self._reporter = Gatherer(
-            self._tell_ends, lambda: len(self._held), "zndraw-report"
+            self._tell_ends, lambda: len(self._in_hand), "zndraw-report"
         )
         self._claimer = threading.Thread(
             target=self._claim_tasks, name="zndraw-claim", daemon=True
@@ -267,6 +269,8 @@ class JobManager(Claimant):
                     self._give_up(exc)
                     return
                 log.exception("could not claim")
+            # before one of them ends, which may be at once: it is told with the others
+            self._in_hand.update(str(task.id) for task in tasks)
             for task in tasks:
                 self._runners.submit(partial(self._run, task))
             for _ in range(free - len(tasks)):
@@ -304,6 +308,7 @@ class JobManager(Claimant):
             else:
                 if task is not None:
                     self._held.discard(task)
+                self._in_hand.discard(str(claimed.id))
                 self._slots.release()
 
     def _tell_ends(self, ends: list[tuple[ClaimedTask[Any], Report]]) -> None:
@@ -312,6 +317,7 @@ class JobManager(Claimant):
         finally:
             for task, _ in ends:
                 self._held.discard(task)
+                self._in_hand.discard(task.task_id)
             # all at once: so the next claim asks for as many
             self._slots.release(len(ends))
 

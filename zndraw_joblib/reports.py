@@ -1,6 +1,6 @@
 """Reports: what workers and users say becomes of a task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -8,9 +8,9 @@ from uuid import UUID
 from sqlalchemy import (
     Boolean,
     ColumnElement,
+    Float,
     Row,
     String,
-    Update,
     and_,
     bindparam,
     case,
@@ -71,55 +71,42 @@ from zndraw_joblib.tasks import (
 from zndraw_joblib.workers import Caller, RoomAccess
 
 
-def _each(
-    reports: Mapping[UUID, TaskUpdateRequest],
-    what: Callable[[TaskUpdateRequest], Any],
-    kind: TypeEngine[Any],
-) -> ColumnElement[Any]:
-    """Return of each task what its own report says."""
-    said = {task_id: what(report) for task_id, report in reports.items()}
-    first = next(iter(said.values()))
-    if all(value is first for value in said.values()):
-        return literal(first, kind)
+def _said(what: str, kind: TypeEngine[Any], count: int) -> ColumnElement[Any]:
+    """Return of each task what its own one of ``count`` reports says."""
     return case(
         *(
-            (TASK.c.id == task_id, literal(value, kind))
-            for task_id, value in said.items()
+            (
+                TASK.c.id == bindparam(f"task_{n}", type_=TASK.c.id.type),
+                bindparam(f"{what}_{n}", type_=kind),
+            )
+            for n in range(count)
         )
     )
 
 
-def _failures(
-    reports: Mapping[UUID, TaskUpdateRequest], settings: JobLibSettings
-) -> dict[Any, Any]:
-    """Return what reports of failures make of their tasks."""
-    failure = ErrorType.USER_ERROR
-    return failed(
-        _each(reports, lambda report: report.error, TASK.c.error.type),
-        _each(reports, lambda report: told(report.error, failure), String()),
-        failure,
-        settings,
-        # a comparison, since a lone parameter is no condition everywhere
-        _each(reports, lambda report: report.retryable, Boolean()).is_(true()),
-    )
-
-
-def _reported(
-    status: TaskStatus,
-    key: ColumnElement[Any],
-    error: ColumnElement[Any],
-    result: ColumnElement[Any],
-) -> dict[Any, Any]:
-    """Return what reports of one status, but of no failure, make of their tasks."""
+def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
+    """Return what ``count`` reports of one status make of their tasks."""
+    if status is TaskStatus.PENDING:
+        return back_in_queue()
     if status is TaskStatus.RUNNING:
         return {
             TASK.c.status: status,
             TASK.c.started_at: now(),
             TASK.c.deadline_at: now(of_job(JOB.c.timeout_seconds)),
-            TASK.c.claim_key: func.coalesce(key, TASK.c.claim_key),
+            TASK.c.claim_key: func.coalesce(
+                bindparam("key", type_=TASK.c.claim_key.type), TASK.c.claim_key
+            ),
         }
-    if status is TaskStatus.PENDING:
-        return back_in_queue()
+    error = _said("error", TASK.c.error.type, count)
+    if status is TaskStatus.FAILED:
+        return failed(
+            error,
+            _said("told", String(), count),
+            ErrorType.USER_ERROR,
+            bindparam("longest_backoff", type_=Float()),
+            # a comparison, since a lone parameter is no condition everywhere
+            _said("retryable", Boolean(), count).is_(true()),
+        )
     return {
         TASK.c.status: status,
         TASK.c.completed_at: now(),
@@ -127,24 +114,62 @@ def _reported(
         TASK.c.deadline_at: None,
         TASK.c.error: error,
         TASK.c.error_type: None,
-        TASK.c.result: result,
+        TASK.c.result: _said("result", TASK.c.result.type, count),
     }
 
 
-def _alike(
+@lru_cache(maxsize=128)
+def _moving(status: TaskStatus, superuser: bool, count: int) -> ReturningUpdate[Any]:
+    # built once for each shape
+    ids = [bindparam(f"task_{n}", type_=TASK.c.id.type) for n in range(count)]
+    leased = _said("attempt", TASK.c.attempt.type, count)
+    unheard = null() if status in _LEAVING else workers.unheard(TASK.c.worker_id)
+    return (
+        update(TASK)
+        .where(
+            TASK.c.id.in_(ids),
+            _may_become(status),
+            _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
+            TASK.c.attempt == func.coalesce(leased, TASK.c.attempt),
+        )
+        .values(_reported(status, count))
+        .returning(unheard.label("unheard"), *VIEW)
+    )
+
+
+_NOBODY = UUID(int=0)
+
+
+async def _move(
+    session: AsyncSession,
     status: TaskStatus,
     reports: Mapping[UUID, TaskUpdateRequest],
+    caller: Caller,
     settings: JobLibSettings,
-) -> dict[Any, Any]:
-    """Return what reports of one status make of their tasks."""
-    if status is TaskStatus.FAILED:
-        return _failures(reports, settings)
-    return _reported(
-        status,
-        literal(None, TASK.c.claim_key.type),
-        _each(reports, lambda report: report.error, TASK.c.error.type),
-        _each(reports, lambda report: report.result, TASK.c.result.type),
-    )
+    key: str | None = None,
+) -> Sequence[Row[Any]]:
+    """Move those tasks to the reported state that are the caller's to move."""
+    names: dict[str, Any] = {
+        "holder": caller.id,
+        "submitter": caller.id,
+        "key": key,
+        "longest_backoff": settings.retry_delay_max_seconds,
+        **workers.unheard_since(caller, settings),
+    }
+    # few shapes of the statement for any number: the nil UUID is no task's
+    count = 1 << (len(reports) - 1).bit_length()
+    padding = [(_NOBODY, TaskUpdateRequest(status=status))] * (count - len(reports))
+    for n, (task_id, report) in enumerate([*reports.items(), *padding]):
+        names |= {
+            f"task_{n}": task_id,
+            f"attempt_{n}": report.attempt,
+            f"error_{n}": report.error,
+            f"result_{n}": report.result,
+            f"retryable_{n}": report.retryable,
+            f"told_{n}": told(report.error, ErrorType.USER_ERROR),
+        }
+    moved = await session.execute(_moving(status, caller.is_superuser, count), names)
+    return moved.all()
 
 
 # Afterwards nothing says whose these tasks were.
@@ -160,30 +185,6 @@ _SIGN_OF_LIFE = (
     )
     .values(last_heartbeat=now())
 )
-
-
-@lru_cache(maxsize=64)
-def _reporting(status: TaskStatus, superuser: bool, fenced: bool) -> Update:
-    # built once for each kind of report
-    return update(TASK).where(
-        TASK.c.id == bindparam("task"),
-        _may_become(status),
-        _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
-        TASK.c.attempt == bindparam("lease") if fenced else true(),
-    )
-
-
-@lru_cache(maxsize=64)
-def _moving(status: TaskStatus, superuser: bool, fenced: bool) -> ReturningUpdate[Any]:
-    values = _reported(
-        status,
-        bindparam("key", type_=TASK.c.claim_key.type),
-        bindparam("told", type_=TASK.c.error.type),
-        bindparam("brought", type_=TASK.c.result.type),
-    )
-    reporting = _reporting(status, superuser, fenced)
-    unheard = workers.unheard(TASK.c.worker_id)
-    return reporting.values(values).returning(unheard, *VIEW)
 
 
 class Reported(NamedTuple):
@@ -232,26 +233,12 @@ async def report(
         # the worker before its task, as everywhere: two requests that lock in two
         # orders would wait for each other
         await session.execute(_SIGN_OF_LIFE, {"task": task_id, "owner": caller.id})
-    kind = request.status, caller.is_superuser, request.attempt is not None
-    if request.status is TaskStatus.FAILED:
-        failing = _reporting(*kind).values(_failures({task_id: request}, settings))
-        moving = failing.returning(null().label("unheard"), *VIEW)
-    else:
-        moving = _moving(*kind)
-    names = {
-        "task": task_id,
-        "holder": caller.id,
-        "submitter": caller.id,
-        "lease": request.attempt,
-        "key": key,
-        "told": request.error,
-        "brought": request.result,
-        **workers.unheard_since(caller, settings),
-    }
-    moved = (await session.execute(moving, names)).all()
+    moved = await _move(
+        session, request.status, {task_id: request}, caller, settings, key
+    )
     changed = await read_changed(session, moved, settings)
     if changed:
-        if moved[0].unheard and request.status not in _LEAVING:
+        if moved[0].unheard:
             await workers.keep_alive(session, [moved[0].worker_id])
         return Reported(changed[0], changed=True)
     standing = await _standing(
@@ -287,42 +274,33 @@ async def report_many(
     list of Reported or ProblemException
         What :func:`report` would have returned or raised for each.
     """
-    found = await session.execute(
-        seen(settings.queue_position_max)
-        .add_columns(
-            _entitled(caller, TaskStatus.COMPLETED).label("entitled"),
-            _entitled(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
-            TASK.c.claim_key,
-            workers.unheard(TASK.c.worker_id),
-        )
-        .where(TASK.c.id.in_(reports))
-        .order_by(TASK.c.id)
-        .with_for_update(of=TASK),
-        workers.unheard_since(caller, settings),
+    # By id, as everywhere: two requests that lock in two orders would wait for each
+    # other. Their workers are not waited for.
+    locked = await session.execute(
+        _LOCKING, {"tasks": list(reports), **workers.unheard_since(caller, settings)}
     )
-    standing = {row.id: row for row in found}
+    unheard = {row.worker_id for row in locked if row.unheard}
     moved: dict[UUID, TaskResponse] = {}
     for status in {report.status: None for report in reports.values()}:
         alike = {i: r for i, r in reports.items() if r.status is status}
-        changed = await session.execute(
-            update(TASK)
-            .where(
-                TASK.c.id.in_(alike),
-                _may_become(status),
-                _entitled(caller, status),
-                TASK.c.attempt
-                == func.coalesce(
-                    _each(alike, lambda report: report.attempt, TASK.c.attempt.type),
-                    TASK.c.attempt,
-                ),
-            )
-            .values(_alike(status, alike, settings))
-            .returning(*VIEW)
-        )
-        views = await read_changed(session, changed.all(), settings)
+        rows = await _move(session, status, alike, caller, settings)
+        views = await read_changed(session, rows, settings)
         moved |= {task.id: task for task in views}
-    if heard := {row.worker_id for row in standing.values() if row.unheard}:
-        await workers.keep_alive(session, heard)
+    if unheard:
+        await workers.keep_alive(session, unheard)
+    standing: dict[UUID, Row[Any]] = {}
+    if unmoved := reports.keys() - moved.keys():
+        # after the writes, so that it is what stands, on any database
+        found = await session.execute(
+            seen(settings.queue_position_max)
+            .add_columns(
+                _entitled(caller, TaskStatus.COMPLETED).label("entitled"),
+                _entitled(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
+                TASK.c.claim_key,
+            )
+            .where(TASK.c.id.in_(unmoved))
+        )
+        standing = {row.id: row for row in found}
     outcomes: list[Reported | ProblemException] = []
     for task_id, request in reports.items():
         if task_id in moved:
@@ -330,18 +308,25 @@ async def report_many(
             continue
         cancel = request.status is TaskStatus.CANCELLED
         try:
-            # locked above: what was read there is what stands
             row = standing.get(task_id)
             entitled = row and (row.entitled_to_cancel if cancel else row.entitled)
             if row is None or not (
                 entitled or await may_enter(session, caller, row.room_id)
             ):
                 raise not_found(task_id)
-            unmoved = _explain(row, bool(entitled), request, None)
-            outcomes.append(Reported(unmoved, changed=False))
+            stands = _explain(row, bool(entitled), request, None)
+            outcomes.append(Reported(stands, changed=False))
         except ProblemException as exc:
             outcomes.append(exc)
     return outcomes
+
+
+_LOCKING = (
+    select(TASK.c.worker_id, workers.unheard(TASK.c.worker_id))
+    .where(TASK.c.id.in_(bindparam("tasks", expanding=True)))
+    .order_by(TASK.c.id)
+    .with_for_update(of=TASK)
+)
 
 
 def _may_become(status: TaskStatus) -> ColumnElement[bool]:

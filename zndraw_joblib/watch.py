@@ -223,6 +223,10 @@ async def for_work(
     Who hung up claims nothing: nobody would be told what.
     """
     deadline = anyio.current_time() + seconds
+    # where there is work, nothing is to be listened for
+    claim = await look()
+    if claim.tasks or claim.done:
+        return claim
     served: dict[UUID, str] | None = None
     with waiting_for([worker_key(worker_id)]) as waiter:
         while True:
