@@ -394,6 +394,8 @@ async def two_claims(scene: Scene, first: int) -> None:
 
 async def two_claims_under_a_key(scene: Scene, first: int) -> None:
     worker = await scene.offer()
+    # whose jobs are remembered
+    await scene.task(worker, "claimed")
     tasks = [await scene.task(worker) for _ in range(2)]
     body, key = {"worker_id": worker}, {"Idempotency-Key": "k"}
     requests = [

@@ -71,7 +71,7 @@ async def test_few_statements_and_one_commit(ada, engine):
         "submit, repeated": (lambda: ada.post(job, json={}, headers=key), 2, 1, 1),
         "claim": (lambda: ada.post("/tasks/claim", json=claiming), 1, 1, 2),
         "claim, keyed": (
-            lambda: ada.post("/tasks/claim", json=claiming, headers=key), 1, 1, 2
+            lambda: ada.post("/tasks/claim", json=claiming, headers=key), 2, 1, 2
         ),
         "claim, repeated": (
             lambda: ada.post("/tasks/claim", json=claiming, headers=key), 2, 1, 2

@@ -73,12 +73,8 @@ def _some_due() -> ColumnElement[bool]:
         .where(ahead.c.job_id == LINK.c.job_id, ahead.c.available_at.is_not(None))
         .correlate(LINK)
         .scalar_subquery()
-        .label("first")
     )
-    # a column, since in RETURNING SQLAlchemy leaves the tables' names out of conditions
-    # on SQLite, and `job_id = job_id` is any job's
-    heads = select(first).where(LINK.c.worker_id == bindparam("worker")).subquery()
-    return exists().where(heads.c.first <= now())
+    return exists().where(LINK.c.worker_id == bindparam("worker"), first <= now())
 
 
 def _due(worker_id: UUID) -> Select[tuple[UUID]]:
@@ -140,13 +136,19 @@ def _within_reach(limit: int) -> ColumnElement[str | None]:
 
 
 @lru_cache(maxsize=128)
-def _reaching(limit: int, keyed: bool) -> ReturningUpdate[Any]:
+def _reaching(limit: int, keyed: bool) -> Select[Any]:
     again = exists().where(_claimed_before(ahead.c)) if keyed else false()
-    return workers.touching(
+    worker = select(
+        WORKER.c.user_id,
+        WORKER.c.state,
+        workers.unheard(bindparam("worker")),
         _within_reach(limit).label("jobs"),
         _some_due().label("due"),
         again.label("again"),
-    )
+    ).where(WORKER.c.id == bindparam("worker"))
+    # of two claims under one key the second has to see what the first one took, and a
+    # statement sees what was there when it began
+    return worker.with_for_update(of=WORKER, key_share=True) if keyed else worker
 
 
 def _heads(jobs: int, limit: int) -> Select[Any]:
@@ -173,12 +175,9 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
     )
 
 
-def _as_known() -> ColumnElement[bool]:
-    # Of a worker whose jobs are remembered: it is there, the caller's, and at work, it
-    # serves no other job since (none is ever taken away), and no delayed task of them
-    # is to take its place first. The worker stays locked, so that it goes with what it
-    # claimed or before.
-    there = (
+def _at_work() -> ColumnElement[bool]:
+    # It stays locked, so that it goes with what it claimed, or before.
+    worker: Select[Any] = (
         select(literal_column("1"))
         .where(
             WORKER.c.id == bindparam("worker"),
@@ -186,19 +185,20 @@ def _as_known() -> ColumnElement[bool]:
             WORKER.c.state == WorkerState.ACTIVE.value,
         )
         .with_for_update(read=True)
-        .scalar_subquery()
     )
-    serves = (
-        select(func.count())
-        .where(LINK.c.worker_id == bindparam("worker"))
-        .scalar_subquery()
-    )
-    return and_(there.is_not(None), serves == bindparam("serves"), ~_some_due())
+    return worker.scalar_subquery().is_not(None)
+
+
+def _as_remembered() -> ColumnElement[bool]:
+    # No job was added (none is ever taken away), and no delayed task is to take its
+    # place first.
+    serves = select(func.count()).where(LINK.c.worker_id == bindparam("worker"))
+    return and_(serves.scalar_subquery() == bindparam("serves"), ~_some_due())
 
 
 @lru_cache(maxsize=256)
 def _claiming(
-    jobs: int, limit: int, keyed: bool, start: bool, known: bool
+    jobs: int, limit: int, keyed: bool, start: bool, remembered: bool
 ) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
     head = _heads(jobs, limit).subquery()
@@ -209,7 +209,8 @@ def _claiming(
         .where(
             still_queued,
             ~exists().where(_claimed_before(ahead.c)) if keyed else true(),
-            _as_known() if known else true(),
+            _at_work(),
+            _as_remembered() if remembered else true(),
         )
         .order_by(TASK.c.queue_order, TASK.c.id)
         .limit(number(limit))
@@ -244,14 +245,9 @@ def _claiming(
     )
 
 
-class _Served(NamedTuple):
-    jobs: tuple[UUID, ...]
-    key: str | None
-
-
-# The jobs of workers that found work with their last claim, here, and its key. The next
-# claim is one statement, which makes sure that they are what the worker serves.
-_served: dict[UUID, _Served] = {}
+# The jobs of workers that found work with their last claim, here. The next one is one
+# statement, which makes sure that they are what the worker serves.
+_served: dict[UUID, tuple[UUID, ...]] = {}
 _REMEMBERED_WORKERS = 10_000
 # More queues than these are not worth a look at each of them.
 _REMEMBERED_JOBS = 8
@@ -310,24 +306,19 @@ async def claim(
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
     shape = limit, key is not None, start
-    names = {"worker": worker_id, "key": key}
-    taking = {
-        **names,
+    names = {
+        "worker": worker_id,
+        "key": key,
         "holder": caller.id,
         **workers.unheard_since(caller, settings),
     }
-    known = _served.get(worker_id)
-    # asked once more under its key, it learns what it got
-    if known and (key is None or key != known.key):
-        rows = await _take(session, known.jobs, shape, taking, known=True)
+    remembered = _served.get(worker_id)
+    if remembered and key is None:
+        rows = await _take(session, remembered, shape, names, remembered=True)
         if rows:
-            _served[worker_id] = _Served(known.jobs, key)
-            if rows[0].unheard:
-                await workers.keep_alive(session, [worker_id])
-            return _claim(rows)
-    worker = await workers.touch(
-        session, worker_id, caller, _reaching(*shape[:2]), **names
-    )
+            return await _claimed(session, worker_id, rows, unheard=rows[0].unheard)
+    found = await session.execute(_reaching(limit, key is not None), names)
+    worker = workers.checked(found.one_or_none(), worker_id, caller)
     draining = worker.state == WorkerState.DRAINING
     # what its key brought before, it gets all the same
     jobs = None if draining or worker.again else worker.jobs
@@ -335,20 +326,42 @@ async def claim(
         await promote(session, worker_id)
         jobs = await session.scalar(select(_within_reach(limit)), names)
     ids = tuple(map(UUID, jobs.split(","))) if jobs else ()
-    rows = await _take(session, ids, shape, taking) if ids else []
-    _remember(worker_id, ids if rows else (), key)
-    if rows or key is None:
-        return _claim(rows, draining)
-    again = select(TASK.c.queue_order, *VIEW).where(_claimed_before(TASK.c))
-    return _claim((await session.execute(again, names)).all(), draining, repeated=True)
+    rows = await _take(session, ids, shape, names) if ids else []
+    _remember(worker_id, ids if rows else ())
+    repeated = not rows and key is not None
+    if repeated:
+        again = select(TASK.c.queue_order, *VIEW).where(_claimed_before(TASK.c))
+        rows = (await session.execute(again, names)).all()
+    elif ids and not rows:
+        # it may have gone meanwhile
+        found = await session.execute(_reaching(limit, False), names)
+        workers.checked(found.one_or_none(), worker_id, caller)
+    return await _claimed(
+        session, worker_id, rows, draining, repeated, unheard=worker.unheard
+    )
 
 
-def _remember(worker_id: UUID, jobs: tuple[UUID, ...], key: str | None) -> None:
+async def _claimed(
+    session: AsyncSession,
+    worker_id: UUID,
+    rows: Sequence[Row[Any]],
+    done: bool = False,
+    repeated: bool = False,
+    *,
+    unheard: bool,
+) -> Claim:
+    if unheard:
+        await workers.keep_alive(session, [worker_id])
+    oldest_first = sorted(rows, key=lambda row: (row.queue_order, row.id))
+    return Claim([read_view(row) for row in oldest_first], done, repeated)
+
+
+def _remember(worker_id: UUID, jobs: tuple[UUID, ...]) -> None:
     if len(_served) > _REMEMBERED_WORKERS:
         _served.clear()
     # of more jobs those that are within reach need not be all
     if 0 < len(jobs) <= _REMEMBERED_JOBS:
-        _served[worker_id] = _Served(jobs, key)
+        _served[worker_id] = jobs
     else:
         _served.pop(worker_id, None)
 
@@ -359,24 +372,17 @@ async def _take(
     shape: tuple[int, bool, bool],
     names: dict[str, Any],
     *,
-    known: bool = False,
+    remembered: bool = False,
 ) -> Sequence[Row[Any]]:
     # few shapes of the statement for any number of jobs: the nil UUID is no job's
     branches = 1 << (len(jobs) - 1).bit_length()
     padded = {f"job_{n}": UUID(int=0) for n in range(branches)}
     chosen = padded | {f"job_{n}": job for n, job in enumerate(jobs)}
     claimed = await session.execute(
-        _claiming(branches, *shape, known),
+        _claiming(branches, *shape, remembered),
         chosen | names | {"serves": len(jobs)},
     )
     return claimed.all()
-
-
-def _claim(
-    rows: Sequence[Row[Any]], done: bool = False, repeated: bool = False
-) -> Claim:
-    oldest_first = sorted(rows, key=lambda row: (row.queue_order, row.id))
-    return Claim([read_view(row) for row in oldest_first], done, repeated)
 
 
 class Beat(NamedTuple):

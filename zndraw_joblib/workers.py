@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -22,7 +23,6 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib.exceptions import Forbidden, QuotaExceeded, WorkerNotFound
 from zndraw_joblib.lifecycle import WorkerState
@@ -113,60 +113,41 @@ async def create(
     return row
 
 
-def touching(*also: ColumnElement[Any]) -> ReturningUpdate[Any]:
-    """Return the statement of :func:`touch`, to be built once.
-
-    Parameters
-    ----------
-    *also : ColumnElement
-        What to return beside ``id``, ``last_heartbeat`` and ``state``.
-    """
-    return (
-        update(WORKER)
-        .where(
-            WORKER.c.id == bindparam("touched"), WORKER.c.user_id == bindparam("owner")
-        )
-        .values(last_heartbeat=now())
-        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state, *also)
-    )
+_TOUCH = (
+    update(WORKER)
+    .where(WORKER.c.id == bindparam("touched"), WORKER.c.user_id == bindparam("owner"))
+    .values(last_heartbeat=now())
+    .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
+)
 
 
-_TOUCH = touching()
-
-
-async def touch(
-    session: AsyncSession,
-    worker_id: UUID,
-    caller: Caller,
-    statement: ReturningUpdate[Any] = _TOUCH,
-    **names: Any,
-) -> Row[Any]:
+async def touch(session: AsyncSession, worker_id: UUID, caller: Caller) -> Row[Any]:
     """Record a sign of life; the worker's row stays locked until the commit.
-
-    Parameters
-    ----------
-    session : AsyncSession
-        Whose owner commits.
-    worker_id : UUID
-        The worker.
-    caller : Caller
-        Its owner.
-    statement : Update, optional
-        Of :func:`touching`.
-    **names
-        Its further parameters.
 
     Raises
     ------
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    touched = await session.execute(
-        statement, {"touched": worker_id, "owner": caller.id, **names}
-    )
+    touched = await session.execute(_TOUCH, {"touched": worker_id, "owner": caller.id})
     row = touched.one_or_none()
     if row is None:
         await _explain(session, worker_id)
+        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
+    return row
+
+
+def checked(row: Row[Any] | None, worker_id: UUID, caller: Caller) -> Row[Any]:
+    """Return a worker's row, which has its ``user_id``, if it is the caller's.
+
+    Raises
+    ------
+    ProblemException
+        ``worker-not-found``, or ``forbidden`` for another user's worker.
+    """
+    if row is None:
+        raise WorkerNotFound.exception(f"there is no worker {worker_id}")
+    if row.user_id != caller.id:
         raise Forbidden.exception(f"worker {worker_id} belongs to another user")
     return row
 
@@ -204,12 +185,14 @@ def unheard(worker_id: Any) -> ColumnElement[bool]:
     A statement that returns it needs :func:`keep_alive` after it where it is true. Its
     parameters are those of :func:`unheard_since`.
     """
-    heard = select(WORKER.c.last_heartbeat).where(
-        WORKER.c.id == worker_id,
-        WORKER.c.user_id == bindparam("owner"),
+    silent = select(WORKER.c.last_heartbeat < _long_ago()).where(
+        WORKER.c.id == worker_id, WORKER.c.user_id == bindparam("owner")
     )
-    ago = now(bindparam("fresh", type_=Float()))
-    return (heard.scalar_subquery() < ago).label("unheard")
+    return silent.scalar_subquery().label("unheard")
+
+
+def _long_ago() -> ColumnElement[datetime]:
+    return now(bindparam("fresh", type_=Float()))
 
 
 def unheard_since(caller: Caller, settings: JobLibSettings) -> dict[str, Any]:
