@@ -17,7 +17,11 @@ from uuid import UUID
 import uvicorn
 import zndraw_auth as auth
 from fastapi import FastAPI
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from zndraw_auth.users import get_jwt_strategy
 
 import zndraw_joblib as joblib
@@ -31,7 +35,13 @@ def make_app(database_url: str, kind: str, beside: str) -> FastAPI:
     app = FastAPI()
     app.state.auth_settings = auth.AuthSettings(secret_key="a key for HS256 " * 4)
     app.state.joblib_settings = joblib.JobLibSettings()
-    app.state.engine = auth.create_engine_for_url(database_url)
+    app.state.engine = (
+        # for each of the bench's connections one: what is beyond the pool is opened and
+        # closed with each request, and its statements prepared anew
+        create_async_engine(database_url, pool_size=32)
+        if kind == "postgres"
+        else auth.create_engine_for_url(database_url)
+    )
     # the release reads entities after their commit
     base_maker = async_sessionmaker(app.state.engine, expire_on_commit=False)
     app.state.session_maker = base_maker
