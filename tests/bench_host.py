@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
+from starlette.types import ASGIApp, Receive, Scope, Send
 from zndraw_auth.users import get_jwt_strategy
 
 import zndraw_joblib as joblib
@@ -31,7 +32,7 @@ USER = auth.User(
 )
 
 
-def make_app(database_url: str, kind: str, beside: str) -> FastAPI:
+def make_app(database_url: str, kind: str) -> FastAPI:
     app = FastAPI()
     app.state.auth_settings = auth.AuthSettings(secret_key="a key for HS256 " * 4)
     app.state.joblib_settings = joblib.JobLibSettings()
@@ -55,13 +56,27 @@ def make_app(database_url: str, kind: str, beside: str) -> FastAPI:
 
         app.state.session_maker = locked_maker
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
-    if beside == "floor":
-        import bench_floor
-
-        # first: what comes later is looked for among all routes before it
-        app.include_router(bench_floor.router)
     app.include_router(joblib.router)
     return app
+
+
+def with_floor(app: FastAPI) -> ASGIApp:
+    """Serve the floor's routes beside the app's, with all that the app has.
+
+    Not as routes of the app: the requests of one side would be looked for among those
+    of the other one.
+    """
+    import bench_floor
+
+    floor = FastAPI()
+    floor.state = app.state
+    floor.include_router(bench_floor.router)
+
+    async def either(scope: Scope, receive: Receive, send: Send) -> None:
+        side = floor if scope["path"].startswith("/floor/") else app
+        await side(scope, receive, send)
+
+    return either
 
 
 async def prepare(app: FastAPI, kind: str) -> str:
@@ -78,7 +93,8 @@ async def prepare(app: FastAPI, kind: str) -> str:
 
 
 async def main(database_url: str, kind: str, beside: str) -> None:
-    app = make_app(database_url, kind, beside)
+    app = make_app(database_url, kind)
+    served = with_floor(app) if beside == "floor" else app
     token = await prepare(app, kind)
     # of a socket that does not say that it is TCP asyncio lets small writes wait: an
     # answer, head and body, would take as long as a delayed ACK
@@ -86,7 +102,7 @@ async def main(database_url: str, kind: str, beside: str) -> None:
     listener.bind(("127.0.0.1", 0))
     listener.listen(1024)
     config = uvicorn.Config(
-        app, lifespan="off", log_level="critical", timeout_keep_alive=600
+        served, lifespan="off", log_level="critical", timeout_keep_alive=600
     )
     server = uvicorn.Server(config)
     told: dict[str, Any] = {"port": listener.getsockname()[1], "token": token}

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
 
 import pytest
 from sqlalchemy import event
@@ -12,9 +11,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 from steps import claim, offer, report, submit
 from zndraw_auth import User
-
-from zndraw_joblib.dependencies import FarewellDep, NewsDep, OutboxDep
-from zndraw_joblib.routes import router
 
 pytestmark = pytest.mark.makers("plain")
 
@@ -108,14 +104,3 @@ async def test_few_statements_and_one_commit(ada, engine):
         if counts - allowed:
             too_many[name] = counts - allowed
     assert not too_many
-
-
-def test_the_outbox_is_asked_for_before_all_else():
-    """Dependencies unwind in reverse: events leave after the session is closed."""
-    late = [
-        route.name
-        for route in router.routes
-        for parameter in [*signature(route.endpoint).parameters.values()][1:]
-        if parameter.annotation in (OutboxDep, NewsDep, FarewellDep)
-    ]
-    assert not late

@@ -63,11 +63,17 @@ class Answer:
         What was not sent yet.
     begun : bool
         There is an answer.
+    handled : bool
+        The route did what it was asked for.
+    news : coroutine function, optional
+        Delivers what the request left in its outbox.
     """
 
     send: Send
     kept: list[Message] = field(default_factory=list)
     begun: bool = False
+    handled: bool = False
+    news: Callable[[], Awaitable[None]] | None = None
 
     async def keep(self, message: Message) -> None:
         """Take a message in place of the server; what streams is handed on at once."""
@@ -75,6 +81,17 @@ class Answer:
         self.kept.append(message)
         if message.get("more_body"):
             await self.leave()
+
+    async def end(self) -> None:
+        """Send what is kept and deliver the news, now that the session is closed.
+
+        The answer goes first, unless it is so large that its reader could hold up
+        everybody else's news.
+        """
+        await self.leave(UNREAD)
+        if self.handled and self.news is not None:
+            await self.news()
+        await self.leave()
 
     async def leave(self, most: float = math.inf) -> None:
         """Send what is kept, unless it has more bytes than ``most``."""

@@ -7,19 +7,19 @@ There is no session dependency here: sessions are zndraw-auth's ``SessionDep`` a
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import Depends, Header, Query, Request, Response
-from pydantic import WithJsonSchema
+from pydantic import AfterValidator, WithJsonSchema
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
 
 from zndraw_joblib.delivery import (
     ANSWER,
-    UNREAD,
     Exits,
     ProvidersRemoved,
     SessionMaker,
@@ -28,11 +28,11 @@ from zndraw_joblib.delivery import (
 )
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
-from zndraw_joblib.names import UNPRINTABLE, check_room
+from zndraw_joblib.names import check_room
 from zndraw_joblib.paging import Cursor, Listing, Page
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
-from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, PaginatedResponse
+from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, PaginatedResponse, check_printable
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.wakeups import Wakeups
 from zndraw_joblib.watch import Desk, watch_of
@@ -172,6 +172,16 @@ CurrentCaller = Annotated[Caller, Depends(_caller)]
 WaitingCaller = Annotated[Caller, Depends(_waiting_caller)]
 
 
+# An outbox is delivered when the request's session is closed, and not at all when the
+# handler raised.
+
+
+def _left_in(request: Request, deliver: Callable[[Outbox], Awaitable[None]]) -> Outbox:
+    box = Outbox()
+    request.scope[ANSWER].news = partial(deliver, box)
+    return box
+
+
 async def outbox(
     request: Request,
     session_maker: Sessions,
@@ -179,29 +189,18 @@ async def outbox(
     registry: Registry,
     tsio: Tsio,
     wakeups: WakeupsDep,
-) -> AsyncIterator[Outbox]:
-    """Yield the request's outbox and deliver it at the end.
-
-    A route asks for it before anything else, hence before the session, and
-    dependencies unwind in reverse: delivery comes after the session is closed, and
-    not at all when the handler raised. The answer goes ahead of it, unless it is so
-    large that its reader could hold up everybody else's news.
-    """
-    box = Outbox()
-    yield box
-    await request.scope[ANSWER].leave(UNREAD)
+) -> Outbox:
+    """Return the outbox of a request that may have something for the broker."""
     exits = Exits(session_maker, settings, tsio, registry, wakeups=wakeups)
-    await deliver(box, exits)
+    return _left_in(request, partial(deliver, exits=exits))
 
 
 async def news(
     request: Request, settings: Settings, tsio: Tsio, wakeups: WakeupsDep
-) -> AsyncIterator[Outbox]:
-    """Yield the outbox of a request that has events alone to send, and deliver it."""
-    box = Outbox()
-    yield box
-    await request.scope[ANSWER].leave(UNREAD)
-    await tell(box, settings, tsio, wakeups)
+) -> Outbox:
+    """Return the outbox of a request that has events alone to send."""
+    sending = partial(tell, settings=settings, tsio=tsio, wakeups=wakeups)
+    return _left_in(request, sending)
 
 
 async def farewell(
@@ -211,16 +210,12 @@ async def farewell(
     tsio: Tsio,
     removed: Annotated[ProvidersRemoved | None, Depends(get_providers_removed)],
     wakeups: WakeupsDep,
-) -> AsyncIterator[Outbox]:
-    """Yield the outbox of a request that removes providers, and deliver it."""
-    box = Outbox()
-    yield box
-    await request.scope[ANSWER].leave(UNREAD)
+) -> Outbox:
+    """Return the outbox of a request that removes providers."""
     exits = Exits(session_maker, settings, tsio, None, removed, wakeups)
-    await deliver(box, exits)
+    return _left_in(request, partial(deliver, exits=exits))
 
 
-# Three, since each dependency costs a request about a hundredth.
 OutboxDep = Annotated[Outbox, Depends(outbox)]
 FarewellDep = Annotated[Outbox, Depends(farewell)]
 NewsDep = Annotated[Outbox, Depends(news)]
@@ -242,16 +237,46 @@ async def enter(
     return room_id
 
 
-class Visit(NamedTuple):
-    """A caller in a room that is open to them.
+# What a route asks for comes as one: FastAPI walks through all that a dependency stands on
+# each time it is asked for, known or not, and each costs a request about a hundredth.
 
-    Caller and session come along because FastAPI walks through all that a dependency
-    stands on each time it is asked for, known or not.
-    """
+
+class Visit(NamedTuple):
+    """A caller in a room that is open to them."""
 
     room: str
     caller: Caller
     session: AsyncSession
+
+
+class Change(NamedTuple):
+    """A caller who changes something, and the outbox of what is to be told of it."""
+
+    caller: Caller
+    session: AsyncSession
+    settings: JobLibSettings
+    outbox: Outbox
+
+
+class Offer(NamedTuple):
+    """A caller who changes something in a room that is open to them."""
+
+    room: str
+    caller: Caller
+    session: AsyncSession
+    settings: JobLibSettings
+    outbox: Outbox
+
+
+class Submission(NamedTuple):
+    """A caller who has something done in a room that is open to them."""
+
+    room: str
+    caller: Caller
+    session: AsyncSession
+    settings: JobLibSettings
+    outbox: Outbox
+    registry: InternalRegistry | None
 
 
 CurrentUser = Annotated[User, Depends(current_active_user)]
@@ -264,18 +289,55 @@ async def _reading(
     return Visit(await enter(session, caller, room_id, may_enter), caller, session)
 
 
-async def _writing(
+async def _changing(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    settings: Settings,
+    tsio: Tsio,
+    wakeups: WakeupsDep,
+) -> Change:
+    outbox = await news(request, settings, tsio, wakeups)
+    return Change(Caller(user.id, user.is_superuser), session, settings, outbox)
+
+
+async def _offering(
+    request: Request,
     room_id: str,
     user: CurrentUser,
     session: SessionDep,
     may_enter: Access,
     _: Annotated[Any, Depends(verify_writable_room)],
-) -> Visit:
-    return await _reading(room_id, user, session, may_enter)
+    settings: Settings,
+    tsio: Tsio,
+    wakeups: WakeupsDep,
+) -> Offer:
+    visit = await _reading(room_id, user, session, may_enter)
+    return Offer(*visit, settings, await news(request, settings, tsio, wakeups))
+
+
+async def _submitting(
+    request: Request,
+    room_id: str,
+    user: CurrentUser,
+    session: SessionDep,
+    may_enter: Access,
+    _: Annotated[Any, Depends(verify_writable_room)],
+    session_maker: Sessions,
+    settings: Settings,
+    registry: Registry,
+    tsio: Tsio,
+    wakeups: WakeupsDep,
+) -> Submission:
+    visit = await _reading(room_id, user, session, may_enter)
+    box = await outbox(request, session_maker, settings, registry, tsio, wakeups)
+    return Submission(*visit, settings, box, registry)
 
 
 Reading = Annotated[Visit, Depends(_reading)]
-Writing = Annotated[Visit, Depends(_writing)]
+Changing = Annotated[Change, Depends(_changing)]
+Offering = Annotated[Offer, Depends(_offering)]
+Submitting = Annotated[Submission, Depends(_submitting)]
 
 
 class Pager:
@@ -323,22 +385,11 @@ async def _pager(
 PagerDep = Annotated[Pager, Depends(_pager)]
 
 
-async def _idempotency_key(
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
-) -> str | None:
-    if idempotency_key and UNPRINTABLE.search(idempotency_key):
-        raise InvalidRequest.exception(
-            errors=[
-                {
-                    "pointer": "/header/idempotency-key",
-                    "detail": "must not contain control characters",
-                }
-            ]
-        )
-    return idempotency_key
-
-
-IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255),
+    AfterValidator(lambda key: key and check_printable(key)),
+]
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 # an open quote runs to the end: to look for its end again and again takes minutes
@@ -400,6 +451,29 @@ async def _desk(
 
 
 WaitingDesk = Annotated[Desk, Depends(_desk)]
+
+
+class Hatch(NamedTuple):
+    """A desk, and the outbox of what is handed out there."""
+
+    desk: Desk
+    outbox: Outbox
+
+
+async def _hatch(
+    request: Request,
+    session_maker: Sessions,
+    settings: Settings,
+    tsio: Tsio,
+    wakeups: WakeupsDep,
+    prefer: Prefer = None,
+) -> Hatch:
+    # one for both: what they stand on is walked through once
+    desk = await _desk(request, session_maker, settings, wakeups, prefer)
+    return Hatch(desk, await news(request, settings, tsio, wakeups))
+
+
+WorkHatch = Annotated[Hatch, Depends(_hatch)]
 
 
 async def _provider_wait(settings: Settings, prefer: Prefer = None) -> float | None:

@@ -93,7 +93,7 @@ class Door(APIRoute):
     """A route whose failures are all problem+json."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request; its answer leaves when its session is closed."""
+        """Serve a request; answer and news leave when its session is closed."""
         answer = scope[ANSWER] = Answer(send)
         try:
             await super().handle(scope, receive, answer.keep)
@@ -102,7 +102,7 @@ class Door(APIRoute):
                 raise
             # the session's end: its connection was lost meanwhile
             log.warning("a session did not end in order: %r", exc)
-        await answer.leave()
+        await answer.end()
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's handler."""
@@ -112,7 +112,7 @@ class Door(APIRoute):
             try:
                 with continuing(request.headers):
                     bounded = BoundedRequest(request.scope, request.receive)
-                    return await handle(bounded)
+                    response = await handle(bounded)
             except RequestValidationError as exc:
                 raise invalid_request(list(exc.errors())) from None
             except HTTPException as exc:
@@ -128,6 +128,8 @@ class Door(APIRoute):
                 if _will_pass(exc):
                     raise _unavailable(exc) from exc
                 raise
+            request.scope[ANSWER].handled = True
+            return response
 
         return guarded
 

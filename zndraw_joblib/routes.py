@@ -1,6 +1,5 @@
 """The HTTP surface: what is asked for, who may ask, and which step answers."""
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Literal
@@ -25,11 +24,13 @@ from zndraw_joblib import (
 )
 from zndraw_joblib.dependencies import (
     Access,
+    Changing,
     CurrentCaller,
     FarewellDep,
     IdempotencyKey,
     InternalProviders,
     NewsDep,
+    Offering,
     OutboxDep,
     PagerDep,
     PreferredProviderWait,
@@ -38,10 +39,11 @@ from zndraw_joblib.dependencies import (
     Results,
     Sessions,
     Settings,
+    Submitting,
     Tsio,
     WaitingCaller,
     WaitingDesk,
-    Writing,
+    WorkHatch,
     enter,
     query_params,
     request_hash,
@@ -166,14 +168,12 @@ async def list_workers(
     "/workers/{worker_id}", responses=problems(*BODY, WorkerNotFound, Forbidden)
 )
 async def heartbeat(
-    outbox: NewsDep,
     worker_id: UUID,
-    caller: CurrentCaller,
-    session: SessionDep,
-    settings: Settings,
+    change: Changing,
     body: WorkerUpdateRequest | None = None,
 ) -> HeartbeatResponse:
     """Take a sign of life, with what the worker's tasks are at."""
+    caller, session, settings, outbox = change
     beat = body or WorkerUpdateRequest()
     if beat.state is None:
         worker = await workers.touch(session, worker_id, caller)
@@ -245,14 +245,10 @@ async def list_room_workers(
     ),
 )
 async def register_job(
-    outbox: NewsDep,
-    visit: Writing,
-    body: JobRegisterRequest,
-    settings: Settings,
-    response: Response,
+    offer: Offering, body: JobRegisterRequest, response: Response
 ) -> JobResponse:
     """Offer a job, served by one of the caller's workers."""
-    room, caller, session = visit
+    room, caller, session, settings, outbox = offer
     if room in SPECIAL_ROOMS and not caller.is_superuser:
         raise Forbidden.exception(f"registering in {room} needs a superuser")
     if body.category not in settings.allowed_categories:
@@ -360,17 +356,14 @@ async def read_stats(
     ),
 )
 async def submit_task(
-    outbox: OutboxDep,
-    visit: Writing,
+    submission: Submitting,
     job_name: str,
     body: TaskSubmitRequest,
-    settings: Settings,
-    registry: Registry,
     response: Response,
-    idempotency_key: IdempotencyKey,
+    idempotency_key: IdempotencyKey = None,
 ) -> TaskResponse:
     """Submit a task to a job that the room sees."""
-    room, caller, session = visit
+    room, caller, session, settings, outbox, registry = submission
 
     async def attempt(target: submissions.Target) -> submissions.Submitted | None:
         _check_broker(target.name, registry, [body], "/body")
@@ -412,16 +405,13 @@ async def submit_task(
     ),
 )
 async def submit_batch(
-    outbox: OutboxDep,
-    visit: Writing,
+    submission: Submitting,
     job_name: str,
     body: TaskBatchRequest,
-    settings: Settings,
-    registry: Registry,
-    idempotency_key: IdempotencyKey,
+    idempotency_key: IdempotencyKey = None,
 ) -> TaskBatchResponse:
     """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
-    room, caller, session = visit
+    room, caller, session, settings, outbox, registry = submission
 
     async def attempt(target: submissions.Target) -> submissions.Batch | None:
         _check_broker(target.name, registry, body.tasks, "/body/tasks/{}")
@@ -487,14 +477,14 @@ async def list_room_tasks(
     | problems(*BODY, *WAITING, WorkerNotFound, Forbidden),
 )
 async def claim_tasks(
-    outbox: NewsDep,
     body: TaskClaimRequest,
     caller: WaitingCaller,
-    desk: WaitingDesk,
+    hatch: WorkHatch,
     response: Response,
-    idempotency_key: IdempotencyKey,
+    idempotency_key: IdempotencyKey = None,
 ) -> TaskClaimResponse:
     """Give a worker the oldest tasks of its jobs, waiting for them if preferred."""
+    desk, outbox = hatch
 
     async def look() -> claims.Claim:
         async with desk.session_maker() as session:
@@ -577,14 +567,10 @@ async def query_tasks(
 
 @router.patch("/tasks", responses=problems(*BODY))
 async def report_tasks(
-    outbox: NewsDep,
-    body: TaskReportsRequest,
-    caller: CurrentCaller,
-    session: SessionDep,
-    settings: Settings,
-    may_enter: Access,
+    change: Changing, body: TaskReportsRequest, may_enter: Access
 ) -> TaskReportsResponse:
     """Report what became of up to 32 tasks, each as if it were reported alone."""
+    caller, session, settings, outbox = change
     said = {report.id: report for report in body.reports}
     reported = await reports.report_many(session, said, caller, may_enter, settings)
     await session.commit()
@@ -610,16 +596,14 @@ async def report_tasks(
     | problems(*BODY, TaskNotFound, Forbidden, InvalidTaskTransition, LeaseLost),
 )
 async def report_task(
-    outbox: NewsDep,
     task_id: UUID,
+    change: Changing,
     body: TaskUpdateRequest,
-    caller: CurrentCaller,
-    session: SessionDep,
-    settings: Settings,
     may_enter: Access,
-    idempotency_key: IdempotencyKey,
+    idempotency_key: IdempotencyKey = None,
 ) -> TaskResponse:
     """Report what became of a task, or cancel it."""
+    caller, session, settings, outbox = change
     reported = await reports.report(
         session, task_id, caller, may_enter, body, settings, key=idempotency_key
     )
@@ -676,14 +660,10 @@ async def retry_task(
     ),
 )
 async def register_provider(
-    outbox: NewsDep,
-    visit: Writing,
-    body: ProviderRegisterRequest,
-    settings: Settings,
-    response: Response,
+    offer: Offering, body: ProviderRegisterRequest, response: Response
 ) -> ProviderResponse:
     """Offer data, served by one of the caller's workers."""
-    room, caller, session = visit
+    room, caller, session, settings, outbox = offer
     if room == INTERNAL_ROOM:
         raise Forbidden.exception("the server's own providers come from its code")
     if room == GLOBAL_ROOM and not caller.is_superuser:
@@ -856,7 +836,7 @@ async def delete_provider(
     outbox.providers_gone([name])
 
 
-# They are looked through one by one for each request: what workers ask all day is first.
-router.routes.sort(
-    key=lambda route: not re.search("/tasks|workers/", getattr(route, "path", ""))
-)
+# They are looked through one by one for each request: what is asked all day is first.
+_BUSY = (claim_tasks, report_task, submit_task, read_task, heartbeat)
+_ORDER = {busy.__name__: place for place, busy in enumerate(_BUSY)}
+router.routes.sort(key=lambda route: _ORDER.get(getattr(route, "name", ""), len(_BUSY)))

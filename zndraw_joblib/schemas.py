@@ -86,7 +86,14 @@ def _check_storable(value: Json) -> None:
                 _check_storable(item)
 
 
-def _printable(text: str) -> str:
+def check_printable(text: str) -> str:
+    """Return ``text`` if it can be shown and logged.
+
+    Raises
+    ------
+    ValueError
+        For control characters and lone surrogates.
+    """
     if UNPRINTABLE.search(text):
         raise ValueError("must not contain control characters or lone surrogates")
     return text
@@ -103,7 +110,9 @@ Name = Annotated[
         }
     ),
 ]
-Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(_printable)]
+Message = Annotated[
+    str, StringConstraints(max_length=1000), AfterValidator(check_printable)
+]
 ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
 # RFC 9110, section 8.3.1
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
