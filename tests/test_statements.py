@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
-from steps import claim, offer, report, submit
+from steps import claim, offer, report, silence, submit
 from zndraw_auth import User
 
 pytestmark = pytest.mark.makers("plain")
@@ -52,7 +52,9 @@ def counted(engine: AsyncEngine) -> Iterator[Counter]:
         event.remove(engine.sync_engine, name, listener)
 
 
-async def test_few_statements_and_one_commit(ada, engine):
+async def test_few_statements_and_one_commit(app, ada, engine, session_maker):
+    # for a sixtieth of it no sign of life is written again
+    app.state.joblib_settings.worker_timeout_seconds = 6000
     worker = await offer(ada)
     tasks = [await submit(ada) for _ in range(60)]
     held = await claim(ada, worker, max_tasks=4)
@@ -73,6 +75,15 @@ async def test_few_statements_and_one_commit(ada, engine):
             lambda: ada.post("/tasks/claim", json=claiming, headers=key), 2, 1, 2
         ),
         "start": (lambda: report(ada, held[0], "running"), 1, 1, 1),
+        # the sign of life is written beside, once in a while
+        "claim, unheard": (lambda: ada.post("/tasks/claim", json=claiming), 2, 1, 2),
+        "claim, keyed, unheard": (
+            lambda: ada.post(
+                "/tasks/claim", json=claiming, headers={"Idempotency-Key": "u"}
+            ),
+            3, 1, 2,
+        ),
+        "start, unheard": (lambda: report(ada, held[2], "running"), 2, 1, 1),
         "progress": (lambda: ada.patch(f"/workers/{worker}", json=beat), 2, 1, 1),
         "complete": (lambda: report(ada, held[0], "completed"), 1, 1, 1),
         "fail": (lambda: report(ada, held[1], "failed"), 2, 1, 1),
@@ -85,6 +96,9 @@ async def test_few_statements_and_one_commit(ada, engine):
         "drain again": (lambda: claim(ada, worker, max_tasks=32), 2, 1, 2),
         "empty claim": (lambda: ada.post("/tasks/claim", json=claiming), 2, 1, 2),
         "empty claim again": (lambda: ada.post("/tasks/claim", json=claiming), 1, 1, 2),
+        "empty claim, unheard": (
+            lambda: ada.post("/tasks/claim", json=claiming), 2, 1, 2
+        ),
         "empty claim, keyed": (
             lambda: ada.post(
                 "/tasks/claim", json=claiming, headers={"Idempotency-Key": "l"}
@@ -94,6 +108,8 @@ async def test_few_statements_and_one_commit(ada, engine):
     }  # fmt: skip
     too_many = {}
     for name, (ask, statements, commits, connections) in asked.items():
+        if "unheard" in name:
+            await silence(session_maker, worker)
         with counted(engine) as counts:
             answer = await ask()
         assert getattr(answer, "status_code", 200) < 300, (name, answer.text)

@@ -365,20 +365,20 @@ async def submit_task(
     """Submit a task to a job that the room sees."""
     room, caller, session, settings, outbox, registry = submission
 
-    async def attempt(target: submissions.Target) -> submissions.Submitted | None:
+    def check(target: submissions.Target) -> None:
         _check_broker(target.name, registry, [body], "/body")
         payloads.check_payload(target.schema, body.payload)
-        return await submissions.submit(
-            session,
-            target,
-            room,
-            caller,
-            body,
-            settings,
-            idempotency_key=idempotency_key,
-        )
 
-    submitted = await submissions.to_job(session, room, job_name, attempt)
+    submitted = await submissions.submit(
+        session,
+        room,
+        job_name,
+        caller,
+        body,
+        settings,
+        check,
+        idempotency_key=idempotency_key,
+    )
     if submitted.created:
         await submissions.check_quota(session, caller, settings)
     await session.commit()
@@ -413,20 +413,20 @@ async def submit_batch(
     """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
     room, caller, session, settings, outbox, registry = submission
 
-    async def attempt(target: submissions.Target) -> submissions.Batch | None:
+    def check(target: submissions.Target) -> None:
         _check_broker(target.name, registry, body.tasks, "/body/tasks/{}")
         payloads.check_payloads(target.schema, [task.payload for task in body.tasks])
-        return await submissions.submit_many(
-            session,
-            target,
-            room,
-            caller,
-            body.tasks,
-            settings,
-            idempotency_key=idempotency_key,
-        )
 
-    batch = await submissions.to_job(session, room, job_name, attempt)
+    batch = await submissions.submit_many(
+        session,
+        room,
+        job_name,
+        caller,
+        body.tasks,
+        settings,
+        check,
+        idempotency_key=idempotency_key,
+    )
     if batch.created:
         await submissions.check_quota(session, caller, settings, len(batch.created))
     await session.commit()

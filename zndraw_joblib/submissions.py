@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -15,8 +15,8 @@ from sqlalchemy import (
     ColumnElement,
     Float,
     Row,
+    Select,
     Text,
-    and_,
     bindparam,
     cast,
     func,
@@ -70,15 +70,6 @@ def _digest(asked: Any) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _keyed(caller: Caller, job_id: UUID, room: str, key: str) -> ColumnElement[bool]:
-    return and_(
-        TASK.c.created_by_id == caller.id,
-        TASK.c.job_id == job_id,
-        TASK.c.room_id == room,
-        TASK.c.idempotency_key == key,
-    )
-
-
 class Submitted(NamedTuple):
     """A task, and whether it is new or was there under its idempotency key."""
 
@@ -112,7 +103,7 @@ _REMEMBERED_JOBS = 1000
 _REMEMBERED_BYTES = 8192
 
 
-async def to_job(
+async def _to_job(
     session: AsyncSession,
     room: str,
     full_name: str,
@@ -120,24 +111,8 @@ async def to_job(
 ) -> T:
     """Return what ``attempt`` makes of a submission to a job that ``room`` sees.
 
-    It is tried with the job as remembered, and again with the job as it is when that
-    came to nothing.
-
-    Parameters
-    ----------
-    session : AsyncSession
-        Whose owner commits.
-    room : str
-        The room that asks.
-    full_name : str
-        The job's.
-    attempt : coroutine function
-        Returns None when the job is not what it was taken for.
-
-    Raises
-    ------
-    ProblemException
-        ``job-not-found``, also for a malformed name, and what ``attempt`` raises.
+    It is tried with the job as remembered, and with the job as it is when that came to
+    nothing. It returns None when the job is not what it was taken for.
     """
     name = jobs.find(room, full_name)
     if known := _known.get(name):
@@ -240,79 +215,101 @@ async def _insert(
     return inserted.one_or_none()
 
 
-async def submit(
+async def _earlier(
     session: AsyncSession,
+    statement: Select[Any],
     target: Target,
     room: str,
     caller: Caller,
+    key: str | None,
+    digest: str | None,
+) -> Row[Any] | None:
+    """Return what ``statement`` reads of the task that was submitted under the key."""
+    if key is None:
+        return None
+    found = await session.execute(
+        statement.add_columns(TASK.c.request_digest).where(
+            TASK.c.created_by_id == caller.id,
+            TASK.c.job_id == target.id,
+            TASK.c.room_id == room,
+            TASK.c.idempotency_key == key,
+        )
+    )
+    row = found.one_or_none()
+    if row is not None and row.request_digest != digest:
+        raise IdempotencyKeyReused.exception()
+    return row
+
+
+async def submit(
+    session: AsyncSession,
+    room: str,
+    full_name: str,
+    caller: Caller,
     request: TaskSubmitRequest,
     settings: JobLibSettings,
+    check: Callable[[Target], None],
     *,
     idempotency_key: str | None = None,
-) -> Submitted | None:
+) -> Submitted:
     """Insert a task.
+
+    A task of an ``@internal`` job is born claimed, for the broker instead of a worker.
 
     Parameters
     ----------
     session : AsyncSession
-        Whose owner commits.
-    target : Target
-        The job; it stays locked against soft-deletion until the commit. A task of an
-        ``@internal`` one is born claimed, for the broker instead of a worker.
+        Whose owner commits; until then the job is locked against soft-deletion.
     room : str
         The room that asks.
+    full_name : str
+        The job's.
     caller : Caller
         The submitter.
     request : TaskSubmitRequest
-        What to run; its payload was checked before.
+        What to run.
     settings : JobLibSettings
         The host's.
+    check : callable
+        Raises if the job can't take what is submitted.
     idempotency_key : str, optional
         For this user, room and job it names one task.
-
-    Returns
-    -------
-    Submitted or None
-        None when the job is gone, or has another schema.
 
     Raises
     ------
     ProblemException
-        ``idempotency-key-reused``.
+        ``job-not-found``, also for a malformed name, ``idempotency-key-reused``, and
+        what ``check`` raises.
     """
-    digest = None
-    if idempotency_key is not None:
-        digest = _digest(request.model_dump(mode="json"))
+    digest = idempotency_key and _digest(request.model_dump(mode="json"))
     new_id = uuid7()
-    row = await _insert(
-        session,
-        target,
-        room,
-        caller,
-        request,
-        settings,
-        new_id=new_id,
-        least=next_order(),
-        key=idempotency_key,
-        digest=digest,
-        trace=telemetry.submitting(str(target.name), new_id),
-    )
-    if row is not None:
-        order_taken(row.queue_order, request.priority)
-        return Submitted(read_view(row), created=True)
-    if idempotency_key is None:
-        return None
-    earlier = await session.execute(
-        seen(settings.queue_position_max)
-        .add_columns(TASK.c.request_digest)
-        .where(_keyed(caller, target.id, room, idempotency_key))
-    )
-    row = earlier.one_or_none()
-    if row is None:
-        return None
-    if row.request_digest != digest:
-        raise IdempotencyKeyReused.exception()
-    return Submitted(read_view(row), created=False)
+    trace = cache(partial(telemetry.submitting, full_name, new_id))
+
+    async def attempt(target: Target) -> Submitted | None:
+        check(target)
+        row = await _insert(
+            session,
+            target,
+            room,
+            caller,
+            request,
+            settings,
+            new_id=new_id,
+            least=next_order(),
+            key=idempotency_key,
+            digest=digest,
+            trace=trace(),
+        )
+        if row is not None:
+            order_taken(row.queue_order, request.priority)
+            return Submitted(read_view(row), created=True)
+        statement = seen(settings.queue_position_max)
+        row = await _earlier(
+            session, statement, target, room, caller, idempotency_key, digest
+        )
+        return Submitted(read_view(row), created=False) if row is not None else None
+
+    return await _to_job(session, room, full_name, attempt)
 
 
 class Batch(NamedTuple):
@@ -333,77 +330,57 @@ def _ids(first: UUID, count: int) -> list[UUID]:
 
 async def submit_many(
     session: AsyncSession,
-    target: Target,
     room: str,
+    full_name: str,
     caller: Caller,
     requests: Sequence[TaskSubmitRequest],
     settings: JobLibSettings,
+    check: Callable[[Target], None],
     *,
     idempotency_key: str | None = None,
-) -> Batch | None:
+) -> Batch:
     """Insert tasks of one job, at most 1000.
+
+    Parameters, and what is raised, are those of :func:`submit`, but for:
 
     Parameters
     ----------
-    session : AsyncSession
-        Whose owner commits.
-    target : Target
-        As for :func:`submit`.
-    room : str
-        The room that asks.
-    caller : Caller
-        The submitter.
     requests : sequence of TaskSubmitRequest
-        What to run; their payloads were checked before.
-    settings : JobLibSettings
-        The host's.
+        What to run.
     idempotency_key : str, optional
         For this user, room and job it names one batch.
-
-    Returns
-    -------
-    Batch or None
-        None when the job is gone, or has another schema.
-
-    Raises
-    ------
-    ProblemException
-        ``idempotency-key-reused``.
     """
-    digest = None
-    if idempotency_key is not None:
-        digest = _digest([request.model_dump(mode="json") for request in requests])
-    first = await _insert(
-        session,
-        target,
-        room,
-        caller,
-        requests[0],
-        settings,
-        new_id=UUID(int=uuid7().int >> _BATCH_BITS << _BATCH_BITS),
-        least=next_order(len(requests)),
-        key=idempotency_key,
-        digest=digest,
-        # one trace for all of them
-        trace=telemetry.submitting(str(target.name)),
-    )
-    if first is not None:
-        order_taken(first.queue_order, first.priority, len(requests))
-        created = await _add(session, target.id, first, requests, settings)
-        return Batch([task.id for task in created], created)
-    if idempotency_key is None:
-        return None
-    earlier = await session.execute(
-        select(TASK.c.id, TASK.c.request_digest).where(
-            _keyed(caller, target.id, room, idempotency_key)
+    digest = idempotency_key and _digest([r.model_dump(mode="json") for r in requests])
+    first_id = UUID(int=uuid7().int >> _BATCH_BITS << _BATCH_BITS)
+    # one trace for all of them
+    trace = cache(partial(telemetry.submitting, full_name))
+
+    async def attempt(target: Target) -> Batch | None:
+        check(target)
+        first = await _insert(
+            session,
+            target,
+            room,
+            caller,
+            requests[0],
+            settings,
+            new_id=first_id,
+            least=next_order(len(requests)),
+            key=idempotency_key,
+            digest=digest,
+            trace=trace(),
         )
-    )
-    row = earlier.one_or_none()
-    if row is None:
-        return None
-    if row.request_digest != digest:
-        raise IdempotencyKeyReused.exception()
-    return Batch(_ids(row.id, len(requests)), [])
+        if first is not None:
+            order_taken(first.queue_order, first.priority, len(requests))
+            created = await _add(session, target.id, first, requests, settings)
+            return Batch([task.id for task in created], created)
+        statement = select(TASK.c.id)
+        row = await _earlier(
+            session, statement, target, room, caller, idempotency_key, digest
+        )
+        return Batch(_ids(row.id, len(requests)), []) if row is not None else None
+
+    return await _to_job(session, room, full_name, attempt)
 
 
 async def _add(
