@@ -327,7 +327,8 @@ async def claim(
         jobs = await session.scalar(select(_within_reach(limit)), names)
     ids = tuple(map(UUID, jobs.split(","))) if jobs else ()
     rows = await _take(session, ids, shape, names) if ids else []
-    _remember(worker_id, ids if rows else ())
+    if not worker.again:
+        _remember(worker_id, ids if rows else ())
     repeated = not rows and key is not None
     if repeated:
         again = select(TASK.c.queue_order, *VIEW).where(_claimed_before(TASK.c))
