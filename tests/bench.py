@@ -15,7 +15,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from bench_sides import (
     FLOOR,
     KINDS,
     PEER,
+    RELEASE,
     TREE,
     Database,
     Host,
@@ -35,6 +38,7 @@ from bench_sides import (
     running,
     side,
 )
+from servers import redis_server
 
 #: in an order in which each finds what it needs
 OPERATIONS = (
@@ -48,7 +52,10 @@ OPERATIONS = (
     "list",
     "list_on",
     "cycle",
+    "short_cycle",
 )
+#: what of the release something is compared with, where it has not the same
+INSTEAD = {"short_cycle": "cycle"}
 
 Turns = dict[str, list[Slice | None]]
 
@@ -106,8 +113,11 @@ def tell_throughput(kind: str, connections: int, measured: dict[str, Turns]) -> 
         }
         for name, there in ((FLOOR, "of_floor"), (PEER, "of_release")):
             if name in turns:
-                row[there] = ratio(turns[name], tree, "seconds")
-                row[f"{there}_cpu"] = ratio(turns[name], tree, "cpu")
+                theirs = turns[name]
+                if name == PEER:
+                    theirs = measured[INSTEAD.get(operation, operation)][name]
+                row[there] = ratio(theirs, tree, "seconds")
+                row[f"{there}_cpu"] = ratio(theirs, tree, "cpu")
         refused = {
             name: sum(turn.failed for turn in turns[name] if turn) for name in turns
         }
@@ -189,46 +199,80 @@ async def wake_ups(
 ) -> dict[str, dict[str, float]]:
     """Measure how soon a waiting request hears of what it waits for, in ms."""
     found: dict[str, dict[str, float]] = {}
-    with database(kind) as on, ExitStack() as stack:
+    with database(kind) as on, redis_server() as redis_url, ExitStack() as stack:
+
+        def host(url: str, redis_url: str = "") -> Host:
+            started = running(sys.executable, url, kind, "floor", redis_url)
+            return stack.enter_context(started)
+
         url = await on.create()
-        hosts = {
-            "status, same process": stack.enter_context(
-                running(sys.executable, url, kind, "floor")
-            )
-        }
+        first = host(url)
+        pairs = {"same process": (first, first)}
         if kind != "locked":
             # a lock of one process can't keep another one out
-            hosts["status, another process"] = stack.enter_context(
-                running(sys.executable, url, kind, "floor")
+            pairs["another process"] = first, host(url)
+            shared = await on.create()
+            pairs["another process, Redis"] = (
+                host(shared, redis_url),
+                host(shared, redis_url),
             )
         if options.release:
-            hosts[f"status, {PEER}"] = stack.enter_context(
+            release = stack.enter_context(
                 running(options.release, await on.create(), kind, "")
             )
-        first = hosts["status, same process"]
-        for name, host in hosts.items():
-            reports = host if PEER in name else first
-            async with side("", reports, 1) as one, side("", host, 1) as other:
-                found[name] = await lags(one.users[0], other.users[0], options.rounds)
+            pairs[PEER] = release, release
+        for name, (here, there) in pairs.items():
+            async with side("", here, 1) as one, side("", there, 1) as other:
+                asking, waiting = one.users[0], other.users[0]
+                found[f"status, {name}"] = await lags(
+                    partial(until_ended, asking, waiting), options.rounds
+                )
+                # claims of the release don't wait
+                if name != PEER:
+                    found[f"claim, {name}"] = await lags(
+                        partial(until_claimed, asking, waiting), options.rounds
+                    )
     for name, lag in found.items():
-        print(f"{name:32} {lag['median']:8.1f} ms, worst {lag['worst']:8.1f} ms")
+        print(
+            f"{name:32} {lag['median']:8.1f} ms, worst {lag['worst']:8.1f} ms",
+            flush=True,
+        )
     return found
 
 
-async def lags(worker: User, waiting: User, times: int) -> dict[str, float]:
-    taken = []
-    for _ in range(times):
-        await worker.submit()
-        await worker.claim()
-        await worker.start()
-        path, prefer = f"/tasks/{worker.held[0]}", "Prefer: wait=10\r\n"
-        answer = asyncio.create_task(waiting.ask("GET", path, more=prefer))
-        await asyncio.sleep(0.3)
-        begun = time.perf_counter()
-        await worker.complete()
-        await answer
-        taken.append(1000 * (time.perf_counter() - begun))
+async def lags(wake: Callable[[], Awaitable[float]], times: int) -> dict[str, float]:
+    taken = [1000 * await wake() for _ in range(times)]
     return {"median": statistics.median(taken), "worst": max(taken)}
+
+
+WAIT = "Prefer: wait=10\r\n"
+#: in which a request has begun to wait
+PAUSE = 0.3
+
+
+async def until_ended(worker: User, waiting: User) -> float:
+    """Return the seconds from the report of a task's end to the waiting one's answer."""
+    await worker.submit()
+    await worker.claim()
+    await worker.start()
+    path = f"/tasks/{worker.held[0]}"
+    answer = asyncio.create_task(waiting.ask("GET", path, more=WAIT))
+    await asyncio.sleep(PAUSE)
+    begun = time.perf_counter()
+    await worker.complete()
+    await answer
+    return time.perf_counter() - begun
+
+
+async def until_claimed(submitter: User, waiting: User) -> float:
+    """Return the seconds from a submission to the waiting claim's answer."""
+    body = {"worker_id": waiting.worker}
+    answer = asyncio.create_task(waiting.ask("POST", "/tasks/claim", body, WAIT))
+    await asyncio.sleep(PAUSE)
+    begun = time.perf_counter()
+    await submitter.submit()
+    await answer
+    return time.perf_counter() - begun
 
 
 def draw(kind: str, told: dict[str, Any], path: Path) -> None:
@@ -237,9 +281,10 @@ def draw(kind: str, told: dict[str, Any], path: Path) -> None:
 
     pyplot.rcParams |= {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "bench"}
     figure, axes = pyplot.subplots(
-        1, len(bench_depth.DRAWN), figsize=(9.5, 3.1), sharey=True, layout="constrained"
+        1, len(bench_depth.DRAWN), figsize=(11, 3.1), sharey=True, layout="constrained"
     )
     colours = {TREE: "#1769aa", FLOOR: "#8a8a8a", PEER: "#c2571a"}
+    names = {TREE: "this release", FLOOR: "the floor", PEER: RELEASE}
     series = {name: s for name, s in told.items() if name.startswith("waiting")}
     for axis, operation in zip(axes, bench_depth.DRAWN, strict=True):
         for name, at in series.items():
@@ -253,7 +298,7 @@ def draw(kind: str, told: dict[str, Any], path: Path) -> None:
                     linestyle="-" if "50" in name else ":",
                     marker="o",
                     markersize=3,
-                    label=f"{who}, {name.partition(', ')[2]}",
+                    label=f"{names[who]}, {name.partition(', ')[2]}",
                 )
         title = {"list_on": "list, by cursor"}.get(operation, operation)
         axis.set(xscale="log", yscale="log", title=title, xlabel="waiting tasks")

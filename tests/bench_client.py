@@ -70,6 +70,8 @@ class User:
         self.job = "@global:modifiers:J0"
         #: the tasks that it claimed and has not completed
         self.held: deque[str] = deque()
+        #: the task that it submitted last
+        self.submitted = ""
         self.cursor = ""
 
     async def ask(
@@ -91,10 +93,13 @@ class User:
             await self.ask("PUT", "/rooms/@global/jobs", job)
 
     async def submit(self) -> None:
-        await self.ask("POST", f"/rooms/{ROOM}/tasks/{self.job}", {"payload": PAYLOAD})
+        path = f"/rooms/{ROOM}/tasks/{self.job}"
+        answer = await self.ask("POST", path, {"payload": PAYLOAD})
+        self.submitted = json.loads(answer)["id"]
 
-    async def claim(self) -> None:
-        answer = await self.ask("POST", "/tasks/claim", {"worker_id": self.worker})
+    async def claim(self, **more: Any) -> None:
+        body = {"worker_id": self.worker, **more}
+        answer = await self.ask("POST", "/tasks/claim", body)
         task = json.loads(answer)["task"]
         if task is None:
             raise Refused("nothing to claim")
@@ -108,8 +113,7 @@ class User:
         await self.ask("PATCH", f"/tasks/{self.held[-1]}", {"status": "running"})
 
     async def status(self) -> None:
-        self.held.rotate(-1)
-        await self.ask("GET", f"/tasks/{self.held[-1]}")
+        await self.ask("GET", f"/tasks/{self.submitted}")
 
     async def complete(self) -> None:
         task = self.held.popleft()
@@ -129,6 +133,12 @@ class User:
             link = head.partition("link: <")[2].partition(">")[0]
             self.cursor = link.removeprefix(self.prefix) or path[len(self.prefix) :]
         await self.ask("GET", self.cursor)
+
+    async def short_cycle(self) -> None:
+        """Take a task through its whole life, with a claim that starts it."""
+        await self.submit()
+        await self.claim(start=True)
+        await self.complete()
 
     async def cycle(self) -> None:
         """Take a task through its whole life."""

@@ -21,7 +21,7 @@ OPERATIONS = (
     "list_on",
 )
 #: of one request, what is drawn
-DRAWN = ("submit", "claim", "status", "list_on")
+DRAWN = ("submit", "claim", "status", "list", "list_on")
 
 _FILL = {
     TREE: """

@@ -76,7 +76,12 @@ SUBMIT = (
     .values(status="pending", created_at=now(), available_at=now())
     .returning(*tasks.c)
 )
-CLAIM = (
+TAKEN = {
+    "worker_id": bindparam("worker"),
+    "attempt": tasks.c.attempt + 1,
+    "claimed_at": now(),
+}
+CLAIM, START = (
     update(tasks)
     .where(
         tasks.c.id
@@ -87,13 +92,12 @@ CLAIM = (
         .with_for_update(skip_locked=True)
         .scalar_subquery()
     )
-    .values(
-        status="claimed",
-        worker_id=bindparam("worker"),
-        attempt=tasks.c.attempt + 1,
-        claimed_at=now(),
-    )
+    .values(taken)
     .returning(*tasks.c)
+    for taken in (
+        {"status": "claimed", **TAKEN},
+        {"status": "running", "started_at": now(), **TAKEN},
+    )
 )
 MOVE = {
     state: update(tasks)
@@ -132,6 +136,7 @@ class Submission(BaseModel):
 
 class Claim(BaseModel):
     worker_id: UUID
+    start: bool = False
 
 
 class Report(BaseModel):
@@ -187,7 +192,8 @@ async def submit(
 @router.post("/tasks/claim")
 async def claim(body: Claim, user: WaitingUser, session_maker: Sessions) -> Response:
     async with session_maker() as session:
-        claimed = await session.execute(CLAIM, {"worker": body.worker_id})
+        claim = START if body.start else CLAIM
+        claimed = await session.execute(claim, {"worker": body.worker_id})
         row = claimed.one_or_none()
         await session.commit()
     return Response(

@@ -55,6 +55,10 @@ def make_app(database_url: str, kind: str) -> FastAPI:
                 yield session
 
         app.state.session_maker = locked_maker
+    if redis_url := os.environ.get("REDIS_URL"):
+        from redis.asyncio import Redis
+
+        app.state.wakeups = joblib.RedisWakeups(Redis.from_url(redis_url))
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
     app.include_router(joblib.router)
     return app

@@ -26,8 +26,8 @@ KINDS = {
     "wal": "SQLite, WAL",
     "postgres": "PostgreSQL",
 }
-#: the release pages by offset alone
-NOT_THERE = {(PEER, "list_on")}
+#: the release pages by offset alone, and its claims start nothing
+NOT_THERE = {(PEER, "list_on"), (PEER, "short_cycle")}
 HERE = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -112,13 +112,15 @@ def cpu_of(pid: int | str, fields: int = 2) -> float:
 class Host:
     """A host process."""
 
-    def __init__(self, python: str | Path, url: str, kind: str, beside: str) -> None:
+    def __init__(
+        self, python: str | Path, url: str, kind: str, beside: str, redis_url: str = ""
+    ) -> None:
         self.url = url
         self.process = subprocess.Popen(
             [python, HERE / "bench_host.py", url, kind, beside],
             stdout=subprocess.PIPE,
             # nothing of this tree on the path of the release
-            env=environment(beside == "floor"),
+            env=environment(beside == "floor") | {"REDIS_URL": redis_url},
         )
         assert self.process.stdout
         told = json.loads(self.process.stdout.readline())
@@ -138,8 +140,11 @@ class Host:
 
 
 @contextmanager
-def running(python: str | Path, url: str, kind: str, beside: str) -> Iterator[Host]:
-    host = Host(python, url, kind, beside)
+def running(
+    python: str | Path, url: str, kind: str, beside: str, redis_url: str = ""
+) -> Iterator[Host]:
+    """Run a host; with Redis it tells others of its database whom to wake."""
+    host = Host(python, url, kind, beside, redis_url)
     try:
         yield host
     finally:

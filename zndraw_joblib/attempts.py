@@ -148,13 +148,18 @@ async def lose(
     limit: int | None = None,
 ) -> list[TaskResponse]:
     """End the attempts of workers that are lost: all, or at most ``limit`` of them."""
-    theirs = and_(held(), TASK.c.worker_id.in_(worker_ids))
+    # by id, as reports lock them
+    theirs = (
+        select(TASK.c.id)
+        .where(held(), TASK.c.worker_id.in_(worker_ids))
+        .order_by(TASK.c.id)
+        .with_for_update()
+    )
     if limit is not None:
-        some = select(TASK.c.id).where(theirs).limit(number(limit)).with_for_update()
-        theirs = TASK.c.id.in_(some)
+        theirs = theirs.limit(number(limit))
     return await fail(
         session,
-        theirs,
+        TASK.c.id.in_(theirs),
         settings,
         error=WORKER_LOST_ERROR,
         error_type=ErrorType.WORKER_LOST,

@@ -113,10 +113,10 @@ def _claimed_before(task: Any) -> ColumnElement[bool]:
     )
 
 
-def _within_reach(limit: int) -> ColumnElement[str | None]:
+def _within_reach(limit: int, all_jobs: bool) -> ColumnElement[str | None]:
     # The first tasks of all are tasks of those jobs whose own first task comes first:
     # however many jobs a worker serves, few of their queues are read. Null when all of
-    # them are empty.
+    # them are empty; else those that are come along where the jobs are remembered.
     first = (
         select(func.min(ahead.c.queue_order))
         .where(ahead.c.job_id == LINK.c.job_id, queued(ahead.c))
@@ -132,7 +132,10 @@ def _within_reach(limit: int) -> ColumnElement[str | None]:
         .subquery()
     )
     ids = func.aggregate_strings(cast(served.c.job_id, String), ",")
-    return select(ids).having(func.count(served.c.first) > 0).scalar_subquery()
+    reach = select(ids).having(func.count(served.c.first) > 0)
+    if not all_jobs:
+        reach = reach.where(served.c.first.is_not(None))
+    return reach.scalar_subquery()
 
 
 @lru_cache(maxsize=128)
@@ -142,7 +145,7 @@ def _reaching(limit: int, keyed: bool) -> Select[Any]:
         WORKER.c.user_id,
         WORKER.c.state,
         workers.unheard(bindparam("worker")),
-        _within_reach(limit).label("jobs"),
+        _within_reach(limit, all_jobs=not keyed).label("jobs"),
         _some_due().label("due"),
         again.label("again"),
     ).where(WORKER.c.id == bindparam("worker"))
@@ -245,8 +248,8 @@ def _claiming(
     )
 
 
-# The jobs of workers that found work with their last claim, here. The next one is one
-# statement, which makes sure that they are what the worker serves.
+# The jobs of workers that found work with their last claim, here. The next one, if it has
+# no key, is one statement, which makes sure that they are what the worker serves.
 _served: dict[UUID, tuple[UUID, ...]] = {}
 _REMEMBERED_WORKERS = 10_000
 # More queues than these are not worth a look at each of them.
@@ -324,10 +327,11 @@ async def claim(
     jobs = None if draining or worker.again else worker.jobs
     if worker.due and not (draining or worker.again):
         await promote(session, worker_id)
-        jobs = await session.scalar(select(_within_reach(limit)), names)
+        reach = _within_reach(limit, all_jobs=key is None)
+        jobs = await session.scalar(select(reach), names)
     ids = tuple(map(UUID, jobs.split(","))) if jobs else ()
     rows = await _take(session, ids, shape, names) if ids else []
-    if not worker.again:
+    if key is None:
         _remember(worker_id, ids if rows else ())
     repeated = not rows and key is not None
     if repeated:
@@ -335,7 +339,8 @@ async def claim(
         rows = (await session.execute(again, names)).all()
     elif ids and not rows:
         # it may have gone meanwhile
-        found = await session.execute(_reaching(limit, False), names)
+        there = select(WORKER.c.user_id).where(WORKER.c.id == worker_id)
+        found = await session.execute(there)
         workers.checked(found.one_or_none(), worker_id, caller)
     return await _claimed(
         session, worker_id, rows, draining, repeated, unheard=worker.unheard
@@ -417,8 +422,9 @@ async def beat(
     if told:
         fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in told)
         messages = ((TASK.c.id == t.id, literal(t.message, String)) for t in told)
-        stored = await session.execute(
-            update(TASK)
+        # by id, as reports lock them
+        theirs = (
+            select(TASK.c.id)
             .where(
                 held(),
                 TASK.c.worker_id == worker_id,
@@ -426,6 +432,12 @@ async def beat(
                     [(t.id, t.attempt) for t in told]
                 ),
             )
+            .order_by(TASK.c.id)
+            .with_for_update()
+        )
+        stored = await session.execute(
+            update(TASK)
+            .where(rechecked(held()), TASK.c.id.in_(theirs))
             .values(
                 {
                     TASK.c.progress: func.coalesce(case(*fractions), TASK.c.progress),

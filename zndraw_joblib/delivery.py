@@ -90,7 +90,10 @@ class Answer:
         """
         await self.leave(UNREAD)
         if self.handled and self.news is not None:
-            await self.news()
+            try:
+                await self.news()
+            except Exception:
+                log.exception("news did not leave")
         await self.leave()
 
     async def leave(self, most: float = math.inf) -> None:

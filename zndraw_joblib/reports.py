@@ -1,6 +1,6 @@
 """Reports: what workers and users say becomes of a task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -16,7 +16,6 @@ from sqlalchemy import (
     case,
     func,
     literal,
-    null,
     or_,
     select,
     true,
@@ -45,9 +44,9 @@ from zndraw_joblib.lifecycle import (
 from zndraw_joblib.models import (
     JOB,
     TASK,
-    WORKER,
     in_states,
     now,
+    rechecked,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
 from zndraw_joblib.schemas import (
@@ -123,17 +122,16 @@ def _moving(status: TaskStatus, superuser: bool, count: int) -> ReturningUpdate[
     # built once for each shape
     ids = [bindparam(f"task_{n}", type_=TASK.c.id.type) for n in range(count)]
     leased = _said("attempt", TASK.c.attempt.type, count)
-    unheard = null() if status in _LEAVING else workers.unheard(TASK.c.worker_id)
     return (
         update(TASK)
         .where(
             TASK.c.id.in_(ids),
-            _may_become(status),
+            rechecked(_may_become(status)),
             _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
             TASK.c.attempt == func.coalesce(leased, TASK.c.attempt),
         )
         .values(_reported(status, count))
-        .returning(unheard.label("unheard"), *VIEW)
+        .returning(workers.unheard(TASK.c.worker_id), *VIEW)
     )
 
 
@@ -172,19 +170,29 @@ async def _move(
     return moved.all()
 
 
+# Tasks and whose they are, by id: two requests that lock in two orders would wait for each
+# other. Their workers are not waited for.
+_LOCKING = (
+    select(TASK.c.worker_id, workers.unheard(TASK.c.worker_id))
+    .where(TASK.c.id.in_(bindparam("tasks", expanding=True)))
+    .order_by(TASK.c.id)
+    .with_for_update(of=TASK)
+)
 # Afterwards nothing says whose these tasks were.
 _LEAVING = frozenset({TaskStatus.FAILED, TaskStatus.PENDING})
-_SIGN_OF_LIFE = (
-    update(WORKER)
-    .where(
-        WORKER.c.id
-        == select(TASK.c.worker_id)
-        .where(TASK.c.id == bindparam("task"))
-        .scalar_subquery(),
-        WORKER.c.user_id == bindparam("owner"),
+
+
+async def _lock(
+    session: AsyncSession,
+    task_ids: Iterable[UUID],
+    caller: Caller,
+    settings: JobLibSettings,
+) -> set[UUID]:
+    """Lock tasks, and return the caller's workers at them that were not heard just now."""
+    locked = await session.execute(
+        _LOCKING, {"tasks": list(task_ids), **workers.unheard_since(caller, settings)}
     )
-    .values(last_heartbeat=now())
-)
+    return {row.worker_id for row in locked if row.unheard}
 
 
 class Reported(NamedTuple):
@@ -229,22 +237,26 @@ async def report(
     ProblemException
         ``task-not-found``, ``forbidden``, ``invalid-task-transition``, ``lease-lost``.
     """
+    unheard: set[UUID] = set()
     if request.status in _LEAVING:
-        # the worker before its task, as everywhere: two requests that lock in two
-        # orders would wait for each other
-        await session.execute(_SIGN_OF_LIFE, {"task": task_id, "owner": caller.id})
+        unheard = await _lock(session, [task_id], caller, settings)
     moved = await _move(
         session, request.status, {task_id: request}, caller, settings, key
     )
     changed = await read_changed(session, moved, settings)
     if changed:
-        if moved[0].unheard:
-            await workers.keep_alive(session, [moved[0].worker_id])
-        return Reported(changed[0], changed=True)
-    standing = await _standing(
-        session, task_id, caller, may_enter, request, key, settings
-    )
-    return Reported(standing, changed=False)
+        unheard |= {row.worker_id for row in moved if row.unheard}
+        reported = Reported(changed[0], changed=True)
+    else:
+        # nothing moved: only now is it worth a read to tell why
+        entitled = _entitled(caller, request.status)
+        row = await _find(session, task_id, entitled, caller, may_enter, settings)
+        unheard |= {row.worker_id} if row.unheard else set()
+        standing = _explain(row, row.entitled, request, key)
+        reported = Reported(standing, changed=False)
+    if unheard:
+        await workers.keep_alive(session, unheard)
+    return reported
 
 
 async def report_many(
@@ -274,12 +286,7 @@ async def report_many(
     list of Reported or ProblemException
         What :func:`report` would have returned or raised for each.
     """
-    # By id, as everywhere: two requests that lock in two orders would wait for each
-    # other. Their workers are not waited for.
-    locked = await session.execute(
-        _LOCKING, {"tasks": list(reports), **workers.unheard_since(caller, settings)}
-    )
-    unheard = {row.worker_id for row in locked if row.unheard}
+    unheard = await _lock(session, reports, caller, settings)
     moved: dict[UUID, TaskResponse] = {}
     for status in {report.status: None for report in reports.values()}:
         alike = {i: r for i, r in reports.items() if r.status is status}
@@ -321,14 +328,6 @@ async def report_many(
     return outcomes
 
 
-_LOCKING = (
-    select(TASK.c.worker_id, workers.unheard(TASK.c.worker_id))
-    .where(TASK.c.id.in_(bindparam("tasks", expanding=True)))
-    .order_by(TASK.c.id)
-    .with_for_update(of=TASK)
-)
-
-
 def _may_become(status: TaskStatus) -> ColumnElement[bool]:
     allowed = in_states(REPORTABLE.get(status, frozenset()))
     if status is not TaskStatus.PENDING:
@@ -351,21 +350,6 @@ def _may_report(
 
 def _entitled(caller: Caller, status: TaskStatus) -> ColumnElement[bool]:
     return _may_report(caller.is_superuser, status, caller.id, caller.id)
-
-
-async def _standing(
-    session: AsyncSession,
-    task_id: UUID,
-    caller: Caller,
-    may_enter: RoomAccess,
-    request: TaskUpdateRequest,
-    key: str | None,
-    settings: JobLibSettings,
-) -> TaskResponse:
-    # nothing moved: only now is it worth a read to tell why
-    entitled = _entitled(caller, request.status)
-    row = await _find(session, task_id, entitled, caller, may_enter, settings)
-    return _explain(row, row.entitled, request, key)
 
 
 def _explain(
@@ -410,8 +394,13 @@ async def _find(
 ) -> Row[Any]:
     found = await session.execute(
         seen(settings.queue_position_max)
-        .add_columns(entitled.label("entitled"), TASK.c.claim_key)
-        .where(TASK.c.id == task_id)
+        .add_columns(
+            entitled.label("entitled"),
+            TASK.c.claim_key,
+            workers.unheard(TASK.c.worker_id),
+        )
+        .where(TASK.c.id == task_id),
+        workers.unheard_since(caller, settings),
     )
     row = found.one_or_none()
     if row is None or not (

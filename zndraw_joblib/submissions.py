@@ -5,7 +5,6 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -56,6 +55,7 @@ from zndraw_joblib.tasks import (
     born_claimed,
     end_of_queue,
     next_order,
+    of_job,
     order_taken,
     position,
     read_view,
@@ -115,15 +115,20 @@ async def _to_job(
     nothing. It returns None when the job is not what it was taken for.
     """
     name = jobs.find(room, full_name)
-    if known := _known.get(name):
-        with suppress(ProblemException):
+    known = _known.get(name)
+    refused: ProblemException | None = None
+    if known is not None:
+        try:
             done = await attempt(known)
-            if done is not None:
-                return done
-        _known.pop(name, None)
+        except ProblemException as exc:
+            refused, done = exc, None
+        if done is not None:
+            return done
     rows = await session.execute(jobs.SERVED, name._asdict())
     row = jobs.found(rows.one_or_none(), room, full_name)
     target = Target(row.id, name, row.schema)
+    if refused is not None and target == known:
+        raise refused
     done = await attempt(target)
     if done is None:
         raise jobs.not_found(room, full_name)
@@ -233,6 +238,8 @@ async def _earlier(
             TASK.c.job_id == target.id,
             TASK.c.room_id == room,
             TASK.c.idempotency_key == key,
+            of_job(JOB.c.deleted).is_(False),
+            cast(of_job(JOB.c.schema), Text) == target.schema,
         )
     )
     row = found.one_or_none()

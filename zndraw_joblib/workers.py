@@ -201,7 +201,7 @@ def unheard_since(caller: Caller, settings: JobLibSettings) -> dict[str, Any]:
 
 
 async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:
-    """Record a sign of life of many workers; one that is being written to needs none."""
+    """Record a sign of life of many workers; what is in use is left to the next one."""
     free = (
         select(WORKER.c.id)
         .where(WORKER.c.id.in_(worker_ids))
