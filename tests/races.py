@@ -283,6 +283,44 @@ async def complete_and_delete(scene: Scene, first: int) -> None:
     await scene.hears(task, "pending", "claimed", "running", last)
 
 
+async def reports_and_heartbeat(scene: Scene, first: int) -> None:
+    """Of the same tasks, which lie in the table in another order than their ids'."""
+    worker, tasks = await two_running(scene)
+    progress = [{"id": t["id"], "attempt": 1, "progress": 0.5} for t in tasks]
+    reports = [{"id": t["id"], "status": "completed"} for t in tasks]
+    requests = [
+        partial(scene.elsewhere.patch, "/tasks", json={"reports": reports}),
+        partial(scene.ada.patch, f"/workers/{worker}", json={"tasks": progress}),
+    ]
+    answers = await scene.meet(row(Task, tasks[0]["id"]), *turned(requests, first))
+    assert codes(answers) == [200, 200]
+    for task in tasks:
+        assert (await read(scene.ada, task))["status"] == "completed"
+
+
+async def reports_and_delete(scene: Scene, first: int) -> None:
+    worker, tasks = await two_running(scene)
+    reports = [{"id": t["id"], "status": "completed"} for t in tasks]
+    requests = [
+        partial(scene.elsewhere.patch, "/tasks", json={"reports": reports}),
+        partial(scene.ada.delete, f"/workers/{worker}"),
+    ]
+    answers = await scene.meet(row(Task, tasks[0]["id"]), *turned(requests, first))
+    assert codes(answers) == ([200, 204], [204, 200])[first]
+    for task in tasks:
+        last = ("completed", "failed")[first]
+        assert (await read(scene.ada, task))["status"] == last
+
+
+async def two_running(scene: Scene) -> tuple[str, list[Any]]:
+    worker = await scene.offer()
+    tasks = [await scene.task(worker, "running") for _ in range(2)]
+    # the first one's row is now behind the other's
+    beat = {"tasks": [{"id": tasks[0]["id"], "attempt": 1, "progress": 0.1}]}
+    await scene.ada.patch(f"/workers/{worker}", json=beat)
+    return worker, tasks
+
+
 async def heartbeat_and_delete(scene: Scene, first: int) -> None:
     worker = await scene.offer()
     requests = [
@@ -472,6 +510,8 @@ RACES: dict[Race, int] = {
     claim_and_delete: 2,
     next_claim_and_delete: 2,
     complete_and_delete: 2,
+    reports_and_heartbeat: 2,
+    reports_and_delete: 2,
     heartbeat_and_delete: 2,
     two_deletions: 1,
     two_registrations: 2,
