@@ -146,7 +146,8 @@ async def bench(kind: str, options: argparse.Namespace) -> dict[str, Any]:
                     running(options.release, await on.create(), kind, "")
                 )
             for connections in options.connections:
-                each = -(-options.requests // connections)
+                # PostgreSQL plans a statement anew five times for each connection
+                each = max(-(-options.requests // connections), 10)
                 measured = await throughput(
                     hosts, on, connections, options.rounds, each
                 )

@@ -39,7 +39,7 @@ def make_app(database_url: str, kind: str) -> FastAPI:
     app.state.engine = (
         # for each of the bench's connections one: what is beyond the pool is opened and
         # closed with each request, and its statements prepared anew
-        create_async_engine(database_url, pool_size=32)
+        create_async_engine(database_url, pool_size=32, pool_use_lifo=True)
         if kind == "postgres"
         else auth.create_engine_for_url(database_url)
     )
