@@ -147,7 +147,8 @@ async def bench(kind: str, options: argparse.Namespace) -> dict[str, Any]:
                 )
             for connections in options.connections:
                 # PostgreSQL plans a statement anew five times for each connection
-                each = max(-(-options.requests // connections), 10)
+                fewest = 2 if options.quick else 10
+                each = max(-(-options.requests // connections), fewest)
                 measured = await throughput(
                     hosts, on, connections, options.rounds, each
                 )
@@ -337,11 +338,11 @@ def parse() -> argparse.Namespace:
     )
     options.most = options.most or (10**5 if options.quick else 10**6)
     options.each = 4 if options.quick else 8
-    options.tasks = options.tasks or (1000 if options.quick else 10**4)
+    options.tasks = options.tasks or (500 if options.quick else 10**4)
     # a turn of batches takes as long as all turns of an operation
     options.batch_rounds = options.rounds or (1 if options.quick else 3)
-    options.rounds = options.rounds or (3 if options.quick else 9)
-    options.requests = options.requests or (24 if options.quick else 96)
+    options.rounds = options.rounds or (2 if options.quick else 9)
+    options.requests = options.requests or (16 if options.quick else 96)
     options.release = (
         None if options.no_release else release_python(Path(sys.prefix) / "release")
     )
