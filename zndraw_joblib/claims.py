@@ -61,6 +61,8 @@ from zndraw_joblib.workers import Caller
 # How many other claims may hold the first tasks of a queue locked at one moment
 # without this one finding nothing: it looks that much further.
 CONTENTION = 32
+# The same for a claim that looks twice if it finds nothing.
+FIRST_CONTENTION = 4
 # Due tasks that one claim moves into the queue.
 PROMOTION = 1000
 
@@ -154,7 +156,7 @@ def _reaching(limit: int, keyed: bool) -> Select[Any]:
     return worker.with_for_update(of=WORKER, key_share=True) if keyed else worker
 
 
-def _heads(jobs: int, limit: int) -> Select[Any]:
+def _heads(jobs: int, reach: int) -> Select[Any]:
     # A worker's queue is the merge of its jobs' queues, and no index holds it in order.
     # So each queue is read on its own, and only as far as this claim could reach: an
     # ORDER BY ... LIMIT over the join would sort every waiting task. One branch a job,
@@ -166,7 +168,7 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
             TASK.c.job_id == bindparam(f"job_{job}", type_=TASK.c.job_id.type), queued()
         )
         .order_by(TASK.c.queue_order)
-        .limit(number(limit + CONTENTION))
+        .limit(number(reach))
         .subquery()
         for job in range(jobs)
     ]
@@ -174,7 +176,7 @@ def _heads(jobs: int, limit: int) -> Select[Any]:
     return (
         select(merged.c.id)
         .order_by(merged.c.queue_order, merged.c.id)
-        .limit(number(limit + CONTENTION))
+        .limit(number(reach))
     )
 
 
@@ -204,7 +206,8 @@ def _claiming(
     jobs: int, limit: int, keyed: bool, start: bool, remembered: bool
 ) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
-    head = _heads(jobs, limit).subquery()
+    contention = FIRST_CONTENTION if remembered else CONTENTION
+    head = _heads(jobs, limit + contention).subquery()
     still_queued = rechecked(queued())
     oldest = (
         select(TASK.c.id)
