@@ -163,13 +163,15 @@ def waiting(session: nox.Session) -> None:
 def compat(session: nox.Session) -> None:
     """Run programs of 0.1.7 at our host, and ours at a host of 0.1.7."""
     install(session, "test")
+    session.install("uv>=0.4")
     # an environment of its own: it is the same package
     old = Path(session.create_tmp()).resolve() / "old"
-    session.run("python", "-m", "venv", "--clear", old)
+    uv = ("python", "-m", "uv")
+    session.run(*uv, "venv", "-q", "--clear", old)
     python = str(old / ("Scripts" if os.name == "nt" else "bin") / "python")
     packages = ("zndraw-joblib==0.1.7", "aiosqlite", "uvicorn", "websockets")
     client = "python-socketio[client]"
-    session.run(python, "-m", "pip", "install", "-q", *packages, client, external=True)
+    session.run(*uv, "pip", "install", "-q", "--python", python, *packages, client)
     env = {"OLD_PYTHON": python}
     session.run("pytest", "tests/compat.py", *session.posargs, env=env, **PATIENT)
 
