@@ -206,14 +206,21 @@ def _claiming(
     jobs: int, limit: int, keyed: bool, start: bool, remembered: bool
 ) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
-    contention = FIRST_CONTENTION if remembered else CONTENTION
-    head = _heads(jobs, limit + contention).subquery()
-    still_queued = rechecked(queued())
+    if jobs == 1:
+        # one queue needs no merging: it is read as far as others hold its first tasks
+        waiting = select(TASK.c.id).where(
+            TASK.c.job_id == bindparam("job_0", type_=TASK.c.job_id.type), queued()
+        )
+    else:
+        contention = FIRST_CONTENTION if remembered else CONTENTION
+        head = _heads(jobs, limit + contention).subquery()
+        waiting = (
+            select(TASK.c.id)
+            .join(head, head.c.id == TASK.c.id)
+            .where(rechecked(queued()))
+        )
     oldest = (
-        select(TASK.c.id)
-        .join(head, head.c.id == TASK.c.id)
-        .where(
-            still_queued,
+        waiting.where(
             ~exists().where(_claimed_before(ahead.c)) if keyed else true(),
             _at_work(),
             _as_remembered() if remembered else true(),
