@@ -58,7 +58,7 @@ from zndraw_joblib.tasks import (
 )
 from zndraw_joblib.workers import Caller
 
-# How many other claims may hold the first tasks of a queue locked at one moment
+# How many other claims may hold the first tasks of several queues locked at one moment
 # without this one finding nothing: it looks that much further.
 CONTENTION = 32
 # The same for a claim that looks twice if it finds nothing.
