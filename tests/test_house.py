@@ -24,7 +24,7 @@ FLOORS = [
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["models", "paging", "migration"],
     [
-        "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims",
+        "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims", "heartbeats",
         "providers", "stats",
     ],
     ["delivery", "watch", "relay", "registry", "sweeper"],

@@ -1,5 +1,6 @@
-"""Claims: what a worker is given, and what its heartbeats say of it."""
+"""Claims: what a worker is given."""
 
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -7,7 +8,6 @@ from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
-    Float,
     Row,
     Select,
     String,
@@ -18,11 +18,9 @@ from sqlalchemy import (
     exists,
     false,
     func,
-    literal,
     literal_column,
     select,
     true,
-    tuple_,
     union_all,
     update,
 )
@@ -30,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import workers
-from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
+from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 from zndraw_joblib.models import (
     JOB,
     LINK,
@@ -45,7 +43,6 @@ from zndraw_joblib.models import (
 )
 from zndraw_joblib.names import FullName
 from zndraw_joblib.schemas import (
-    TaskHeartbeat,
     TaskResponse,
 )
 from zndraw_joblib.settings import JobLibSettings
@@ -53,7 +50,6 @@ from zndraw_joblib.tasks import (
     VIEW,
     ahead,
     of_job,
-    read_changed,
     read_view,
 )
 from zndraw_joblib.workers import Caller
@@ -67,16 +63,33 @@ FIRST_CONTENTION = 4
 PROMOTION = 1000
 
 
+# The worker's jobs, by a name that no task's column has: in a RETURNING clause SQLAlchemy
+# leaves the tables' names away, on SQLite.
+_serving = (
+    select(LINK.c.job_id.label("served_id"))
+    .where(LINK.c.worker_id == bindparam("worker"))
+    .subquery("serving")
+)
+
+
+def _first(
+    number: ColumnElement[Any], *which: ColumnElement[bool]
+) -> ColumnElement[Any]:
+    return (
+        select(func.min(number))
+        .where(ahead.c.job_id == _serving.c.served_id, *which)
+        .correlate(_serving)
+        .scalar_subquery()
+    )
+
+
 def _some_due() -> ColumnElement[bool]:
     # Each claim asks, so it is the head of each job's index that is looked at: for an
     # EXISTS over the tasks themselves PostgreSQL, with a generic plan, reads them all.
-    first = (
-        select(func.min(ahead.c.available_at))
-        .where(ahead.c.job_id == LINK.c.job_id, ahead.c.available_at.is_not(None))
-        .correlate(LINK)
-        .scalar_subquery()
+    moment = ahead.c.available_at
+    return exists(_serving.c.served_id).where(
+        _first(moment, moment.is_not(None)) <= now()
     )
-    return exists().where(LINK.c.worker_id == bindparam("worker"), first <= now())
 
 
 def _due(worker_id: UUID) -> Select[tuple[UUID]]:
@@ -119,21 +132,14 @@ def _within_reach(limit: int, all_jobs: bool) -> ColumnElement[str | None]:
     # The first tasks of all are tasks of those jobs whose own first task comes first:
     # however many jobs a worker serves, few of their queues are read. Null when all of
     # them are empty; else those that are come along where the jobs are remembered.
-    first = (
-        select(func.min(ahead.c.queue_order))
-        .where(ahead.c.job_id == LINK.c.job_id, queued(ahead.c))
-        .correlate(LINK)
-        .scalar_subquery()
-        .label("first")
-    )
+    first = _first(ahead.c.queue_order, queued(ahead.c)).label("first")
     served = (
-        select(LINK.c.job_id, first)
-        .where(LINK.c.worker_id == bindparam("worker"))
+        select(_serving.c.served_id, first)
         .order_by(first.asc().nulls_last())
         .limit(number(limit + CONTENTION))
         .subquery()
     )
-    ids = func.aggregate_strings(cast(served.c.job_id, String), ",")
+    ids = func.aggregate_strings(cast(served.c.served_id, String), ",")
     reach = select(ids).having(func.count(served.c.first) > 0)
     if not all_jobs:
         reach = reach.where(served.c.first.is_not(None))
@@ -141,19 +147,31 @@ def _within_reach(limit: int, all_jobs: bool) -> ColumnElement[str | None]:
 
 
 @lru_cache(maxsize=128)
-def _reaching(limit: int, keyed: bool) -> Select[Any]:
+def _reaching(
+    limit: int, keyed: bool, heard: bool
+) -> Select[Any] | ReturningUpdate[Any]:
     again = exists().where(_claimed_before(ahead.c)) if keyed else false()
-    worker = select(
+    seen = (
         WORKER.c.user_id,
         WORKER.c.state,
-        workers.unheard(bindparam("worker")),
+        workers.silent().label("unheard"),
         _within_reach(limit, all_jobs=not keyed).label("jobs"),
         _some_due().label("due"),
         again.label("again"),
-    ).where(WORKER.c.id == bindparam("worker"))
-    # of two claims under one key the second has to see what the first one took, and a
-    # statement sees what was there when it began
-    return worker.with_for_update(of=WORKER, key_share=True) if keyed else worker
+    )
+    this = WORKER.c.id == bindparam("worker")
+    if heard:
+        return select(*seen).where(this)
+    # The sign of life is written here. It locks the worker too: of two claims under one
+    # key the second has to see what the first one took, and a statement sees what was
+    # there when it began.
+    last = case((workers.silent(), now()), else_=WORKER.c.last_heartbeat)
+    return (
+        update(WORKER)
+        .where(this)
+        .values({WORKER.c.last_heartbeat: last})
+        .returning(*seen)
+    )
 
 
 def _heads(jobs: int, reach: int) -> Select[Any]:
@@ -258,9 +276,17 @@ def _claiming(
     )
 
 
-# The jobs of workers that found work with their last claim, here. The next one, if it has
-# no key, is one statement, which makes sure that they are what the worker serves.
-_served: dict[UUID, tuple[UUID, ...]] = {}
+class _Last(NamedTuple):
+    """A worker's last claim without a key, in this process."""
+
+    #: those that it found work for; the next claim is one statement, which makes sure that
+    #: they are what the worker serves
+    jobs: tuple[UUID, ...]
+    #: until when, on this process's clock, no sign of life is due
+    until: float
+
+
+_last: dict[UUID, _Last] = {}
 _REMEMBERED_WORKERS = 10_000
 # More queues than these are not worth a look at each of them.
 _REMEMBERED_JOBS = 8
@@ -325,12 +351,15 @@ async def claim(
         "holder": caller.id,
         **workers.unheard_since(caller, settings),
     }
-    remembered = _served.get(worker_id)
-    if remembered and key is None:
-        rows = await _take(session, remembered, shape, names, remembered=True)
+    last = _last.get(worker_id) if key is None else None
+    if last and time.monotonic() > last.until:
+        last = None
+    if last and last.jobs:
+        rows = await _take(session, last.jobs, shape, names, remembered=True)
         if rows:
             return await _claimed(session, worker_id, rows, unheard=rows[0].unheard)
-    found = await session.execute(_reaching(limit, key is not None), names)
+    reaching = _reaching(limit, key is not None, heard=last is not None)
+    found = await session.execute(reaching, names)
     worker = workers.checked(found.one_or_none(), worker_id, caller)
     draining = worker.state == WorkerState.DRAINING
     # what its key brought before, it gets all the same
@@ -342,16 +371,12 @@ async def claim(
     ids = tuple(map(UUID, jobs.split(","))) if jobs else ()
     rows = await _take(session, ids, shape, names) if ids else []
     if key is None:
-        _remember(worker_id, ids if rows else ())
+        until = last.until if last else time.monotonic() + workers.fresh(settings)
+        _remember(worker_id, _Last(ids if rows else (), until))
     repeated = not rows and key is not None
     if repeated:
         again = select(TASK.c.queue_order, *VIEW).where(_claimed_before(TASK.c))
         rows = (await session.execute(again, names)).all()
-    elif ids and not rows:
-        # it may have gone meanwhile
-        there = select(WORKER.c.user_id).where(WORKER.c.id == worker_id)
-        found = await session.execute(there)
-        workers.checked(found.one_or_none(), worker_id, caller)
     return await _claimed(
         session, worker_id, rows, draining, repeated, unheard=worker.unheard
     )
@@ -372,14 +397,12 @@ async def _claimed(
     return Claim([read_view(row) for row in oldest_first], done, repeated)
 
 
-def _remember(worker_id: UUID, jobs: tuple[UUID, ...]) -> None:
-    if len(_served) > _REMEMBERED_WORKERS:
-        _served.clear()
+def _remember(worker_id: UUID, last: _Last) -> None:
+    if len(_last) > _REMEMBERED_WORKERS:
+        _last.clear()
     # of more jobs those that are within reach need not be all
-    if 0 < len(jobs) <= _REMEMBERED_JOBS:
-        _served[worker_id] = jobs
-    else:
-        _served.pop(worker_id, None)
+    jobs = last.jobs if len(last.jobs) <= _REMEMBERED_JOBS else ()
+    _last[worker_id] = last._replace(jobs=jobs)
 
 
 async def _take(
@@ -399,79 +422,3 @@ async def _take(
         chosen | names | {"serves": len(jobs)},
     )
     return claimed.all()
-
-
-class Beat(NamedTuple):
-    """What a heartbeat learns of the tasks that it reports.
-
-    Attributes
-    ----------
-    cancelled : list of UUID
-        Tasks to stop.
-    lost : list of UUID
-        Tasks that are no longer this worker's.
-    progressed : list of TaskResponse
-        Tasks whose progress was stored.
-    """
-
-    cancelled: list[UUID]
-    lost: list[UUID]
-    progressed: list[TaskResponse]
-
-
-async def beat(
-    session: AsyncSession,
-    worker_id: UUID,
-    reported: Sequence[TaskHeartbeat],
-    settings: JobLibSettings,
-) -> Beat:
-    """Store the progress of a worker's tasks and tell which of them to drop."""
-    attempts = {task.id: task.attempt for task in reported}
-    told = [t for t in reported if t.progress is not None or t.message is not None]
-    progressed: list[TaskResponse] = []
-    if told:
-        fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in told)
-        messages = ((TASK.c.id == t.id, literal(t.message, String)) for t in told)
-        # by id, as reports lock them
-        theirs = (
-            select(TASK.c.id)
-            .where(
-                held(),
-                TASK.c.worker_id == worker_id,
-                tuple_(TASK.c.id, TASK.c.attempt).in_(
-                    [(t.id, t.attempt) for t in told]
-                ),
-            )
-            .order_by(TASK.c.id)
-            .with_for_update()
-        )
-        stored = await session.execute(
-            update(TASK)
-            .where(rechecked(held()), TASK.c.id.in_(theirs))
-            .values(
-                {
-                    TASK.c.progress: func.coalesce(case(*fractions), TASK.c.progress),
-                    TASK.c.progress_message: func.coalesce(
-                        case(*messages), TASK.c.progress_message
-                    ),
-                }
-            )
-            .returning(*VIEW)
-        )
-        progressed = await read_changed(session, stored.all(), settings)
-    unsure = attempts.keys() - {task.id for task in progressed}
-    cancelled: list[UUID] = []
-    if unsure:
-        found = await session.execute(
-            select(TASK.c.id, TASK.c.status, TASK.c.worker_id, TASK.c.attempt).where(
-                TASK.c.id.in_(unsure)
-            )
-        )
-        for row in found:
-            if row.worker_id != worker_id or row.attempt != attempts[row.id]:
-                continue
-            if row.status is TaskStatus.CANCELLED:
-                cancelled.append(row.id)
-            if row.status in HELD or row.status is TaskStatus.CANCELLED:
-                unsure.discard(row.id)
-    return Beat(cancelled, sorted(unsure), progressed)

@@ -178,7 +178,7 @@ _LOCKING = (
     .order_by(TASK.c.id)
     .with_for_update(of=TASK)
 )
-# Afterwards nothing says whose these tasks were.
+# Afterwards nothing says whose the task was.
 _LEAVING = frozenset({TaskStatus.FAILED, TaskStatus.PENDING})
 
 
@@ -237,25 +237,24 @@ async def report(
     ProblemException
         ``task-not-found``, ``forbidden``, ``invalid-task-transition``, ``lease-lost``.
     """
-    unheard: set[UUID] = set()
     if request.status in _LEAVING:
-        unheard = await _lock(session, [task_id], caller, settings)
+        await workers.keep_alive_at(session, task_id, caller, settings)
     moved = await _move(
         session, request.status, {task_id: request}, caller, settings, key
     )
     changed = await read_changed(session, moved, settings)
     if changed:
-        unheard |= {row.worker_id for row in moved if row.unheard}
+        alive = [row.worker_id for row in moved if row.unheard]
         reported = Reported(changed[0], changed=True)
     else:
         # nothing moved: only now is it worth a read to tell why
         entitled = _entitled(caller, request.status)
         row = await _find(session, task_id, entitled, caller, may_enter, settings)
-        unheard |= {row.worker_id} if row.unheard else set()
+        alive = [row.worker_id] if row.unheard else []
         standing = _explain(row, row.entitled, request, key)
         reported = Reported(standing, changed=False)
-    if unheard:
-        await workers.keep_alive(session, unheard)
+    if alive:
+        await workers.keep_alive(session, alive)
     return reported
 
 

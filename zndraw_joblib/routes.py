@@ -11,6 +11,7 @@ from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import (
     claims,
+    heartbeats,
     jobs,
     payloads,
     providers,
@@ -175,17 +176,22 @@ async def heartbeat(
     """Take a sign of life, with what the worker's tasks are at."""
     caller, session, settings, outbox = change
     beat = body or WorkerUpdateRequest()
+    standing = heartbeats.standing(worker_id, beat.tasks)
     if beat.state is None:
-        worker = await workers.touch(session, worker_id, caller)
+        worker = await workers.touch(session, worker_id, caller, *standing)
     else:
-        worker = await workers.set_state(session, worker_id, caller, beat.state)
+        worker = await workers.set_state(
+            session, worker_id, caller, beat.state, *standing
+        )
         outbox.ended.append(worker_key(worker_id))
-    heard = await claims.beat(session, worker_id, beat.tasks, settings)
+    heard = await heartbeats.beat(session, worker, beat.tasks, settings)
     await session.commit()
     for task in heard.progressed:
         outbox.task_changed(task)
     return HeartbeatResponse(
-        **worker._mapping,
+        id=worker.id,
+        last_heartbeat=worker.last_heartbeat,
+        state=worker.state,
         cancelled=heard.cancelled,
         lost=heard.lost,
         desired_state=worker.state,

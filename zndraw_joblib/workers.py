@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -11,6 +10,8 @@ from sqlalchemy import (
     Float,
     Row,
     Select,
+    Update,
+    and_,
     bindparam,
     case,
     delete,
@@ -30,6 +31,7 @@ from zndraw_joblib.models import (
     JOB,
     LINK,
     PROVIDER,
+    TASK,
     WORKER,
     alive_within,
     now,
@@ -121,15 +123,34 @@ _TOUCH = (
 )
 
 
-async def touch(session: AsyncSession, worker_id: UUID, caller: Caller) -> Row[Any]:
+async def touch(
+    session: AsyncSession,
+    worker_id: UUID,
+    caller: Caller,
+    *beside: ColumnElement[Any],
+) -> Row[Any]:
     """Record a sign of life; the worker's row stays locked until the commit.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Whose owner commits.
+    worker_id : UUID
+        The worker.
+    caller : Caller
+        Its owner.
+    *beside : ColumnElement
+        What else the row is to have.
 
     Raises
     ------
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    touched = await session.execute(_TOUCH, {"touched": worker_id, "owner": caller.id})
+    touched = await session.execute(
+        _TOUCH.returning(*beside) if beside else _TOUCH,
+        {"touched": worker_id, "owner": caller.id},
+    )
     row = touched.one_or_none()
     if row is None:
         await _explain(session, worker_id)
@@ -174,51 +195,87 @@ async def mine(
     return worker_id
 
 
-# Of a worker that was heard within this part of ``worker_timeout_seconds``, claims and
-# reports don't write that they were heard again.
-_FRESH = 1 / 60
+def fresh(settings: JobLibSettings) -> float:
+    """Return the seconds after a sign of life in which no other one is written.
+
+    Parameters
+    ----------
+    settings : JobLibSettings
+        The host's: it is a sixtieth of ``worker_timeout_seconds``.
+    """
+    return settings.worker_timeout_seconds / 60
+
+
+def silent() -> ColumnElement[bool]:
+    """Return whether a worker is the caller's and was not heard just now.
+
+    The parameters are those of :func:`unheard_since`.
+    """
+    long_ago = now(bindparam("since", type_=Float()))
+    return and_(
+        WORKER.c.user_id == bindparam("owner"), WORKER.c.last_heartbeat < long_ago
+    )
 
 
 def unheard(worker_id: Any) -> ColumnElement[bool]:
-    """Return the column ``unheard``: whether the caller's worker was not heard just now.
+    """Return the column ``unheard``: :func:`silent`, of the worker with that id.
 
-    A statement that returns it needs :func:`keep_alive` after it where it is true. Its
-    parameters are those of :func:`unheard_since`.
+    A statement that returns it needs :func:`keep_alive` after it where it is true.
     """
-    silent = select(WORKER.c.last_heartbeat < _long_ago()).where(
-        WORKER.c.id == worker_id, WORKER.c.user_id == bindparam("owner")
-    )
-    return silent.scalar_subquery().label("unheard")
-
-
-def _long_ago() -> ColumnElement[datetime]:
-    return now(bindparam("fresh", type_=Float()))
+    one = select(silent()).where(WORKER.c.id == worker_id)
+    return one.scalar_subquery().label("unheard")
 
 
 def unheard_since(caller: Caller, settings: JobLibSettings) -> dict[str, Any]:
-    """Return the parameters of :func:`unheard`."""
-    return {"owner": caller.id, "fresh": -_FRESH * settings.worker_timeout_seconds}
+    """Return the parameters of :func:`silent`."""
+    return {"owner": caller.id, "since": -fresh(settings)}
 
 
 async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:
     """Record a sign of life of many workers; what is in use is left to the next one."""
+    await session.execute(_heard(WORKER.c.id.in_(worker_ids)))
+
+
+async def keep_alive_at(
+    session: AsyncSession, task_id: UUID, caller: Caller, settings: JobLibSettings
+) -> None:
+    """Record that the caller's worker at a task is alive, if it was not heard just now."""
+    await session.execute(
+        _AT_TASK, {"task": task_id, **unheard_since(caller, settings)}
+    )
+
+
+def _heard(*which: ColumnElement[bool]) -> Update:
     free = (
         select(WORKER.c.id)
-        .where(WORKER.c.id.in_(worker_ids))
+        .where(*which)
         .order_by(WORKER.c.id)
         .with_for_update(skip_locked=True)
     )
-    await session.execute(
+    return (
         update(WORKER)
         .where(WORKER.c.id.in_(free))
         .values({WORKER.c.last_heartbeat: now()})
     )
 
 
+_AT_TASK = _heard(
+    WORKER.c.id
+    == select(TASK.c.worker_id).where(TASK.c.id == bindparam("task")).scalar_subquery(),
+    silent(),
+)
+
+
 async def set_state(
-    session: AsyncSession, worker_id: UUID, caller: Caller, state: WorkerState
+    session: AsyncSession,
+    worker_id: UUID,
+    caller: Caller,
+    state: WorkerState,
+    *beside: ColumnElement[Any],
 ) -> Row[Any]:
     """Drain a worker or set it to work again; a superuser's word is no sign of life.
+
+    Parameters are those of :func:`touch`, and the new state.
 
     Raises
     ------
@@ -234,7 +291,7 @@ async def set_state(
                 (WORKER.c.user_id == caller.id, now()), else_=WORKER.c.last_heartbeat
             ),
         )
-        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
+        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state, *beside)
     )
     row = changed.one_or_none()
     if row is None:
