@@ -67,7 +67,6 @@ _MODULE_OF = {
     "get_result_backend": "dependencies",
     "get_room_access": "dependencies",
     "get_tsio": "dependencies",
-    "get_wakeups": "dependencies",
     "problem_exception_handler": "exceptions",
     "purge_tasks": "sweeper",
     "queue_stats": "stats",

@@ -6,7 +6,6 @@ from zndraw_joblib.dependencies import get_joblib_settings as get_joblib_setting
 from zndraw_joblib.dependencies import get_result_backend as get_result_backend
 from zndraw_joblib.dependencies import get_room_access as get_room_access
 from zndraw_joblib.dependencies import get_tsio as get_tsio
-from zndraw_joblib.dependencies import get_wakeups as get_wakeups
 from zndraw_joblib.dependencies import request_hash as request_hash
 from zndraw_joblib.dependencies import validate_room_id as validate_room_id
 from zndraw_joblib.dependencies import verify_writable_room as verify_writable_room

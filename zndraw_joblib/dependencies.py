@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import Depends, Header, Query, Request, Response
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import AfterValidator
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
@@ -34,7 +34,7 @@ from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
 from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, PaginatedResponse, check_printable
 from zndraw_joblib.settings import JobLibSettings, settings_of
-from zndraw_joblib.wakeups import Wakeups
+from zndraw_joblib.wakeups import wakeups_of
 from zndraw_joblib.watch import Desk, watch_of
 from zndraw_joblib.workers import Caller, RoomAccess
 
@@ -80,14 +80,6 @@ async def get_room_access() -> RoomAccess:
 async def get_result_backend(request: Request) -> ResultBackend:
     """Return ``app.state.result_backend``, by default one in memory."""
     return results_of(request.app)
-
-
-async def get_wakeups(request: Request) -> Wakeups | None:
-    """Return ``app.state.wakeups``: what wakes requests that wait in other processes.
-
-    Without one they look every ``recheck_seconds``.
-    """
-    return getattr(request.app.state, "wakeups", None)
 
 
 async def get_internal_providers(request: Request) -> InternalRegistry | None:
@@ -154,7 +146,6 @@ Results = Annotated[ResultBackend, Depends(get_result_backend)]
 Tsio = Annotated[Emitter | None, Depends(get_tsio)]
 Access = Annotated[RoomAccess, Depends(get_room_access)]
 Sessions = Annotated[SessionMaker, Depends(get_session_maker)]
-WakeupsDep = Annotated[Wakeups | None, Depends(get_wakeups)]
 
 
 async def _caller(user: Annotated[User, Depends(current_active_user)]) -> Caller:
@@ -188,17 +179,16 @@ async def outbox(
     settings: Settings,
     registry: Registry,
     tsio: Tsio,
-    wakeups: WakeupsDep,
 ) -> Outbox:
     """Return the outbox of a request that may have something for the broker."""
+    wakeups = wakeups_of(request.app)
     exits = Exits(session_maker, settings, tsio, registry, wakeups=wakeups)
     return _left_in(request, partial(deliver, exits=exits))
 
 
-async def news(
-    request: Request, settings: Settings, tsio: Tsio, wakeups: WakeupsDep
-) -> Outbox:
+async def news(request: Request, settings: Settings, tsio: Tsio) -> Outbox:
     """Return the outbox of a request that has events alone to send."""
+    wakeups = wakeups_of(request.app)
     sending = partial(tell, settings=settings, tsio=tsio, wakeups=wakeups)
     return _left_in(request, sending)
 
@@ -209,9 +199,9 @@ async def farewell(
     settings: Settings,
     tsio: Tsio,
     removed: Annotated[ProvidersRemoved | None, Depends(get_providers_removed)],
-    wakeups: WakeupsDep,
 ) -> Outbox:
     """Return the outbox of a request that removes providers."""
+    wakeups = wakeups_of(request.app)
     exits = Exits(session_maker, settings, tsio, None, removed, wakeups)
     return _left_in(request, partial(deliver, exits=exits))
 
@@ -295,9 +285,8 @@ async def _changing(
     session: SessionDep,
     settings: Settings,
     tsio: Tsio,
-    wakeups: WakeupsDep,
 ) -> Change:
-    outbox = await news(request, settings, tsio, wakeups)
+    outbox = await news(request, settings, tsio)
     return Change(Caller(user.id, user.is_superuser), session, settings, outbox)
 
 
@@ -310,10 +299,9 @@ async def _offering(
     _: Annotated[Any, Depends(verify_writable_room)],
     settings: Settings,
     tsio: Tsio,
-    wakeups: WakeupsDep,
 ) -> Offer:
     visit = await _reading(room_id, user, session, may_enter)
-    return Offer(*visit, settings, await news(request, settings, tsio, wakeups))
+    return Offer(*visit, settings, await news(request, settings, tsio))
 
 
 async def _submitting(
@@ -327,10 +315,9 @@ async def _submitting(
     settings: Settings,
     registry: Registry,
     tsio: Tsio,
-    wakeups: WakeupsDep,
 ) -> Submission:
     visit = await _reading(room_id, user, session, may_enter)
-    box = await outbox(request, session_maker, settings, registry, tsio, wakeups)
+    box = await outbox(request, session_maker, settings, registry, tsio)
     return Submission(*visit, settings, box, registry)
 
 
@@ -425,28 +412,22 @@ def preferred_wait(preferences: list[str], longest: float) -> float | None:
     return None
 
 
-Prefer = Annotated[
-    list[str] | None,
-    Header(description="`wait=N` waits up to N seconds."),
-    # several headers of the name are the same as one with commas
-    WithJsonSchema({"type": "string"}),
-]
-
-
 async def _desk(
     request: Request,
+    user: Annotated[User, Depends(current_user_scoped_session)],
     session_maker: Sessions,
     settings: Settings,
-    wakeups: WakeupsDep,
-    prefer: Prefer = None,
 ) -> Desk:
+    # read from the headers, not asked for: nothing that stands there is refused
+    preferences = request.headers.getlist("prefer")
     return Desk(
         watch_of(request.app),
+        Caller(user.id, user.is_superuser),
         session_maker,
         settings,
-        wakeups,
+        wakeups_of(request.app),
         request.receive,
-        preferred_wait(prefer or [], settings.long_poll_max_wait_seconds),
+        preferred_wait(preferences, settings.long_poll_max_wait_seconds),
     )
 
 
@@ -462,22 +443,14 @@ class Hatch(NamedTuple):
 
 async def _hatch(
     request: Request,
+    user: Annotated[User, Depends(current_user_scoped_session)],
     session_maker: Sessions,
     settings: Settings,
     tsio: Tsio,
-    wakeups: WakeupsDep,
-    prefer: Prefer = None,
 ) -> Hatch:
     # one for both: what they stand on is walked through once
-    desk = await _desk(request, session_maker, settings, wakeups, prefer)
-    return Hatch(desk, await news(request, settings, tsio, wakeups))
+    desk = await _desk(request, user, session_maker, settings)
+    return Hatch(desk, await news(request, settings, tsio))
 
 
 WorkHatch = Annotated[Hatch, Depends(_hatch)]
-
-
-async def _provider_wait(settings: Settings, prefer: Prefer = None) -> float | None:
-    return preferred_wait(prefer or [], settings.provider_long_poll_max_seconds)
-
-
-PreferredProviderWait = Annotated[float | None, Depends(_provider_wait)]

@@ -136,6 +136,14 @@ ANY_QUERY = {
     "explode": True,
     "schema": {"type": "object", "additionalProperties": True},
 }
+PREFER = {
+    "name": "prefer",
+    "in": "header",
+    "description": "`wait=N` waits up to N seconds (RFC 7240).",
+    "schema": _STRING,
+}
+#: The ``openapi_extra=`` of a route that waits.
+WAITS: dict[str, Any] = {"parameters": [PREFER]}
 PAGE = answer(200, "Link")
 
 _ROOM_AND_JOB = {"room_id": "/room_id", "job_name": "/full_name"}

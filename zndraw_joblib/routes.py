@@ -34,7 +34,6 @@ from zndraw_joblib.dependencies import (
     Offering,
     OutboxDep,
     PagerDep,
-    PreferredProviderWait,
     Reading,
     Registry,
     Results,
@@ -46,6 +45,7 @@ from zndraw_joblib.dependencies import (
     WaitingDesk,
     WorkHatch,
     enter,
+    preferred_wait,
     query_params,
     request_hash,
 )
@@ -89,10 +89,12 @@ from zndraw_joblib.openapi import (
     CLAIM_LINKS,
     JOB_LINKS,
     PAGE,
+    PREFER,
     PROVIDER_LINKS,
     ROOM,
     TASK_LINKS,
     WAITING,
+    WAITS,
     WORKER_LINKS,
     answer,
     problems,
@@ -481,10 +483,10 @@ async def list_room_tasks(
     "/tasks/claim",
     responses=answer(200, "Preference-Applied", links=CLAIM_LINKS)
     | problems(*BODY, *WAITING, WorkerNotFound, Forbidden),
+    openapi_extra=WAITS,
 )
 async def claim_tasks(
     body: TaskClaimRequest,
-    caller: WaitingCaller,
     hatch: WorkHatch,
     response: Response,
     idempotency_key: IdempotencyKey = None,
@@ -497,7 +499,7 @@ async def claim_tasks(
             claim = await claims.claim(
                 session,
                 body.worker_id,
-                caller,
+                desk.caller,
                 desk.settings,
                 limit=body.max_tasks,
                 key=idempotency_key,
@@ -508,7 +510,7 @@ async def claim_tasks(
 
     seconds = _applied(desk.wait, response)
     if seconds:
-        claim = await watch.for_work(desk, caller, body.worker_id, seconds, look)
+        claim = await watch.for_work(desk, body.worker_id, seconds, look)
     else:
         claim = await look()
     if not claim.repeated:
@@ -527,10 +529,10 @@ def _applied(wait: float | None, response: Response) -> float:
 @router.get(
     "/tasks/{task_id}",
     responses=answer(200, "Preference-Applied") | problems(*WAITING, TaskNotFound),
+    openapi_extra=WAITS,
 )
 async def read_task(
     task_id: UUID,
-    caller: WaitingCaller,
     desk: WaitingDesk,
     may_enter: Access,
     response: Response,
@@ -539,32 +541,34 @@ async def read_task(
 
     async def look() -> TaskResponse:
         async with desk.session_maker() as session:
-            return await tasks.read(session, task_id, caller, may_enter, desk.settings)
+            return await tasks.read(
+                session, task_id, desk.caller, may_enter, desk.settings
+            )
 
     seconds = _applied(desk.wait, response)
-    return await watch.for_end(desk, caller, task_id, seconds, look)
+    return await watch.for_end(desk, task_id, seconds, look)
 
 
 @router.post(
     "/tasks/query",
     responses=answer(200, "Preference-Applied") | problems(*BODY, *WAITING),
+    openapi_extra=WAITS,
 )
 async def query_tasks(
     body: TaskQueryRequest,
-    caller: WaitingCaller,
     desk: WaitingDesk,
     may_enter: Access,
     response: Response,
 ) -> TaskQueryResponse:
     """Show up to 500 tasks; with `Prefer: wait` once all of them have ended."""
     async with desk.session_maker() as session:
-        there = await tasks.readable(session, body.ids, caller, may_enter)
+        there = await tasks.readable(session, body.ids, desk.caller, may_enter)
 
     async def unfinished() -> UUID | None:
         async with desk.session_maker() as session:
             return await tasks.last_unfinished(session, there)
 
-    await watch.for_ends(desk, caller, _applied(desk.wait, response), unfinished)
+    await watch.for_ends(desk, _applied(desk.wait, response), unfinished)
     async with desk.session_maker() as session:
         found = await tasks.read_many(session, there, desk.settings)
     missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
@@ -733,12 +737,11 @@ async def read_provider_info(
         *WAITING,
         handed_on=True,
     ),
-    openapi_extra={"parameters": [ANY_QUERY]},
+    openapi_extra={"parameters": [ANY_QUERY, PREFER]},
 )
 async def read_provider(
     room_id: str,
     provider_name: str,
-    caller: WaitingCaller,
     desk: WaitingDesk,
     settings: Settings,
     may_enter: Access,
@@ -746,18 +749,19 @@ async def read_provider(
     tsio: Tsio,
     registry: InternalProviders,
     request: Request,
-    wait: PreferredProviderWait,
 ) -> Response:
     """Ask a provider for what the query parameters say."""
 
     async def look() -> ProviderResponse:
         async with desk.session_maker() as session:
-            room = await enter(session, caller, room_id, may_enter)
+            room = await enter(session, desk.caller, room_id, may_enter)
             return await providers.read(session, room, provider_name)
 
     provider = await look()
     params = query_params(request.query_params.multi_items())
     digest = request_hash(params)
+    preferences = request.headers.getlist("prefer")
+    wait = preferred_wait(preferences, settings.provider_long_poll_max_seconds)
     seconds = settings.provider_long_poll_default_seconds if wait is None else wait
     patience = seconds + 2 * settings.dispatch_timeout_seconds
     async with relay.reachable(patience):
@@ -766,7 +770,7 @@ async def read_provider(
             send = relay.sender(provider, params, digest, tsio, registry)
             await relay.ask(provider, digest, results, settings, send)
             answer = partial(relay.wait, provider, digest, results, seconds, settings)
-            data = await watch.for_answer(desk, caller, provider.full_name, answer)
+            data = await watch.for_answer(desk, provider.full_name, answer)
     if data is None:
         # it is gone, or the server stops
         await look()

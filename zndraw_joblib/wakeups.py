@@ -5,7 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
 import anyio
@@ -50,6 +50,16 @@ class Wakeups(Protocol):
             To be called when wake-ups may have been missed: once it listens.
         """
         ...
+
+
+def wakeups_of(app: Any) -> Wakeups | None:
+    """Return the ``state.wakeups`` of a host.
+
+    Without them requests that wait look every ``recheck_seconds`` for what other processes
+    did.
+    """
+    wakeups: Wakeups | None = getattr(app.state, "wakeups", None)
+    return wakeups
 
 
 class RedisWakeups:

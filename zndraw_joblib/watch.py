@@ -103,6 +103,8 @@ class Desk:
     ----------
     watch : Watch
         Of the app.
+    caller : Caller
+        Whose request it is.
     session_maker : callable
         Opens a session for each look.
     settings : JobLibSettings
@@ -116,6 +118,7 @@ class Desk:
     """
 
     watch: Watch
+    caller: Caller
     session_maker: SessionMaker
     settings: JobLibSettings
     wakeups: Wakeups | None
@@ -132,7 +135,7 @@ def watch_of(app: Any) -> Watch:
 
 
 @contextmanager
-def admitted(desk: Desk, caller: Caller, sought: Sought) -> Iterator[None]:
+def admitted(desk: Desk, sought: Sought) -> Iterator[None]:
     """Count a request among those that wait, and have it looked for.
 
     Raises
@@ -140,7 +143,7 @@ def admitted(desk: Desk, caller: Caller, sought: Sought) -> Iterator[None]:
     ProblemException
         ``quota-exceeded`` when its user, ``server-busy`` when the process has too many.
     """
-    watch, settings = desk.watch, desk.settings
+    watch, caller, settings = desk.watch, desk.caller, desk.settings
     if watch.by_user[caller.id] >= settings.max_waiting_per_user:
         limit = f"limited to {settings.max_waiting_per_user} for each user"
         raise QuotaExceeded.exception(f"waiting requests are {limit}", headers=_AGAIN)
@@ -165,7 +168,6 @@ def admitted(desk: Desk, caller: Caller, sought: Sought) -> Iterator[None]:
 
 async def for_end(
     desk: Desk,
-    caller: Caller,
     task_id: UUID,
     seconds: float,
     look: Callable[[], Awaitable[TaskResponse]],
@@ -178,14 +180,13 @@ async def for_end(
             left = deadline - anyio.current_time()
             if task.status in TERMINAL or left <= 0:
                 return task
-            with admitted(desk, caller, Sought(task_id=task_id)):
+            with admitted(desk, Sought(task_id=task_id)):
                 if not await waiter.wait(left, desk.receive):
                     return task
 
 
 async def for_ends(
     desk: Desk,
-    caller: Caller,
     seconds: float,
     unfinished: Callable[[], Awaitable[UUID | None]],
 ) -> None:
@@ -206,14 +207,13 @@ async def for_ends(
                 waiter.listen([task_key(task_id)])
                 last = task_id
                 continue
-            with admitted(desk, caller, Sought(task_id)):
+            with admitted(desk, Sought(task_id)):
                 if not await waiter.wait(left, desk.receive):
                     return
 
 
 async def for_work(
     desk: Desk,
-    caller: Caller,
     worker_id: UUID,
     seconds: float,
     look: Callable[[], Awaitable[Claim]],
@@ -240,7 +240,7 @@ async def for_work(
             left = deadline - anyio.current_time()
             if claim.tasks or claim.done or left <= 0:
                 return claim
-            with admitted(desk, caller, Sought(None, worker_id, served)):
+            with admitted(desk, Sought(None, worker_id, served)):
                 if not await waiter.wait(left, desk.receive):
                     return claim
             if not waiter.turns:
@@ -249,7 +249,7 @@ async def for_work(
 
 
 async def for_answer(
-    desk: Desk, caller: Caller, full_name: str, answer: Callable[[], Awaitable[bytes]]
+    desk: Desk, full_name: str, answer: Callable[[], Awaitable[bytes]]
 ) -> bytes | None:
     """Return what ``answer`` returns.
 
@@ -259,7 +259,7 @@ async def for_answer(
         None when there is nobody to wait for any more, reader or provider.
     """
     with (
-        admitted(desk, caller, Sought()),
+        admitted(desk, Sought()),
         waiting_for([provider_key(full_name)]) as waiter,
     ):
         answering = asyncio.ensure_future(answer())
