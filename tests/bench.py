@@ -76,7 +76,12 @@ def median(turns: list[Slice | None], field: str) -> float:
 
 
 async def throughput(
-    hosts: dict[str, Host], on: Database, connections: int, rounds: int, each: int
+    hosts: dict[str, Host],
+    on: Database,
+    connections: int,
+    rounds: int,
+    each: int,
+    warm: int,
 ) -> dict[str, Turns]:
     """Measure every operation of every side at so many connections."""
     measured: dict[str, Turns] = {o: {name: [] for name in hosts} for o in OPERATIONS}
@@ -88,8 +93,8 @@ async def throughput(
         for n in range(rounds + 1):
             for operation in OPERATIONS:
                 for one in sides[n % len(sides) :] + sides[: n % len(sides)]:
-                    taken = await one.turn(operation, each, on)
                     # the first round warms caches up
+                    taken = await one.turn(operation, each if n else warm, on)
                     if n:
                         measured[operation][one.name].append(taken)
     return measured
@@ -146,11 +151,11 @@ async def bench(kind: str, options: argparse.Namespace) -> dict[str, Any]:
                     running(options.release, await on.create(), kind, "")
                 )
             for connections in options.connections:
+                each = max(-(-options.requests // connections), 2)
                 # PostgreSQL plans a statement anew five times for each connection
-                fewest = 2 if options.quick else 10
-                each = max(-(-options.requests // connections), fewest)
+                warm = each if options.quick else max(each, 10)
                 measured = await throughput(
-                    hosts, on, connections, options.rounds, each
+                    hosts, on, connections, options.rounds, each, warm
                 )
                 found[str(connections)] = tell_throughput(kind, connections, measured)
             memory = {name: host.memory() for name, host in hosts.items()}
@@ -341,8 +346,8 @@ def parse() -> argparse.Namespace:
     options.tasks = options.tasks or (500 if options.quick else 10**4)
     # a turn of batches takes as long as all turns of an operation
     options.batch_rounds = options.rounds or (1 if options.quick else 3)
-    options.rounds = options.rounds or (2 if options.quick else 9)
-    options.requests = options.requests or (16 if options.quick else 96)
+    options.rounds = options.rounds or (2 if options.quick else 7)
+    options.requests = options.requests or (16 if options.quick else 64)
     options.release = (
         None if options.no_release else release_python(Path(sys.prefix) / "release")
     )

@@ -363,8 +363,9 @@ async def claim(
     worker = workers.checked(found.one_or_none(), worker_id, caller)
     draining = worker.state == WorkerState.DRAINING
     # what its key brought before, it gets all the same
-    jobs = None if draining or worker.again else worker.jobs
-    if worker.due and not (draining or worker.again):
+    takes = not (draining or worker.again)
+    jobs = worker.jobs if takes else None
+    if takes and worker.due:
         await promote(session, worker_id)
         reach = _within_reach(limit, all_jobs=key is None)
         jobs = await session.scalar(select(reach), names)
@@ -373,7 +374,8 @@ async def claim(
     if key is None:
         until = last.until if last else time.monotonic() + workers.fresh(settings)
         _remember(worker_id, _Last(ids if rows else (), until))
-    repeated = not rows and key is not None
+    # where nothing was within reach and nothing was there before, nothing is there now
+    repeated = key is not None and not rows and bool(worker.again or draining or ids)
     if repeated:
         again = select(TASK.c.queue_order, *VIEW).where(_claimed_before(TASK.c))
         rows = (await session.execute(again, names)).all()
