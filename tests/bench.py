@@ -376,7 +376,7 @@ def main() -> None:
             found[kind]["depth"] = asyncio.run(depths(kind, options))
             name = "postgresql" if kind == "postgres" else "sqlite"
             draw(kind, found[kind]["depth"], options.out / f"depth-{name}.svg")
-    (options.out / "bench.json").write_text(json.dumps(found, indent=1))
+        (options.out / "bench.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,16 +16,22 @@ class Connection:
     Less than any client library does, on purpose: the server shares the machine.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str
-    ) -> None:
-        self._reader, self._writer = reader, writer
+    _reader: asyncio.StreamReader
+    _writer: asyncio.StreamWriter
+
+    def __init__(self, port: int, token: str) -> None:
+        self._port = port
         self._head = f"Host: bench\r\nAuthorization: Bearer {token}\r\n"
 
     @classmethod
     async def open(cls, port: int, token: str) -> Self:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        return cls(reader, writer, token)
+        connection = cls(port, token)
+        await connection._open()
+        return connection
+
+    async def _open(self) -> None:
+        there = await asyncio.open_connection("127.0.0.1", self._port)
+        self._reader, self._writer = there
 
     async def ask(
         self, method: str, path: str, body: Any = None, more: str = ""
@@ -35,7 +41,7 @@ class Connection:
         Raises
         ------
         Refused
-            When its status is no success.
+            When its status is no success, or there is none.
         """
         sent = b"" if body is None else json.dumps(body).encode()
         kind = "Content-Type: application/json\r\n" if sent else ""
@@ -44,9 +50,14 @@ class Connection:
             f"Content-Length: {len(sent)}\r\n\r\n".encode()
             + sent
         )
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        length = head.lower().partition("content-length: ")[2].partition("\r")[0]
-        answered = await self._reader.readexactly(int(length or 0))
+        try:
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            length = head.lower().partition("content-length: ")[2].partition("\r")[0]
+            answered = await self._reader.readexactly(int(length or 0))
+        except (OSError, asyncio.IncompleteReadError) as exc:
+            # a server hangs up after a failure that it did not expect
+            await self._open()
+            raise Refused(f"{method} {path}: {exc!r}") from None
         if head[9] != "2":
             raise Refused(f"{method} {path}: {head[:12]} {answered[:300]!r}")
         return head, answered
