@@ -55,6 +55,9 @@ def counted(engine: AsyncEngine) -> Iterator[Counter]:
 async def test_few_statements_and_one_commit(app, ada, engine, session_maker):
     # for a sixtieth of it no sign of life is written again
     app.state.joblib_settings.worker_timeout_seconds = 6000
+    patient = await offer(ada, "Again", max_attempts=3, retry_delay_seconds=1)
+    await submit(ada, "lab:modifiers:Again")
+    (tried,) = await claim(ada, patient)
     worker = await offer(ada)
     tasks = [await submit(ada) for _ in range(60)]
     held = await claim(ada, worker, max_tasks=4)
@@ -92,6 +95,8 @@ async def test_few_statements_and_one_commit(app, ada, engine, session_maker):
         "complete": (lambda: report(ada, held[0], "completed"), 1, 1, 1),
         "fail": (lambda: report(ada, held[1], "failed"), 2, 1, 1),
         "fail, unheard": (lambda: report(ada, held[2], "failed"), 2, 1, 1),
+        "hand back": (lambda: report(ada, held[3], "pending"), 2, 1, 1),
+        "fail, tried again": (lambda: report(ada, tried, "failed"), 2, 1, 1),
         "cancel": (lambda: report(ada, tasks[-1], "cancelled"), 1, 1, 1),
         "heartbeat": (lambda: ada.patch(f"/workers/{worker}"), 1, 1, 1),
         "status": (lambda: ada.get(f"/tasks/{tasks[9]['id']}"), 1, 0, 2),

@@ -40,6 +40,7 @@ from zndraw_joblib.models import (
     number,
     queued,
     rechecked,
+    returned,
 )
 from zndraw_joblib.names import FullName
 from zndraw_joblib.schemas import (
@@ -63,32 +64,23 @@ FIRST_CONTENTION = 4
 PROMOTION = 1000
 
 
-# The worker's jobs, by a name that no task's column has: in a RETURNING clause SQLAlchemy
-# leaves the tables' names away, on SQLite.
-_serving = (
-    select(LINK.c.job_id.label("served_id"))
-    .where(LINK.c.worker_id == bindparam("worker"))
-    .subquery("serving")
-)
-
-
 def _first(
-    number: ColumnElement[Any], *which: ColumnElement[bool]
+    column: ColumnElement[Any], *which: ColumnElement[bool]
 ) -> ColumnElement[Any]:
-    return (
-        select(func.min(number))
-        .where(ahead.c.job_id == _serving.c.served_id, *which)
-        .correlate(_serving)
-        .scalar_subquery()
+    # of the job that a row of LINK names
+    least = select(func.min(column)).where(
+        ahead.c.job_id == returned(LINK.c.job_id), *which
     )
+    return least.scalar_subquery()
 
 
 def _some_due() -> ColumnElement[bool]:
     # Each claim asks, so it is the head of each job's index that is looked at: for an
     # EXISTS over the tasks themselves PostgreSQL, with a generic plan, reads them all.
     moment = ahead.c.available_at
-    return exists(_serving.c.served_id).where(
-        _first(moment, moment.is_not(None)) <= now()
+    return exists().where(
+        LINK.c.worker_id == bindparam("worker"),
+        _first(moment, moment.is_not(None)) <= now(),
     )
 
 
@@ -134,12 +126,13 @@ def _within_reach(limit: int, all_jobs: bool) -> ColumnElement[str | None]:
     # them are empty; else those that are come along where the jobs are remembered.
     first = _first(ahead.c.queue_order, queued(ahead.c)).label("first")
     served = (
-        select(_serving.c.served_id, first)
+        select(LINK.c.job_id, first)
+        .where(LINK.c.worker_id == bindparam("worker"))
         .order_by(first.asc().nulls_last())
         .limit(number(limit + CONTENTION))
         .subquery()
     )
-    ids = func.aggregate_strings(cast(served.c.served_id, String), ",")
+    ids = func.aggregate_strings(cast(served.c.job_id, String), ",")
     reach = select(ids).having(func.count(served.c.first) > 0)
     if not all_jobs:
         reach = reach.where(served.c.first.is_not(None))

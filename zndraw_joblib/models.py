@@ -7,13 +7,14 @@ PostgreSQL would name them. A change to a column, a constraint or an index is a 
 """
 
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
+    Column,
     ColumnElement,
     DateTime,
     Dialect,
@@ -44,6 +45,8 @@ from zndraw_auth import Base
 
 from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
 from zndraw_joblib.names import visible_rooms
+
+T = TypeVar("T")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -161,6 +164,14 @@ def number(value: int) -> ColumnElement[int]:
     A planner that meets a parameter there guesses a tenth of the table.
     """
     return literal_column(str(int(value)), Integer)
+
+
+def returned(column: Column[T]) -> ColumnElement[T]:
+    """Return a column for a subquery of a RETURNING clause.
+
+    On SQLite SQLAlchemy leaves the tables' names away there, in subqueries too.
+    """
+    return literal_column(f"{column.table.name}.{column.name}", column.type)
 
 
 class Job(Base):

@@ -44,9 +44,11 @@ from zndraw_joblib.lifecycle import (
 from zndraw_joblib.models import (
     JOB,
     TASK,
+    constant,
     in_states,
     now,
     rechecked,
+    returned,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
 from zndraw_joblib.schemas import (
@@ -63,6 +65,7 @@ from zndraw_joblib.tasks import (
     not_found,
     of_job,
     order_taken,
+    position,
     read_changed,
     read_view,
     seen,
@@ -117,9 +120,21 @@ def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
     }
 
 
+# Afterwards nothing says whose the task was.
+_LEAVING = frozenset({TaskStatus.FAILED, TaskStatus.PENDING})
+
+
 @lru_cache(maxsize=128)
-def _moving(status: TaskStatus, superuser: bool, count: int) -> ReturningUpdate[Any]:
+def _moving(
+    status: TaskStatus, superuser: bool, count: int, position_max: int | None
+) -> ReturningUpdate[Any]:
     # built once for each shape
+    shown = [workers.unheard(TASK.c.worker_id), *VIEW]
+    if status in _LEAVING and position_max is not None:
+        order = returned(TASK.c.queue_order)
+        place = position(returned(TASK.c.job_id), order, position_max)
+        waits = TASK.c.status == constant(TaskStatus.PENDING)
+        shown.append(case((waits, place)).label("queue_position"))
     ids = [bindparam(f"task_{n}", type_=TASK.c.id.type) for n in range(count)]
     leased = _said("attempt", TASK.c.attempt.type, count)
     return (
@@ -131,7 +146,7 @@ def _moving(status: TaskStatus, superuser: bool, count: int) -> ReturningUpdate[
             TASK.c.attempt == func.coalesce(leased, TASK.c.attempt),
         )
         .values(_reported(status, count))
-        .returning(workers.unheard(TASK.c.worker_id), *VIEW)
+        .returning(*shown)
     )
 
 
@@ -145,8 +160,13 @@ async def _move(
     caller: Caller,
     settings: JobLibSettings,
     key: str | None = None,
+    *,
+    alone: bool = False,
 ) -> Sequence[Row[Any]]:
-    """Move those tasks to the reported state that are the caller's to move."""
+    """Move those tasks to the reported state that are the caller's to move.
+
+    One that is ``alone`` tells its place in the queue; of several none sees the others.
+    """
     names: dict[str, Any] = {
         "holder": caller.id,
         "submitter": caller.id,
@@ -166,7 +186,9 @@ async def _move(
             f"retryable_{n}": report.retryable,
             f"told_{n}": told(report.error, ErrorType.USER_ERROR),
         }
-    moved = await session.execute(_moving(status, caller.is_superuser, count), names)
+    most = settings.queue_position_max if alone else None
+    moving = _moving(status, caller.is_superuser, count, most)
+    moved = await session.execute(moving, names)
     return moved.all()
 
 
@@ -178,8 +200,6 @@ _LOCKING = (
     .order_by(TASK.c.id)
     .with_for_update(of=TASK)
 )
-# Afterwards nothing says whose the task was.
-_LEAVING = frozenset({TaskStatus.FAILED, TaskStatus.PENDING})
 
 
 async def _lock(
@@ -240,7 +260,7 @@ async def report(
     if request.status in _LEAVING:
         await workers.keep_alive_at(session, task_id, caller, settings)
     moved = await _move(
-        session, request.status, {task_id: request}, caller, settings, key
+        session, request.status, {task_id: request}, caller, settings, key, alone=True
     )
     changed = await read_changed(session, moved, settings)
     if changed:

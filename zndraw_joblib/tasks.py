@@ -227,8 +227,12 @@ def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
 async def read_changed(
     session: AsyncSession, rows: Sequence[Row[Any]], settings: JobLibSettings
 ) -> list[TaskResponse]:
-    """Make the wire views of what a statement returned, with places in the queue."""
-    waiting = [row.id for row in rows if row.status is TaskStatus.PENDING]
+    """Make the wire views of what a statement returned, with places in the queue.
+
+    They are looked up where the rows have no ``queue_position``.
+    """
+    unplaced = (row for row in rows if "queue_position" not in row._mapping)
+    waiting = [row.id for row in unplaced if row.status is TaskStatus.PENDING]
     places: dict[UUID, int] = {}
     if waiting:
         place = position(TASK.c.job_id, TASK.c.queue_order, settings.queue_position_max)
