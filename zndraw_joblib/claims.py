@@ -217,8 +217,11 @@ def _claiming(
     jobs: int, limit: int, keyed: bool, start: bool, remembered: bool
 ) -> ReturningUpdate[Any]:
     # built once for each shape: what is left of a claim is filling in the ids
+    order = [TASK.c.queue_order, TASK.c.id]
     if jobs == 1:
-        # one queue needs no merging: it is read as far as others hold its first tasks
+        # one queue needs no merging: it is read as far as others hold its first tasks,
+        # in the order of the index, or PostgreSQL would read and sort 32 of them
+        order = [TASK.c.queue_order]
         waiting = select(TASK.c.id).where(
             TASK.c.job_id == bindparam("job_0", type_=TASK.c.job_id.type), queued()
         )
@@ -236,7 +239,7 @@ def _claiming(
             _at_work(),
             _as_remembered() if remembered else true(),
         )
-        .order_by(TASK.c.queue_order, TASK.c.id)
+        .order_by(*order)
         .limit(number(limit))
         .with_for_update(of=TASK, skip_locked=True)
     )
