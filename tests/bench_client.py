@@ -56,6 +56,7 @@ class Connection:
             answered = await self._reader.readexactly(int(length or 0))
         except (OSError, asyncio.IncompleteReadError) as exc:
             # a server hangs up after a failure that it did not expect
+            self._writer.close()
             await self._open()
             raise Refused(f"{method} {path}: {exc!r}") from None
         if head[9] != "2":

@@ -447,6 +447,22 @@ async def two_claims_under_a_key(scene: Scene, first: int) -> None:
     await scene.hears(tasks[1], "pending")
 
 
+async def two_claims_of_a_due_task_under_a_key(scene: Scene, first: int) -> None:
+    worker = await scene.offer()
+    task = await steps.submit(scene.ada, scene.job, scene.room, delay_seconds=0.1)
+    await anyio.sleep(0.2)
+    body, key = {"worker_id": worker}, {"Idempotency-Key": "k"}
+    requests = [
+        partial(user.post, "/tasks/claim", json=body, headers=key)
+        for user in (scene.ada, scene.elsewhere)
+    ]
+    # when the second one begins to wait, nothing is in the queue
+    answers = await scene.meet(row(Worker, worker), *turned(requests, first))
+    claimed = [[one["id"] for one in answer.json()["tasks"]] for answer in answers]
+    assert claimed == [[task["id"]]] * 2
+    await scene.hears(task, "pending", "claimed")
+
+
 # --- jobs that nobody serves ---
 
 
@@ -521,6 +537,7 @@ RACES: dict[Race, int] = {
     two_submissions_under_a_key: 1,
     two_claims: 1,
     two_claims_under_a_key: 1,
+    two_claims_of_a_due_task_under_a_key: 1,
     register_and_delete_the_last: 2,
     submit_and_delete_the_last: 2,
     batch_and_delete_the_last: 2,

@@ -113,7 +113,7 @@ async def test_few_statements_and_one_commit(app, ada, engine, session_maker):
             lambda: ada.post(
                 "/tasks/claim", json=claiming, headers={"Idempotency-Key": "l"}
             ),
-            1, 1, 2,
+            2, 1, 2,
         ),
     }  # fmt: skip
     too_many = {}

@@ -43,9 +43,7 @@ from zndraw_joblib.models import (
     returned,
 )
 from zndraw_joblib.names import FullName
-from zndraw_joblib.schemas import (
-    TaskResponse,
-)
+from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
@@ -158,11 +156,12 @@ def _reaching(
     # The sign of life is written here. It locks the worker too: of two claims under one
     # key the second has to see what the first one took, and a statement sees what was
     # there when it began.
-    last = case((workers.silent(), now()), else_=WORKER.c.last_heartbeat)
+    due = workers.silent() if keyed else WORKER.c.user_id == bindparam("owner")
+    heartbeat = case((due, now()), else_=WORKER.c.last_heartbeat)
     return (
         update(WORKER)
         .where(this)
-        .values({WORKER.c.last_heartbeat: last})
+        .values({WORKER.c.last_heartbeat: heartbeat})
         .returning(*seen)
     )
 
@@ -370,8 +369,8 @@ async def claim(
     if key is None:
         until = last.until if last else time.monotonic() + workers.fresh(settings)
         _remember(worker_id, _Last(ids if rows else (), until))
-    # where nothing was within reach and nothing was there before, nothing is there now
-    repeated = key is not None and not rows and bool(worker.again or draining or ids)
+    # what was not there when this claim began to wait for the worker, may be there now
+    repeated = key is not None and not rows
     if repeated:
         again = select(TASK.c.queue_order, *VIEW).where(_claimed_before(TASK.c))
         rows = (await session.execute(again, names)).all()
