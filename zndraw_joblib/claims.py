@@ -156,8 +156,9 @@ def _reaching(
     # The sign of life is written here. It locks the worker too: of two claims under one
     # key the second has to see what the first one took, and a statement sees what was
     # there when it began.
-    due = workers.silent() if keyed else WORKER.c.user_id == bindparam("owner")
-    heartbeat = case((due, now()), else_=WORKER.c.last_heartbeat)
+    # A claim with a key locks each time: one that is not silent spares the index.
+    writes = workers.silent() if keyed else WORKER.c.user_id == bindparam("owner")
+    heartbeat = case((writes, now()), else_=WORKER.c.last_heartbeat)
     return (
         update(WORKER)
         .where(this)
