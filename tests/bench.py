@@ -54,6 +54,8 @@ OPERATIONS = (
     "cycle",
     "short_cycle",
 )
+#: what the pictures of cost against depth are called
+PICTURES = {"locked": "sqlite", "wal": "sqlite-wal", "postgres": "postgresql"}
 #: what of the release something is compared with, where it has not the same
 INSTEAD = {"short_cycle": "cycle"}
 
@@ -372,10 +374,11 @@ def main() -> None:
             rows = asyncio.run(bench_batches.batches(kind, *asked))
             bench_batches.tell(KINDS[kind], rows)
             found[kind]["batches"] = rows
-        if "depth" in options.parts and kind != "wal":
+        if "depth" in options.parts:
             found[kind]["depth"] = asyncio.run(depths(kind, options))
-            name = "postgresql" if kind == "postgres" else "sqlite"
-            draw(kind, found[kind]["depth"], options.out / f"depth-{name}.svg")
+            draw(
+                kind, found[kind]["depth"], options.out / f"depth-{PICTURES[kind]}.svg"
+            )
         (options.out / "bench.json").write_text(json.dumps(found, indent=1))
 
 
