@@ -27,7 +27,7 @@ FLOORS = [
         "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims", "heartbeats",
         "providers", "stats",
     ],
-    ["delivery", "watch", "relay", "registry", "sweeper"],
+    ["delivery", "watch", "relay", "runtime", "registry", "sweeper"],
     ["dependencies", "door", "openapi"],
     ["routes"],
 ]  # fmt: skip
