@@ -1,8 +1,10 @@
 """What this tree costs, beside the floor and the published release: ``nox -s bench``.
 
-Three sides answer the same requests over HTTP: this tree's routes; the floor's
-(``bench_floor.py``), in the same host process; and those of the published release, in a
-process and an environment of its own. They take turns in short slices, and what is told
+Four sides answer the same requests over HTTP: this tree's routes; in the same host process
+the bare floor's (``bench_bare.py``: plain SQL, raw JSON), and those of a floor that pays for
+SQLAlchemy's types and Pydantic too (``bench_floor.py``); and those of the published release,
+in a process and an environment of its own. Hosts override one dependency, as every real one
+does, and are measured without that as well. The sides take turns in short slices, and what is told
 are medians of the ratios within a turn: what else the machine does meets all of them.
 The CPU seconds of the host stand beside the clock; they know no neighbours.
 """
@@ -25,8 +27,10 @@ import bench_batches
 import bench_depth
 from bench_client import User
 from bench_sides import (
+    BARE,
     FLOOR,
     KINDS,
+    OVERRIDES,
     PEER,
     RELEASE,
     TREE,
@@ -102,12 +106,16 @@ async def throughput(
     return measured
 
 
-def tell_throughput(kind: str, connections: int, measured: dict[str, Turns]) -> Any:
+def tell_throughput(
+    kind: str, override: str, connections: int, measured: dict[str, Turns]
+) -> Any:
     """Print one table and return its rows."""
-    print(f"\n{KINDS[kind]}, {connections} connection{'s' * (connections > 1)}")
+    how = "a dependency overridden" if override == "override" else "nothing overridden"
+    plural = "s" * (connections > 1)
+    print(f"\n{KINDS[kind]}, {connections} connection{plural}, {how}")
     print(
-        f"{'':12}{'per s':>8}{'cpu ms':>8}{'db ms':>8}{'WAL B':>8}   "
-        f"{'of floor':>9}{'(cpu)':>7}   {'x release':>9}{'(cpu)':>7}  refused"
+        f"{'':12}{'per s':>8}{'cpu ms':>8}{'db ms':>8}{'WAL B':>8}   {'of bare':>9}"
+        f"{'(cpu)':>7}   {'of floor':>9}   {'x release':>9}{'(cpu)':>7}  refused"
     )
     rows = {}
     for operation, turns in measured.items():
@@ -118,7 +126,11 @@ def tell_throughput(kind: str, connections: int, measured: dict[str, Turns]) -> 
             "database_cpu_ms": 1000 * median(tree, "database_cpu"),
             "wal_bytes": median(tree, "wal"),
         }
-        for name, there in ((FLOOR, "of_floor"), (PEER, "of_release")):
+        for name, there in (
+            (BARE, "of_bare"),
+            (FLOOR, "of_floor"),
+            (PEER, "of_release"),
+        ):
             if name in turns:
                 theirs = turns[name]
                 if name == PEER:
@@ -132,25 +144,41 @@ def tell_throughput(kind: str, connections: int, measured: dict[str, Turns]) -> 
         rows[operation] = row
         print(
             f"{operation:12}{row['per_second']:8.0f}{row['cpu_ms']:8.2f}"
-            f"{row['database_cpu_ms']:8.2f}{row['wal_bytes']:8.0f}   {row.get('of_floor', 0):9.2f}"
-            f"{row.get('of_floor_cpu', 0):7.2f}   {row.get('of_release', 0):9.2f}"
-            f"{row.get('of_release_cpu', 0):7.2f}  {row['refused'] or ''}",
+            f"{row['database_cpu_ms']:8.2f}{row['wal_bytes']:8.0f}   {row['of_bare']:9.2f}"
+            f"{row['of_bare_cpu']:7.2f}   {row['of_floor']:9.2f}"
+            f"   {row.get('of_release', 0):9.2f}{row.get('of_release_cpu', 0):7.2f}"
+            f"  {row['refused'] or ''}",
             flush=True,
         )
-    return rows
+    means = {
+        there: statistics.geometric_mean(
+            row[there] for row in rows.values() if row.get(there, 0) > 0
+        )
+        for there in ("of_bare", "of_floor", "of_release")
+        if any(row.get(there, 0) > 0 for row in rows.values())
+    }
+    told = ", ".join(f"{there} {mean:.2f}" for there, mean in means.items())
+    print(f"geometric means: {told}")
+    return rows | {"geometric_means": means}
 
 
-async def bench(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+async def bench(
+    kind: str, override: str, options: argparse.Namespace
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    value = OVERRIDES[override]
     with database(kind) as on:
         async with AsyncExitStack() as stack:
             hosts: dict[str, Host] = {}
-            hosts[TREE] = hosts[FLOOR] = stack.enter_context(
-                running(sys.executable, await on.create(), kind, "floor")
+            url = await on.create()
+            host = stack.enter_context(
+                running(sys.executable, url, kind, "floor", override=value)
             )
+            hosts |= dict.fromkeys((TREE, BARE, FLOOR), host)
             if options.release:
+                url = await on.create()
                 hosts[PEER] = stack.enter_context(
-                    running(options.release, await on.create(), kind, "")
+                    running(options.release, url, kind, "", override=value)
                 )
             for connections in options.connections:
                 each = max(-(-options.requests // connections), 2)
@@ -159,7 +187,9 @@ async def bench(kind: str, options: argparse.Namespace) -> dict[str, Any]:
                 measured = await throughput(
                     hosts, on, connections, options.rounds, each, warm
                 )
-                found[str(connections)] = tell_throughput(kind, connections, measured)
+                found[str(connections)] = tell_throughput(
+                    kind, override, connections, measured
+                )
             memory = {name: host.memory() for name, host in hosts.items()}
             print(f"memory, MiB: { {k: round(v) for k, v in memory.items()} }")
     return {"throughput": found, "memory": memory}
@@ -328,6 +358,7 @@ def parse() -> argparse.Namespace:
 
     parser.add_argument("--quick", action="store_true", help="ends within 4 minutes")
     parser.add_argument("--kinds", help=f"databases, of {', '.join(KINDS)}")
+    parser.add_argument("--overrides", help=f"hosts, of {', '.join(OVERRIDES)}")
     parser.add_argument("--connections", type=numbers)
     parser.add_argument("--rounds", type=int, help="turns of each side")
     parser.add_argument("--requests", type=int, help="requests in a turn")
@@ -342,6 +373,9 @@ def parse() -> argparse.Namespace:
     )
     options.kinds = options.kinds or (
         "locked,postgres" if options.quick else ",".join(KINDS)
+    )
+    options.overrides = options.overrides or (
+        "override" if options.quick else ",".join(OVERRIDES)
     )
     options.most = options.most or (10**5 if options.quick else 10**6)
     options.each = 4 if options.quick else 8
@@ -366,7 +400,8 @@ def main() -> None:
     for kind in options.kinds.split(","):
         found[kind] = {}
         if "throughput" in options.parts:
-            found[kind] |= asyncio.run(bench(kind, options))
+            for override in options.overrides.split(","):
+                found[kind][override] = asyncio.run(bench(kind, override, options))
         if "wakeups" in options.parts:
             found[kind]["wakeups"] = asyncio.run(wake_ups(kind, options))
         if "batches" in options.parts and kind != "wal":

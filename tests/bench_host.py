@@ -64,32 +64,54 @@ def make_app(database_url: str, kind: str) -> FastAPI:
     return app
 
 
-def with_floor(app: FastAPI) -> ASGIApp:
-    """Serve the floor's routes beside the app's, with all that the app has.
+def with_floors(app: FastAPI) -> ASGIApp:
+    """Serve the floors' routes beside the app's, with all that the app has.
 
     Not as routes of the app: the requests of one side would be looked for among those
     of the other one.
     """
+    import bench_bare
     import bench_floor
 
-    floor = FastAPI()
-    floor.state = app.state
-    floor.include_router(bench_floor.router)
+    sides = {}
+    for prefix, module in (("/floor/", bench_floor), ("/bare/", bench_bare)):
+        side = sides[prefix] = FastAPI()
+        side.state = app.state
+        side.dependency_overrides = app.dependency_overrides
+        side.include_router(module.router)
 
-    async def either(scope: Scope, receive: Receive, send: Send) -> None:
-        side = floor if scope["path"].startswith("/floor/") else app
-        await side(scope, receive, send)
+    async def each(scope: Scope, receive: Receive, send: Send) -> None:
+        chosen = next((s for p, s in sides.items() if scope["path"].startswith(p)), app)
+        await chosen(scope, receive, send)
 
-    return either
+    return each
 
 
-async def prepare(app: FastAPI, kind: str) -> str:
+def override_one(app: FastAPI) -> None:
+    """Override one dependency, as every host of its own does.
+
+    FastAPI then analyses each dependency of a request anew.
+    """
+    from zndraw_joblib.dependencies import get_result_backend
+
+    async def backend() -> None:
+        raise NotImplementedError
+
+    app.dependency_overrides[get_result_backend] = backend
+
+
+async def prepare(app: FastAPI, kind: str, beside: str) -> str:
     """Make the tables and a user, and return the user's token."""
     if kind == "wal":
         async with app.state.engine.connect() as connection:
             await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     async with app.state.engine.begin() as connection:
         await connection.run_sync(auth.Base.metadata.create_all)
+        if beside:
+            import bench_bare
+
+            for table in bench_bare.TABLES:
+                await connection.exec_driver_sql(table)
         async with AsyncSession(connection) as session:
             await session.merge(USER)
             await session.commit()
@@ -98,8 +120,10 @@ async def prepare(app: FastAPI, kind: str) -> str:
 
 async def main(database_url: str, kind: str, beside: str) -> None:
     app = make_app(database_url, kind)
-    served = with_floor(app) if beside == "floor" else app
-    token = await prepare(app, kind)
+    if os.environ.get("OVERRIDE"):
+        override_one(app)
+    served = with_floors(app) if beside else app
+    token = await prepare(app, kind, beside)
     # of a socket that does not say that it is TCP asyncio lets small writes wait: an
     # answer, head and body, would take as long as a delayed ACK
     listener = socket.socket(proto=socket.IPPROTO_TCP)

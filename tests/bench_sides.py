@@ -19,7 +19,10 @@ from bench_client import Connection, Refused, User
 from makers import postgres_server
 
 RELEASE = "0.1.7"
-TREE, FLOOR, PEER = "tree", "floor", f"release {RELEASE}"
+TREE, PEER = "tree", f"release {RELEASE}"
+#: the bare statement; and the same with what SQLAlchemy and Pydantic make of it
+BARE, FLOOR = "bare", "floor"
+PREFIXES = {BARE: "/bare", FLOOR: "/floor"}
 #: how a host opens its database
 KINDS = {
     "locked": "SQLite, lock-wrapped",
@@ -28,6 +31,8 @@ KINDS = {
 }
 #: the release pages by offset alone, and its claims start nothing
 NOT_THERE = {(PEER, "list_on"), (PEER, "short_cycle")}
+#: whether hosts override a dependency, as every real one does
+OVERRIDES = {"override": "1", "plain": ""}
 HERE = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -113,14 +118,21 @@ class Host:
     """A host process."""
 
     def __init__(
-        self, python: str | Path, url: str, kind: str, beside: str, redis_url: str = ""
+        self,
+        python: str | Path,
+        url: str,
+        kind: str,
+        beside: str,
+        redis_url: str = "",
+        override: str = "1",
     ) -> None:
         self.url = url
         self.process = subprocess.Popen(
             [python, HERE / "bench_host.py", url, kind, beside],
             stdout=subprocess.PIPE,
             # nothing of this tree on the path of the release
-            env=environment(beside == "floor") | {"REDIS_URL": redis_url},
+            env=environment(beside == "floor")
+            | {"REDIS_URL": redis_url, "OVERRIDE": override},
         )
         assert self.process.stdout
         told = json.loads(self.process.stdout.readline())
@@ -141,10 +153,15 @@ class Host:
 
 @contextmanager
 def running(
-    python: str | Path, url: str, kind: str, beside: str, redis_url: str = ""
+    python: str | Path,
+    url: str,
+    kind: str,
+    beside: str,
+    redis_url: str = "",
+    override: str = "1",
 ) -> Iterator[Host]:
     """Run a host; with Redis it tells others of its database whom to wake."""
-    host = Host(python, url, kind, beside, redis_url)
+    host = Host(python, url, kind, beside, redis_url, override)
     try:
         yield host
     finally:
@@ -197,13 +214,13 @@ class Side:
 async def side(
     name: str, host: Host, connections: int, jobs: int = 1
 ) -> AsyncIterator[Side]:
-    prefix = "/floor" if name == FLOOR else "/v1/joblib"
+    prefix = PREFIXES.get(name, "/v1/joblib")
     users = [
         User(await Connection.open(host.port, host.token), prefix)
         for _ in range(connections)
     ]
     for user in users:
-        await user.begin(0 if name == FLOOR else jobs)
+        await user.begin(0 if name in PREFIXES else jobs)
     yield Side(name, host, users)
     for user in users:
         await user.connection.close()
