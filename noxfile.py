@@ -152,6 +152,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Put wrongs into the package and tell which the suite notices: ``-- --count 20``."""
+    install(session, "test")
+    session.run("python", "tests/mutants.py", *session.posargs, **PATIENT)
+
+
+@nox.session
 def waiting(session: nox.Session) -> None:
     """Hold a thousand requests that wait against the heartbeats of others."""
     install(session, "test")
