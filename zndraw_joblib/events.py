@@ -61,6 +61,7 @@ class TaskStatusEvent(FrozenEvent):
     attempt: int = 0
     progress: float | None = None
     progress_message: str | None = None
+    revision: int = 1
 
 
 class ProviderRequest(FrozenEvent):
@@ -153,6 +154,7 @@ class TaskLike(Protocol):
     attempt: int
     progress: float | None
     progress_message: str | None
+    revision: int
 
 
 def build_task_status_emission(
@@ -173,6 +175,7 @@ def build_task_status_emission(
         attempt=task.attempt,
         progress=task.progress,
         progress_message=task.progress_message,
+        revision=task.revision,
     )
     return Emission(event, room_channel(task.room_id))
 

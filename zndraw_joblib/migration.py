@@ -65,6 +65,8 @@ _TASKS = sa.table(
     sa.column("deadline_at", _TIME),
     sa.column("error", sa.Text),
     sa.column("error_type", sa.String),
+    sa.column("revision", sa.Integer),
+    sa.column("payload_checked", sa.Boolean),
 )
 
 #: New columns, and whether they may be null once they are filled.
@@ -97,6 +99,8 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("request_digest", sa.String(64), True),
         ("claim_key", sa.String(), True),
         ("traceparent", sa.String(55), True),
+        ("revision", sa.Integer(), False),
+        ("payload_checked", sa.Boolean(), False),
     ],
 }
 
@@ -359,6 +363,8 @@ def _fill_tasks(connection: sa.Connection) -> None:
                 (failed & (task.error == "Internal task timed out"), "timeout"),
                 (failed, "user_error"),
             ),
+            revision=1,
+            payload_checked=False,
         )
     )
 

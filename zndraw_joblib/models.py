@@ -286,6 +286,11 @@ class Task(Base):
         JSON, a line for each failed attempt.
     traceparent : str or None
         The trace of the submission (W3C Trace Context).
+    revision : int
+        Grows with every change: whoever holds a larger one knows better. Each UPDATE
+        raises it by itself.
+    payload_checked : bool
+        Whether the host compared the payload with the job's schema.
     """
 
     __tablename__ = "task"
@@ -346,6 +351,10 @@ class Task(Base):
     request_digest: Mapped[str | None] = mapped_column(String(64))
     claim_key: Mapped[str | None]
     traceparent: Mapped[str | None] = mapped_column(String(55))
+    revision: Mapped[int] = mapped_column(
+        default=1, onupdate=literal_column("task.revision + 1", Integer)
+    )
+    payload_checked: Mapped[bool] = mapped_column(default=True)
 
 
 # What statements are made of. Of the classes, each execution would pass the ORM, which

@@ -328,6 +328,16 @@ class TaskResponse(BaseModel):
     priority: int = 0
     created_by_id: UUID | None = None
     traceparent: str | None = None
+    revision: int = Field(
+        default=1,
+        description="Grows with every change of the task: whoever holds a larger one"
+        " drops this state of it.",
+    )
+    payload_checked: bool = Field(
+        default=True,
+        description="Whether the host compared `payload` with the job's schema; the"
+        " worker always does.",
+    )
     abridged: bool = Field(
         default=False,
         description="Too large for an answer with many: `payload`, `result` and `errors` are left"

@@ -118,6 +118,8 @@ VIEW = (
     TASK.c.priority,
     TASK.c.created_by_id,
     TASK.c.traceparent,
+    TASK.c.revision,
+    TASK.c.payload_checked,
 )
 
 
