@@ -1,7 +1,10 @@
 """`@internal` tasks: from the outbox to the broker, run once, and never forgotten."""
 
+import asyncio
+import logging
 from enum import StrEnum
 from typing import Any
+from uuid import UUID
 
 import anyio
 import pytest
@@ -19,7 +22,7 @@ from steps import (
 )
 from taskiq import InMemoryBroker
 
-from zndraw_joblib import register_internal_jobs, register_internal_tasks
+from zndraw_joblib import attempts, register_internal_jobs, register_internal_tasks
 from zndraw_joblib.models import Job, Task, now
 from zndraw_joblib.registry import ensure_internal_jobs
 from zndraw_joblib.settings import JobLibSettings
@@ -51,7 +54,7 @@ class Runs:
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
-        self.raises: Exception | None = None
+        self.raises: BaseException | None = None
         self.reports: Any = None
 
     async def __call__(
@@ -138,13 +141,259 @@ async def test_it_is_handed_over_after_the_commit(
     assert "task_available" not in {e.event for e in events}
 
 
-async def test_an_executor_that_raises_fails_the_task(ada, broker, runs, events):
-    runs.raises = ValueError("no such atom")
+class Own(BaseException):
+    """Of a library that wants nobody to catch it."""
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        (ValueError("no such atom"), "ValueError: no such atom"),
+        (ValueError("a\0b\ud800"), "ValueError: a\ufffdb?"),
+        (SystemExit("no such file"), "SystemExit: no such file"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (asyncio.CancelledError(), "CancelledError"),
+        (Own("stop"), "Own: stop"),
+        (ExceptionGroup("all", [ExceptionGroup("b", [OSError("a leaf")])]), "a leaf"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_an_executor_that_raises_fails_the_task(
+    ada, broker, runs, events, ends, says
+):
+    """As a worker's task fails, whatever it is that ends it."""
+    runs.raises = ends
     task = await submit(ada, ECHO)
     failed = await read(ada, task)
     assert (failed["status"], failed["error_type"]) == ("failed", "user_error")
-    assert "no such atom" in failed["error"]
+    assert says in failed["error"]
     assert told(events) == ["claimed", "running", "failed"]
+    # it ended nothing else
+    runs.raises = None
+    assert (await read(ada, await submit(ada, ECHO)))["status"] == "running"
+
+
+async def test_an_executor_that_is_cancelled_fails_the_task(
+    ada, app, session_maker, events
+):
+    """As when the host goes down with a task in its hands."""
+    at_work = asyncio.Event()
+
+    async def executor(*args: Any) -> None:
+        at_work.set()
+        await anyio.sleep(3600)
+
+    broker = InMemoryBroker()
+    await register_internal_jobs(app, broker, [Echo], executor, session_maker)
+    task = await submit(ada, ECHO)
+    with anyio.fail_after(30):
+        await at_work.wait()
+        (run,) = broker._running_tasks
+        run.cancel()
+        await asyncio.wait([run])
+    assert (await read(ada, task))["status"] == "failed"
+    assert told(events) == ["claimed", "running", "failed"]
+
+
+async def test_what_was_reported_is_not_overwritten(ada, admin, broker, runs, events):
+    """An executor that tells of its success, and then raises, has succeeded."""
+
+    async def complete_and_raise(task_id):
+        await completes(admin)(task_id)
+        raise SystemExit("afterwards")
+
+    runs.reports = complete_and_raise
+    task = await submit(ada, ECHO)
+    done = await read(ada, task)
+    assert (done["status"], done["result"], done["error"]) == (
+        "completed",
+        "done",
+        None,
+    )
+    assert told(events) == ["claimed", "running", "completed"]
+
+
+class Gates:
+    """An executor whose runs go on one by one, and each as it is told to."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, int, asyncio.Future[Any]]] = []
+
+    async def __call__(
+        self, extension: Any, payload: Any, room: str, task_id: str, *, attempt: int
+    ) -> None:
+        end = asyncio.get_running_loop().create_future()
+        self.runs.append((task_id, attempt, end))
+        await end
+
+    async def reach(self, count: int) -> None:
+        with anyio.fail_after(30):
+            while len(self.runs) < count:
+                await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize("state", ["claimed", "running", "completed"])
+@pytest.mark.parametrize("how", ["it raises", "it reports", "its sending fails"])
+async def test_a_late_end_of_an_attempt_is_not_of_the_next_one(
+    ada, admin, app, session_maker, how, state
+):
+    gates, late = Gates(), {"Idempotency-Key": "of the first"}
+    broker = Broker()
+    broker.await_inplace = False
+    await register_internal_jobs(app, broker, [Echo], gates, session_maker)
+    task = await submit(ada, ECHO)
+    url = f"/tasks/{task['id']}"
+    await gates.reach(1)
+    started = await admin.patch(url, json={"status": "running"}, headers=late)
+    assert started.status_code == 200
+    assert (await report(ada, task, "cancelled")).status_code == 200
+    broker.loses = state == "claimed"
+    assert (await ada.post(f"{url}/retry")).status_code == 202
+    if state != "claimed":
+        await gates.reach(2)
+        key = {"Idempotency-Key": "of the second"}
+        body = {"status": "running", "attempt": 2}
+        assert (await admin.patch(url, json=body, headers=key)).status_code == 200
+    if state == "completed":
+        body = {"status": "completed", "result": "right"}
+        assert (await admin.patch(url, json=body, headers=key)).status_code == 200
+    before = await read(ada, task)
+    assert (before["status"], before["attempt"]) == (state, 2)
+    assert [attempt for _, attempt, _ in gates.runs] == [1, 2][: len(gates.runs)]
+
+    if how == "it raises":
+        gates.runs[0][2].set_exception(RuntimeError("late"))
+        await asyncio.wait(list(broker._running_tasks)[:1], timeout=30)
+    elif how == "its sending fails":
+        async with session_maker() as session:
+            settings, sent = app.state.joblib_settings, [(UUID(task["id"]), 1)]
+            lost = await attempts.fail_undispatched(session, sent, "late", settings)
+            assert lost == []
+            await session.commit()
+    else:
+        for status in ("running", "completed", "failed", "pending"):
+            for fence, headers in (({"attempt": 1}, {}), ({}, late)):
+                if (status, fence, state) == ("running", {}, "claimed"):
+                    continue  # a delivery of this attempt would say the same
+                body = {"status": status, **fence}
+                answer = await admin.patch(url, json=body, headers=headers)
+                problem(answer, 409, "lease-lost")
+    assert await read(ada, task) == before
+    for *_, end in gates.runs:
+        end.done() or end.set_result(None)
+    with anyio.fail_after(30):
+        await broker.wait_all()
+
+
+@pytest.mark.parametrize("started", ["by the host", "by the executor"])
+@pytest.mark.parametrize("key", [True, False], ids=["keyed", "without keys"])
+async def test_of_two_consumers_one_starts(ada, admin, app, broker, runs, started, key):
+    """The host's process and TaskIQ's, and executors of 0.1.7, which show no key."""
+    if started == "by the executor":
+        broker.loses = True
+    task = await submit(ada, ECHO)
+    url = f"/tasks/{task['id']}"
+    for status in ("running", "completed"):
+        body = {"status": status, "result": "x" if status == "completed" else None}
+        keys = [{"Idempotency-Key": k} for k in "ab"] if key else [{}, {}]
+        first, second = [
+            await admin.patch(url, json=body, headers=headers) for headers in keys
+        ]
+        assert first.status_code == 200, first.text
+        if key or status == "running":
+            problem(second, 409, "lease-lost")
+        if key:
+            # an answer that got lost is asked for again
+            again = await admin.patch(url, json=body, headers=keys[0])
+            assert (again.status_code, again.json()) == (200, first.json())
+    assert (await read(ada, task))["result"] == "x"
+
+
+async def test_messages_do_not_multiply_behind_a_slow_consumer(ada, app, session_maker):
+    """Their number grows with the logarithm of an attempt's age."""
+    settings, queue = JobLibSettings(internal_redispatch_seconds=60), []
+
+    class Slow:
+        down = False
+
+        def __contains__(self, name):
+            return True
+
+        async def send(self, name, **message):
+            if self.down:
+                raise ConnectionError("the broker restarts")
+            queue.append(message["task_id"])
+
+    app.state.internal_registry = broker = Slow()
+    await ensure_internal_jobs([Echo], session_maker)
+    ids = [(await submit(ada, ECHO))["id"] for _ in range(5)]
+
+    async def sweep(age=None):
+        await overslept(session_maker)
+        if age is not None:
+            then = update(Task).values(claimed_at=now(-age))
+            await execute(session_maker, then)
+        await cleanup_stuck_internal_tasks(session_maker, settings, None, broker)
+        return len(queue)
+
+    # what can't be sent again may still be queued: it is neither failed nor counted
+    broker.down = True
+    assert await sweep() == 5
+    states = {(await read(ada, {"id": id_}))["status"] for id_ in ids}
+    assert states == {"claimed"}
+    broker.down = False
+    assert [await sweep() for _ in range(4)] == [10] * 4
+    ages = (100, 130, 200, 250, 400, 500, 900, 1000)
+    counts = [10, 15, 15, 20, 20, 25, 25, 30]
+    assert [await sweep(age) for age in ages] == counts
+
+
+@pytest.mark.parametrize("where", ["in the host", "in TaskIQ's worker"])
+async def test_an_executor_is_given_what_it_declares(
+    ada, app, session_maker, caplog, where
+):
+    caplog.set_level(logging.DEBUG, "zndraw_joblib")
+    given = []
+
+    async def full(cls, payload, room_id, task_id, *, traceparent, token, attempt):
+        given.append((payload, room_id, task_id, attempt, token, traceparent))
+        raise ValueError(f"illegal header {token!r}")
+
+    async def mint(task):
+        # a row of nobody's session, after the commit
+        assert (await read(ada, {"id": task.id}))["status"] == "claimed"
+        return f"s3cret-{task.id}-{task.created_by_id}"
+
+    broker = Broker()
+    await register_internal_jobs(app, broker, [Echo], full, session_maker, mint)
+    if where != "in the host":
+        registry = register_internal_tasks(broker, [Echo], full, mint)
+        app.state.internal_registry = registry
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    url, headers = f"/rooms/lab/tasks/{ECHO}", {"traceparent": trace}
+    task = (await ada.post(url, json={"payload": {"a": 1}}, headers=headers)).json()
+    token = f"s3cret-{task['id']}-{task['created_by_id']}"
+    assert given == [({"a": 1}, "lab", task["id"], 1, token, trace)]
+    assert "s3cret" not in str(await read(ada, task))
+    # TaskIQ tells itself what the executor raised
+    ours = [r for r in caplog.records if r.name.startswith("zndraw_joblib")]
+    assert ours
+    assert "s3cret" not in "".join(map(logging.Formatter().format, ours))
+
+
+async def test_a_token_that_cannot_be_minted_is_a_message_that_is_not_sent(
+    ada, app, session_maker, runs
+):
+    async def mint(task):
+        raise RuntimeError("no key")
+
+    broker = Broker()
+    await register_internal_jobs(
+        app, broker, [Echo], runs, session_maker=session_maker, mint_token=mint
+    )
+    failed = await read(ada, await submit(ada, ECHO))
+    assert (failed["status"], failed["error_type"]) == ("failed", "dispatch")
+    assert runs.seen == []
 
 
 async def test_a_message_that_arrived_is_not_undone_by_its_sender(

@@ -364,7 +364,7 @@ async def test_the_servers_own_providers_are_run_by_the_broker(
     assert await seen(bob, "@global") == set()
 
     problem(await bob.get(path), 503, "internal-provider-not-configured")
-    app.state.internal_providers = registry
+    app.state.internal_provider_registry = registry
     answer = await bob.get(f"{path}?index=3")
     assert (answer.status_code, answer.content) == (200, b"frame 3")
     assert answer.headers["Content-Type"] == "application/octet-stream"
@@ -403,7 +403,7 @@ async def test_a_broker_that_is_down_is_told(app, bob, admin, session_maker):
     async def execute(*args: Any) -> None:
         raise AssertionError("nothing was sent")
 
-    app.state.internal_providers = register_internal_providers(
+    app.state.internal_provider_registry = register_internal_providers(
         Down(), [Frames], execute
     )
     await ensure_internal_providers([Frames], session_maker, user_id=admin.id)

@@ -17,8 +17,10 @@ from sqlalchemy import (
     func,
     literal,
     null,
+    or_,
     select,
     true,
+    tuple_,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -54,6 +56,8 @@ from zndraw_joblib.tasks import (
 )
 
 MAX_KEPT_ERROR = 2000
+#: The ``claim_key`` of an ``@internal`` attempt whose start was reported without one.
+NO_KEY = ""
 
 
 def back_in_queue() -> dict[Any, Any]:
@@ -219,7 +223,7 @@ async def time_out(
     )
 
 
-async def take_back(
+async def release_unstarted(
     session: AsyncSession, settings: JobLibSettings, limit: int
 ) -> list[TaskResponse]:
     """Put at most ``limit`` tasks that were claimed and never started in the queue."""
@@ -237,12 +241,21 @@ async def take_back(
 
 
 async def start_internal(
-    session: AsyncSession, task_id: UUID, settings: JobLibSettings
-) -> TaskResponse | None:
-    """Take an ``@internal`` task from the broker: of two deliveries one gets it."""
+    session: AsyncSession, task_id: UUID, attempt: int | None, settings: JobLibSettings
+) -> list[TaskResponse]:
+    """Start an ``@internal`` attempt that the broker delivered: of two deliveries, one.
+
+    A message of an earlier attempt starts nothing. One that names none is of a release
+    that sent none.
+    """
     started = await session.execute(
         update(TASK)
-        .where(TASK.c.id == task_id, in_states(frozenset({TaskStatus.CLAIMED})))
+        .where(
+            TASK.c.id == task_id,
+            TASK.c.worker_id.is_(None),
+            in_states(frozenset({TaskStatus.CLAIMED})),
+            true() if attempt is None else TASK.c.attempt == attempt,
+        )
         .values(
             {
                 TASK.c.status: TaskStatus.RUNNING,
@@ -252,27 +265,122 @@ async def start_internal(
         )
         .returning(*VIEW)
     )
-    return next(iter(await read_changed(session, started.all(), settings)), None)
+    return await read_changed(session, started.all(), settings)
 
 
-async def redispatch(
+async def confirm_internal_start(
+    session: AsyncSession, task_id: UUID, attempt: int, key: str | None
+) -> bool:
+    """Tell whether a start that is reported of a running attempt is the one that won.
+
+    The host's process starts what is delivered there before its executor says so: the
+    first that says so is that executor. Whoever comes later has to show the same key.
+    """
+    same = TASK.c.claim_key.is_(None)
+    confirmed = await session.execute(
+        update(TASK)
+        .where(
+            *_attempts_of([(task_id, attempt)]),
+            in_states(frozenset({TaskStatus.RUNNING})),
+            same if key is None else or_(same, TASK.c.claim_key == key),
+        )
+        # nobody sees it: it is no change
+        .values({TASK.c.claim_key: key or NO_KEY, TASK.c.revision: TASK.c.revision})
+        .returning(TASK.c.id)
+    )
+    return confirmed.first() is not None
+
+
+def _attempts_of(chosen: Sequence[tuple[UUID, int]]) -> list[ColumnElement[bool]]:
+    return [
+        TASK.c.worker_id.is_(None),
+        tuple_(TASK.c.id, TASK.c.attempt).in_(chosen),
+    ]
+
+
+async def fail_internal(
+    session: AsyncSession,
+    task_id: UUID,
+    attempt: int,
+    error: str,
+    settings: JobLibSettings,
+) -> list[TaskResponse]:
+    """End one ``@internal`` attempt whose executor raised; no other, and no result."""
+    return await fail(
+        session,
+        and_(*_attempts_of([(task_id, attempt)])),
+        settings,
+        error=error,
+        error_type=ErrorType.USER_ERROR,
+    )
+
+
+async def fail_undispatched(
+    session: AsyncSession,
+    chosen: Sequence[tuple[UUID, int]],
+    error: str,
+    settings: JobLibSettings,
+) -> list[TaskResponse]:
+    """End ``@internal`` attempts, by task and number, whose message did not leave."""
+    # a message that arrived although its sending failed is not undone
+    return await fail(
+        session,
+        and_(*_attempts_of(chosen), TASK.c.started_at.is_(None)),
+        settings,
+        error=error,
+        error_type=ErrorType.DISPATCH,
+    )
+
+
+async def postpone(
+    session: AsyncSession, chosen: Sequence[tuple[UUID, int]], settings: JobLibSettings
+) -> None:
+    """Try again later to dispatch attempts again whose message did not leave.
+
+    An earlier message of theirs may still be queued.
+    """
+    await session.execute(
+        update(TASK)
+        .where(
+            *_attempts_of(chosen),
+            in_states(frozenset({TaskStatus.CLAIMED})),
+            TASK.c.dispatches > 1,
+        )
+        .values(
+            {
+                TASK.c.dispatches: TASK.c.dispatches - 1,
+                TASK.c.deadline_at: now(settings.internal_redispatch_seconds),
+            }
+        )
+    )
+
+
+async def dispatch_again(
     session: AsyncSession, settings: JobLibSettings, limit: int
 ) -> list[TaskResponse]:
     """Return at most ``limit`` ``@internal`` tasks whose message seems lost.
 
-    Their next time is set, so that of several replicas one sends each again.
+    It may as well wait behind others. So the time between two messages of an attempt
+    doubles: their number grows with the logarithm of its age. That time is set here, so
+    that of several replicas one sends each again.
     """
-    overdue = _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_(None), limit)
+    doubled = literal(1).bitwise_lshift(TASK.c.dispatches - 1)
+    pause = cast(doubled, Float) * settings.internal_redispatch_seconds
+    overdue = _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_(None), limit).where(
+        or_(TASK.c.dispatches <= 1, TASK.c.claimed_at <= now(-pause))
+    )
     resent = await session.execute(
         update(TASK)
         .where(TASK.c.id.in_(overdue))
-        .values({TASK.c.deadline_at: now(settings.internal_redispatch_seconds)})
+        .values(
+            {TASK.c.dispatches: TASK.c.dispatches + 1, TASK.c.deadline_at: now(pause)}
+        )
         .returning(*VIEW)
     )
     return await read_changed(session, resent.all(), settings)
 
 
-async def take_up(
+async def dispatch_waiting(
     session: AsyncSession, settings: JobLibSettings, limit: int
 ) -> list[TaskResponse]:
     """Claim for the broker ``@internal`` tasks that wait for another attempt.

@@ -32,8 +32,6 @@ from zndraw_joblib.client_tasks import (
     TaskCancelled,
     TaskFailed,
     as_json,
-    describe,
-    storable,
 )
 from zndraw_joblib.client_threads import DaemonPool, Gatherer, Ticker
 from zndraw_joblib.client_transport import (
@@ -43,7 +41,12 @@ from zndraw_joblib.client_transport import (
     path,
 )
 from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
-from zndraw_joblib.exceptions import PROBLEM_JSON, ProviderExecutionFailed
+from zndraw_joblib.exceptions import (
+    PROBLEM_JSON,
+    ProviderExecutionFailed,
+    describe,
+    storable,
+)
 from zndraw_joblib.extension import Category, Extension
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 from zndraw_joblib.provider import read_content

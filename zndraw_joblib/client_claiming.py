@@ -18,9 +18,9 @@ from zndraw_joblib.client_tasks import (
     HeldTasks,
     Report,
     as_json,
-    describe,
 )
 from zndraw_joblib.client_transport import CONNECT_SECONDS, Api, path
+from zndraw_joblib.exceptions import describe
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
 from zndraw_joblib.schemas import MAX_REPORTS, TaskResponse
 

@@ -4,18 +4,17 @@ import json
 import math
 import threading
 import time
-import traceback
 from collections.abc import Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pydantic_core
 
+from zndraw_joblib.exceptions import storable
 from zndraw_joblib.extension import Extension
 from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.names import UNPRINTABLE
 from zndraw_joblib.schemas import TaskResponse
 
-MAX_ERROR = 64 * 1024
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
 
@@ -240,17 +239,6 @@ class Beat:
         if message is not None:
             told["message"] = UNPRINTABLE.sub(" ", str(message))[:MAX_MESSAGE]
         return told
-
-
-def describe(exc: BaseException) -> str:
-    """Return an exception as the last lines of its traceback."""
-    return "".join(traceback.format_exception_only(exc)).strip()
-
-
-def storable(text: str) -> str:
-    """Return ``text`` cut and cleaned of what JSON or a database can't hold."""
-    text = text.replace("\0", "\ufffd")[:MAX_ERROR]
-    return text.encode("utf-8", "replace").decode()
 
 
 def as_json(result: Any) -> Any:

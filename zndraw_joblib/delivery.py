@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import anyio
-from sqlalchemy import and_
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Message, Send
 
 from zndraw_joblib import attempts, telemetry, waiting
-from zndraw_joblib.events import Dispatch, Emitter, Outbox, emit
-from zndraw_joblib.lifecycle import ErrorType
-from zndraw_joblib.models import TASK
+from zndraw_joblib.events import Dispatch, Emitter, Outbox, TaskView, emit
 from zndraw_joblib.names import FullName
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.wakeups import Wakeups
@@ -39,8 +36,8 @@ class Dispatcher(Protocol):
         """Tell whether the broker takes messages of this name."""
         ...
 
-    async def send(self, name: str, **message: Any) -> None:
-        """Hand over one message; raise if the broker doesn't take it."""
+    async def send(self, name: str, *, subject: Any, **message: Any) -> None:
+        """Hand over one message about a task or provider; raise if it isn't taken."""
         ...
 
 
@@ -182,50 +179,51 @@ async def _dispatch(dispatches: Sequence[Dispatch], exits: Exits) -> None:
         # a broker that hangs would let each of a thousand messages wait as long
         if not isinstance(why, TimeoutError):
             try:
-                await _send(dispatch, exits)
+                await _send(dispatch.task, exits)
                 continue
             except Exception as exc:
-                log.exception("task %s was not taken by the broker", dispatch.task_id)
+                log.exception("task %s was not taken by the broker", dispatch.task.id)
                 why = exc
         left.append(dispatch)
     if why is not None:
         await _undeliverable(left, why, exits)
 
 
-async def _send(dispatch: Dispatch, exits: Exits) -> None:
+async def _send(task: TaskView, exits: Exits) -> None:
     if exits.registry is None:
         raise RuntimeError("there is no broker")
-    trace = {"traceparent": dispatch.traceparent} if dispatch.traceparent else {}
+    trace = {"traceparent": task.traceparent} if task.traceparent else {}
     with (
         telemetry.continuing(trace),
         anyio.fail_after(exits.settings.dispatch_timeout_seconds),
     ):
         await exits.registry.send(
-            dispatch.job_name,
-            task_id=str(dispatch.task_id),
-            room_id=dispatch.room_id,
-            payload=dispatch.payload,
+            task.job_name,
+            subject=task,
+            task_id=str(task.id),
+            room_id=task.room_id,
+            payload=task.payload,
         )
 
 
 async def _undeliverable(
     dispatches: Sequence[Dispatch], why: Exception, exits: Exits
 ) -> None:
-    told = Outbox()
-    ids = [dispatch.task_id for dispatch in dispatches]
+    outbox = Outbox()
+    new, sent_before = (
+        [(d.task.id, d.task.attempt) for d in dispatches if d.again is again]
+        for again in (False, True)
+    )
+    error = f"The broker did not take the task: {why!r}"
     try:
         async with exits.session_maker() as session:
-            failed = await attempts.fail(
-                session,
-                # a message that arrived although its sending failed is not undone
-                and_(TASK.c.id.in_(ids), TASK.c.started_at.is_(None)),
-                exits.settings,
-                error=f"The broker did not take the task: {why!r}",
-                error_type=ErrorType.DISPATCH,
+            failed = await attempts.fail_undispatched(
+                session, new, error, exits.settings
             )
+            await attempts.postpone(session, sent_before, exits.settings)
             await session.commit()
-        told.tasks_changed(failed)
+        outbox.tasks_changed(failed)
     except Exception:
         # they stay claimed, and the sweeper sends them again
-        log.exception("%s tasks could not be failed either", len(ids))
-    await deliver(told, exits)
+        log.exception("%s tasks could not be failed either", len(dispatches))
+    await deliver(outbox, exits)

@@ -83,8 +83,8 @@ async def get_result_backend(request: Request) -> ResultBackend:
 
 
 async def get_internal_providers(request: Request) -> InternalRegistry | None:
-    """Return ``app.state.internal_providers``, as the host set it."""
-    return getattr(request.app.state, "internal_providers", None)
+    """Return ``app.state.internal_provider_registry``, as the host set it."""
+    return getattr(request.app.state, "internal_provider_registry", None)
 
 
 async def get_providers_removed(request: Request) -> ProvidersRemoved | None:

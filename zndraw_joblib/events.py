@@ -221,13 +221,18 @@ async def emit(
 
 
 class Dispatch(NamedTuple):
-    """An ``@internal`` task on its way to the broker."""
+    """An attempt of an ``@internal`` task on its way to the broker.
 
-    job_name: str
-    task_id: UUID
-    room_id: str
-    payload: dict[str, Any]
-    traceparent: str | None
+    Attributes
+    ----------
+    task : TaskView
+        As it was when it was claimed for the broker.
+    again : bool
+        Whether this attempt's message may be queued already.
+    """
+
+    task: "TaskView"
+    again: bool
 
 
 @dataclass
@@ -294,14 +299,10 @@ class Outbox:
             Emission(event, jobs_channel(name)) for name, event in available.items()
         ]
 
-    def dispatch(self, tasks: Iterable["TaskView"]) -> None:
-        """Hand those tasks that were born claimed to the broker."""
+    def dispatch(self, tasks: Iterable["TaskView"], *, again: bool = False) -> None:
+        """Hand those tasks that were claimed for the broker to it."""
         self.dispatches += [
-            Dispatch(
-                task.job_name, task.id, task.room_id, task.payload, task.traceparent
-            )
-            for task in tasks
-            if task.status is TaskStatus.CLAIMED
+            Dispatch(task, again) for task in tasks if task.status is TaskStatus.CLAIMED
         ]
 
     def jobs_changed(self, rooms: Iterable[str]) -> None:

@@ -1,8 +1,10 @@
 """Problem details (RFC 9457): one class a problem, its docstring the default detail."""
 
 import re
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from inspect import cleandoc
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 PROBLEM_JSON = "application/problem+json"
+
+# of an error's text, and of a group's exceptions
+MAX_ERROR = 64 * 1024
+MAX_LEAVES = 10
 
 
 class ProblemDetail(BaseModel):
@@ -327,3 +333,28 @@ async def problem_exception_handler(request: "Request", exc: Exception) -> "Resp
         headers=exc.headers,
         media_type=PROBLEM_JSON,
     )
+
+
+def describe(exc: BaseException) -> str:
+    """Return an exception as the last lines of its traceback, and of a group each one's.
+
+    At most ``MAX_ERROR`` characters, of what JSON and databases can hold.
+    """
+    text = "".join(traceback.format_exception_only(exc)).strip()
+    group = isinstance(exc, BaseExceptionGroup)
+    leaves = islice(_leaves(exc), MAX_LEAVES) if group else ()
+    return storable("\n".join([text, *map(describe, leaves)]))
+
+
+def _leaves(exc: BaseException) -> Iterator[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        for inner in exc.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield exc
+
+
+def storable(text: str) -> str:
+    """Return ``text`` cut and cleaned of what JSON or a database can't hold."""
+    text = text.replace("\0", "\ufffd")[:MAX_ERROR]
+    return text.encode("utf-8", "replace").decode()

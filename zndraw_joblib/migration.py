@@ -65,6 +65,7 @@ _TASKS = sa.table(
     sa.column("deadline_at", _TIME),
     sa.column("error", sa.Text),
     sa.column("error_type", sa.String),
+    sa.column("dispatches", sa.Integer),
     sa.column("revision", sa.Integer),
     sa.column("payload_checked", sa.Boolean),
 )
@@ -98,10 +99,20 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("idempotency_key", sa.String(), True),
         ("request_digest", sa.String(64), True),
         ("claim_key", sa.String(), True),
+        ("dispatches", sa.Integer(), False),
         ("traceparent", sa.String(55), True),
         ("revision", sa.Integer(), False),
         ("payload_checked", sa.Boolean(), False),
     ],
+}
+
+#: What no task of 0.1.7 has another value of.
+_TASK_DEFAULTS = {
+    "priority": 0,
+    "max_attempts": 1,
+    "dispatches": 1,
+    "revision": 1,
+    "payload_checked": False,
 }
 
 _CHECKS = {
@@ -326,15 +337,14 @@ def _fill_tasks(connection: sa.Connection) -> None:
         sa.update(_TASKS)
         .where(task.id == seen.c.id)
         .values(
+            **_TASK_DEFAULTS,
             job_name=sa.func.coalesce(seen.c.name, "@global:unknown:unknown"),
             worker_id=sa.case((~pending, task.worker_id)),
             holder_id=sa.case((~pending, seen.c.owner)),
             status=sa.case((lost, sa.literal("FAILED", _STATUS)), else_=task.status),
-            priority=0,
             queue_order=seen.c.place,
             attempt=sa.case((untouched, 0), else_=1),
             failed_attempts=sa.case((failed, 1), else_=0),
-            max_attempts=1,
             created_at=created,
             claimed_at=sa.case(
                 (is_("CLAIMED"), sa.func.coalesce(started, created)),
@@ -363,8 +373,6 @@ def _fill_tasks(connection: sa.Connection) -> None:
                 (failed & (task.error == "Internal task timed out"), "timeout"),
                 (failed, "user_error"),
             ),
-            revision=1,
-            payload_checked=False,
         )
     )
 

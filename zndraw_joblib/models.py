@@ -281,7 +281,9 @@ class Task(Base):
     deadline_at : datetime or None
         When the sweeper ends this attempt.
     claim_key : str or None
-        The ``Idempotency-Key`` of the claim.
+        The ``Idempotency-Key`` of the claim, or of the start that was reported.
+    dispatches : int
+        How many messages were sent to the broker for this ``@internal`` attempt.
     errors : str or None
         JSON, a line for each failed attempt.
     traceparent : str or None
@@ -350,6 +352,7 @@ class Task(Base):
     idempotency_key: Mapped[str | None]
     request_digest: Mapped[str | None] = mapped_column(String(64))
     claim_key: Mapped[str | None]
+    dispatches: Mapped[int] = mapped_column(default=1)
     traceparent: Mapped[str | None] = mapped_column(String(55))
     revision: Mapped[int] = mapped_column(
         default=1, onupdate=literal_column("task.revision + 1", Integer)

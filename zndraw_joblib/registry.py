@@ -1,22 +1,23 @@
 """``@internal`` jobs and providers: run by the server side through TaskIQ."""
 
+import asyncio
+import inspect
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 from uuid import UUID
 
+import anyio
 from fastapi import FastAPI
-from sqlalchemy.ext.asyncio import AsyncSession
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
 from zndraw_joblib import attempts, jobs, telemetry
 from zndraw_joblib.delivery import Exits, SessionMaker, deliver
 from zndraw_joblib.events import Outbox
-from zndraw_joblib.lifecycle import ErrorType
-from zndraw_joblib.models import TASK
+from zndraw_joblib.exceptions import describe
 from zndraw_joblib.names import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
 from zndraw_joblib.settings import settings_of
@@ -35,12 +36,17 @@ class ExtensionClass(Protocol):
         ...
 
 
-#: ``await executor(extension_cls, payload, room_id, task_id)``; it reports by itself.
-InternalExecutor = Callable[[Any, dict[str, Any], str, str], Awaitable[None]]
+#: ``await executor(extension_cls, payload, room_id, task_id)``; it reports by itself. Of
+#: ``attempt``, ``token`` and ``traceparent`` it is given those that it declares, by name.
+InternalExecutor = Callable[..., Awaitable[None]]
 
 #: ``await executor(provider_cls, params, provider_id, request_id)``; it uploads the
-#: result itself, with ``request_id`` as ``X-Request-Hash``.
-InternalProviderExecutor = Callable[[Any, dict[str, Any], str, str], Awaitable[None]]
+#: result itself, with ``request_id`` as ``X-Request-Hash``. It is given ``token`` where
+#: it declares it.
+InternalProviderExecutor = Callable[..., Awaitable[None]]
+
+#: ``await mint_token(task)``, or of a provider: what its executor may authenticate with.
+MintToken = Callable[[Any], Awaitable[str]]
 
 
 def internal_name(extension: Any) -> FullName:
@@ -63,32 +69,95 @@ class InternalRegistry:
         By full name.
     executor : InternalExecutor or InternalProviderExecutor
         Runs them.
+    mint_token : MintToken, optional
+        Makes the token that a message carries.
     """
 
     tasks: Mapping[str, AsyncTaskiqDecoratedTask[Any, Any]]
     extensions: Mapping[str, Any]
     executor: Callable[..., Awaitable[None]]
+    mint_token: MintToken | None = None
 
     def __contains__(self, full_name: object) -> bool:
         return full_name in self.tasks
 
-    async def send(self, name: str, **message: Any) -> None:
-        """Hand a message to the broker; what the broker raises is raised."""
-        task = self.tasks[name]
-        # a label, since hosts' own tasks take exactly these arguments
+    async def send(self, name: str, *, subject: Any = None, **message: Any) -> None:
+        """Hand a message to the broker; what the broker raises is raised.
+
+        Parameters
+        ----------
+        name : str
+            The full name of the job or provider.
+        subject : TaskResponse or ProviderResponse, optional
+            For whom a token is minted, and whose ``attempt`` is told.
+        **message
+            The arguments of the task.
+        """
+        # labels, since hosts' own tasks take exactly these arguments
+        labels: dict[str, Any] = {}
         if (trace := telemetry.carried()) is not None:
-            await task.kicker().with_labels(traceparent=trace).kiq(**message)
-        else:
-            await task.kiq(**message)
+            labels["traceparent"] = trace
+        if (attempt := getattr(subject, "attempt", None)) is not None:
+            labels["attempt"] = attempt
+        # an argument, since brokers keep the labels with a result
+        if self.mint_token is not None:
+            message["token"] = await self.mint_token(subject)
+        await self.tasks[name].kicker().with_labels(**labels).kiq(**message)
+
+
+#: The name that providers' registries had.
+InternalProviderRegistry = InternalRegistry
+
+
+class Message(NamedTuple):
+    """What the broker delivered of a task.
+
+    ``attempt`` and ``traceparent`` are None where the sender told none.
+    """
+
+    payload: dict[str, Any]
+    room_id: str
+    task_id: str
+    attempt: int | None
+    token: str | None
+    traceparent: str | None
+
+
+def _declared(executor: Callable[..., Any], *names: str) -> frozenset[str]:
+    """Return which of ``names`` an executor declares beside its four arguments."""
+    parameters = inspect.signature(executor).parameters.values()
+    positional = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD][:4]
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(
+        p.name
+        for p in parameters
+        if p.name in names and p.kind in by_name and p not in positional
+    )
+
+
+Run = Callable[[Any, Message], Awaitable[None]]
+
+
+def _runner(executor: InternalExecutor) -> Run:
+    """Return what calls an executor with what it declares."""
+    declared = _declared(executor, "attempt", "token", "traceparent")
+
+    async def run(extension: Any, message: Message) -> None:
+        asked = {name: getattr(message, name) for name in declared}
+        await executor(
+            extension, message.payload, message.room_id, message.task_id, **asked
+        )
+
+    return run
 
 
 def register_internal_tasks(
-    broker: AsyncBroker, extensions: Iterable[Any], executor: InternalExecutor
+    broker: AsyncBroker,
+    extensions: Iterable[Any],
+    executor: InternalExecutor,
+    mint_token: MintToken | None = None,
 ) -> InternalRegistry:
     """Register extensions with a broker, for a process with no app and no database.
-
-    Where the process uses OpenTelemetry, a run stands in a consumer span, which goes on
-    with the trace of the submission.
 
     Parameters
     ----------
@@ -97,18 +166,13 @@ def register_internal_tasks(
     extensions : iterable of type
         Classes with ``category``, ``__name__`` and ``model_json_schema()``.
     executor : InternalExecutor
-        Runs a task and reports on it.
+        Runs a task and reports on it, its start included: the broker may deliver twice.
+    mint_token : MintToken, optional
+        Makes the token that goes with a task, where this process sends them.
     """
-
-    async def run(
-        extension: Any, payload: dict[str, Any], room_id: str, task_id: str
-    ) -> None:
-        name, trace = str(internal_name(extension)), telemetry.carried()
-        # which attempt it is, only the host knows
-        with telemetry.processing(name, task_id, None, trace):
-            await executor(extension, payload, room_id, task_id)
-
-    return _register(broker, extensions, executor, _job_receiver(run))
+    return _register(
+        broker, extensions, executor, _job_receiver(_runner(executor)), mint_token
+    )
 
 
 def _register(
@@ -116,41 +180,69 @@ def _register(
     classes: Iterable[Any],
     executor: Callable[..., Awaitable[None]],
     receiver: Callable[[Any], Callable[..., Awaitable[None]]],
+    mint_token: MintToken | None,
 ) -> InternalRegistry:
     by_name = {str(internal_name(cls)): cls for cls in classes}
     tasks = {
         name: broker.register_task(receiver(cls), task_name=name)
         for name, cls in by_name.items()
     }
-    return InternalRegistry(tasks, by_name, executor)
+    return InternalRegistry(tasks, by_name, executor, mint_token)
 
 
 def _context(context: Annotated[Context, TaskiqDepends()]) -> Context:
     return context
 
 
-def _job_receiver(
-    run: InternalExecutor,
-) -> Callable[[Any], Callable[..., Awaitable[None]]]:
+def _job_receiver(run: Run) -> Callable[[Any], Callable[..., Awaitable[None]]]:
     def receiver(extension: Any) -> Callable[..., Awaitable[None]]:
         async def receive(
             task_id: str,
             room_id: str,
             payload: dict[str, Any],
+            token: str | None = None,
             context: Annotated[Context | None, TaskiqDepends(_context)] = None,
         ) -> None:
-            with telemetry.continuing(context.message.labels if context else {}):
-                await run(extension, payload, room_id, task_id)
+            labels = context.message.labels if context else {}
+            attempt = labels.get("attempt")
+            with telemetry.continuing(labels):
+                message = Message(
+                    payload,
+                    room_id,
+                    task_id,
+                    None if attempt is None else int(attempt),
+                    token,
+                    telemetry.carried(),
+                )
+                await _contained(run(extension, message))
 
         return receive
 
     return receiver
 
 
+async def _contained(running: Awaitable[None]) -> None:
+    """Make an exception of whatever else ends an executor: it would end the process."""
+    try:
+        await running
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException as exc:
+        task = asyncio.current_task()
+        if isinstance(exc, asyncio.CancelledError) and task and task.cancelling():
+            raise
+        raise RuntimeError(f"the executor ended with {describe(exc)}") from exc
+
+
 def register_internal_providers(
-    broker: AsyncBroker, providers: Iterable[Any], executor: InternalProviderExecutor
+    broker: AsyncBroker,
+    providers: Iterable[Any],
+    executor: InternalProviderExecutor,
+    mint_token: MintToken | None = None,
 ) -> InternalRegistry:
-    """Register providers with a broker; a host sets ``app.state.internal_providers``.
+    """Register providers with a broker.
+
+    A host sets ``app.state.internal_provider_registry`` to what is returned.
 
     Parameters
     ----------
@@ -160,15 +252,22 @@ def register_internal_providers(
         Classes with ``category``, ``__name__`` and ``model_json_schema()``.
     executor : InternalProviderExecutor
         Serves a request and uploads its result.
+    mint_token : MintToken, optional
+        Makes the token that goes with a request, of the provider that is asked.
     """
+    declared = _declared(executor, "token")
 
     def receiver(provider: Any) -> Callable[..., Awaitable[None]]:
-        async def receive(provider_id: str, request_id: str, params: str) -> None:
-            await executor(provider, json.loads(params), provider_id, request_id)
+        async def receive(
+            provider_id: str, request_id: str, params: str, token: str | None = None
+        ) -> None:
+            asked = {"token": token} if declared else {}
+            arguments = (provider, json.loads(params), provider_id, request_id)
+            await _contained(executor(*arguments, **asked))
 
         return receive
 
-    return _register(broker, providers, executor, receiver)
+    return _register(broker, providers, executor, receiver, mint_token)
 
 
 async def ensure_internal_providers(
@@ -202,11 +301,12 @@ async def register_internal_jobs(
     extensions: Iterable[Any],
     executor: InternalExecutor,
     session_maker: SessionMaker,
+    mint_token: MintToken | None = None,
 ) -> InternalRegistry:
     """Write the rows of ``@internal`` jobs and set ``app.state.internal_registry``.
 
     A task that the broker delivers to this process is started here, so that of two
-    deliveries one runs, and failed here when the executor raises.
+    deliveries one runs, and its attempt is failed here when the executor raises.
 
     Parameters
     ----------
@@ -221,56 +321,56 @@ async def register_internal_jobs(
         Runs a task and reports on it.
     session_maker : callable
         Opens sessions.
+    mint_token : MintToken, optional
+        ``await mint_token(task)`` makes the token that goes with a task's message, after
+        the commit; executors that declare ``token`` are given it.
     """
     extensions = list(extensions)
+    execute = _runner(executor)
 
-    async def tell(change: Callable[[AsyncSession], Awaitable[list[Any]]]) -> bool:
-        box = Outbox()
+    async def change(step: Callable[..., Awaitable[Any]], *what: Any) -> Any:
+        box, settings = Outbox(), settings_of(app)
         async with session_maker() as session:
-            for task in await change(session):
-                box.task_changed(task)
+            changed = await step(session, *what, settings)
             await session.commit()
+        box.tasks_changed(changed)
         tsio = getattr(app.state, "tsio", None)
-        await deliver(box, Exits(session_maker, settings_of(app), tsio))
-        return bool(box.emissions)
+        await deliver(box, Exits(session_maker, settings, tsio))
+        return changed
 
-    async def run(
-        extension: Any, payload: dict[str, Any], room_id: str, task_id: str
-    ) -> None:
-        started: list[Any] = []
-
-        async def start(session: AsyncSession) -> list[Any]:
-            task = await attempts.start_internal(
-                session, UUID(task_id), settings_of(app)
-            )
-            started.extend([] if task is None else [task])
-            return started
-
-        async def fail(session: AsyncSession) -> list[Any]:
-            return await attempts.fail(
-                session,
-                TASK.c.id == UUID(task_id),
-                settings_of(app),
-                error=str(exc) or type(exc).__name__,
-                error_type=ErrorType.USER_ERROR,
-            )
-
-        if not await tell(start):
-            log.info("task %s is not there to be started", task_id)
-            return
+    async def fail(task: Any, error: str) -> None:
         try:
-            (task,) = started
-            with telemetry.processing(
-                task.job_name, task_id, task.attempt, task.traceparent
+            # whatever cancels the executor does not leave its task running
+            with anyio.move_on_after(
+                settings_of(app).dispatch_timeout_seconds, shield=True
             ):
-                await executor(extension, payload, room_id, task_id)
-        except Exception as raised:
-            exc = raised
-            await tell(fail)
+                await change(attempts.fail_internal, task.id, task.attempt, error)
+        except Exception:
+            # it stays running until the sweeper ends it
+            log.exception("task %s could not be failed", task.id)
+
+    async def run(extension: Any, message: Message) -> None:
+        started = await change(
+            attempts.start_internal, UUID(message.task_id), message.attempt
+        )
+        if not started:
+            log.info("task %s is not there to be started", message.task_id)
+            return
+        (task,) = started
+        try:
+            with telemetry.continuing({"traceparent": task.traceparent or ""}):
+                await execute(extension, message._replace(attempt=task.attempt))
+        except GeneratorExit:
+            raise
+        except BaseException as exc:
+            error = describe(exc)
+            if message.token:
+                error = error.replace(message.token, "[token]")
+            await fail(task, error)
             raise
 
     await ensure_internal_jobs(extensions, session_maker)
-    registry = _register(broker, extensions, executor, _job_receiver(run))
+    registry = _register(broker, extensions, executor, _job_receiver(run), mint_token)
     app.state.internal_registry = registry
     return registry
 

@@ -237,6 +237,7 @@ def sender(
     async def dispatch() -> None:
         await registry.send(
             provider.full_name,
+            subject=provider,
             provider_id=str(provider.id),
             request_id=digest,
             params=event.params,

@@ -26,7 +26,13 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
 from zndraw_joblib import workers
-from zndraw_joblib.attempts import back_in_queue, failed, told
+from zndraw_joblib.attempts import (
+    NO_KEY,
+    back_in_queue,
+    confirm_internal_start,
+    failed,
+    told,
+)
 from zndraw_joblib.exceptions import (
     Forbidden,
     InvalidTaskTransition,
@@ -96,7 +102,7 @@ def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
             TASK.c.started_at: now(),
             TASK.c.deadline_at: now(of_job(JOB.c.timeout_seconds)),
             TASK.c.claim_key: func.coalesce(
-                bindparam("key", type_=TASK.c.claim_key.type), TASK.c.claim_key
+                bindparam("key", type_=TASK.c.claim_key.type), TASK.c.claim_key, NO_KEY
             ),
         }
     error = _said("error", TASK.c.error.type, count)
@@ -120,13 +126,19 @@ def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
     }
 
 
+# What an executor says of the attempt that it started.
+DELIVERED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.PENDING})
 # Afterwards nothing says whose the task was.
 _LEAVING = frozenset({TaskStatus.FAILED, TaskStatus.PENDING})
 
 
 @lru_cache(maxsize=128)
 def _moving(
-    status: TaskStatus, superuser: bool, count: int, position_max: int | None
+    status: TaskStatus,
+    superuser: bool,
+    count: int,
+    position_max: int | None,
+    keyed: bool,
 ) -> ReturningUpdate[Any]:
     # built once for each shape
     shown = [workers.unheard(TASK.c.worker_id), *VIEW]
@@ -144,9 +156,25 @@ def _moving(
             rechecked(_may_become(status)),
             _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
             TASK.c.attempt == func.coalesce(leased, TASK.c.attempt),
+            _of_this_delivery(status, leased) if keyed else true(),
         )
         .values(_reported(status, count))
         .returning(*shown)
+    )
+
+
+def _of_this_delivery(
+    status: TaskStatus, leased: ColumnElement[Any]
+) -> ColumnElement[bool]:
+    """A keyed report of an ``@internal`` attempt is of the delivery that started it."""
+    if status not in DELIVERED:
+        return true()
+    key = bindparam("key", type_=TASK.c.claim_key.type)
+    running = TASK.c.status == constant(TaskStatus.RUNNING)
+    return or_(
+        TASK.c.worker_id.is_not(None),
+        TASK.c.claim_key.in_([NO_KEY, key]),
+        and_(TASK.c.claim_key.is_(None), or_(running, leased.is_not(None))),
     )
 
 
@@ -187,7 +215,7 @@ async def _move(
             f"told_{n}": told(report.error, ErrorType.USER_ERROR),
         }
     most = settings.queue_position_max if alone else None
-    moving = _moving(status, caller.is_superuser, count, most)
+    moving = _moving(status, caller.is_superuser, count, most, key is not None)
     moved = await session.execute(moving, names)
     return moved.all()
 
@@ -272,6 +300,13 @@ async def report(
         row = await _find(session, task_id, entitled, caller, may_enter, settings)
         alive = [row.worker_id] if row.unheard else []
         standing = _explain(row, row.entitled, request, key)
+        if (
+            request.status is TaskStatus.RUNNING
+            and row.worker_id is None
+            # the broker may deliver twice: a start can be repeated under its key alone
+            and not await confirm_internal_start(session, task_id, row.attempt, key)
+        ):
+            raise _lease_lost(row)
         reported = Reported(standing, changed=False)
     if alive:
         await workers.keep_alive(session, alive)
@@ -376,8 +411,10 @@ def _explain(
 ) -> TaskResponse:
     task_id = row.id
     current = request.attempt is None or row.attempt == request.attempt
-    taken = request.status is TaskStatus.RUNNING and (
-        key is not None and row.claim_key not in (None, key)
+    internal = row.worker_id is None and request.status in DELIVERED
+    unstarted = internal and row.status is TaskStatus.CLAIMED
+    taken = (request.status is TaskStatus.RUNNING or internal) and (
+        key is not None and (row.claim_key not in (None, NO_KEY, key) or unstarted)
     )
     repeated = row.status == request.status and request.status in REPORTABLE
     fenced_out = not current or (request.attempt is not None and row.status not in HELD)
@@ -391,15 +428,19 @@ def _explain(
     if repeated and current and not taken:
         return read_view(row)
     if fenced_out or taken:
-        raise LeaseLost.exception(
-            f"task {task_id} is {row.status.value} in attempt {row.attempt}, "
-            "and not under this lease",
-            task_status=row.status.value,
-            attempt=row.attempt,
-        )
+        raise _lease_lost(row)
     raise InvalidTaskTransition.exception(
         f"a {row.status.value} task can't become {request.status.value}",
         task_status=row.status.value,
+    )
+
+
+def _lease_lost(row: Row[Any]) -> ProblemException:
+    return LeaseLost.exception(
+        f"task {row.id} is {row.status.value} in attempt {row.attempt}, "
+        "and not under this lease",
+        task_status=row.status.value,
+        attempt=row.attempt,
     )
 
 

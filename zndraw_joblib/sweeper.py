@@ -177,7 +177,7 @@ async def cleanup_overdue_attempts(
     settings = settings or get_settings()
     exits = Exits(session_maker, settings, tsio)
     total = 0
-    for step in (attempts.time_out, attempts.take_back, attempts.lose_orphans):
+    for step in (attempts.time_out, attempts.release_unstarted, attempts.lose_orphans):
         batch = partial(_change, step, settings)
         total += await _in_batches(batch, TASKS_A_BATCH, exits)
     return total
@@ -225,11 +225,12 @@ async def cleanup_stuck_internal_tasks(
     exits = Exits(session_maker, settings, tsio, registry)
 
     async def resend(session: AsyncSession, outbox: Outbox) -> int:
-        overdue = await attempts.redispatch(session, settings, TASKS_A_BATCH)
-        again = await attempts.take_up(session, settings, TASKS_A_BATCH)
+        overdue = await attempts.dispatch_again(session, settings, TASKS_A_BATCH)
+        again = await attempts.dispatch_waiting(session, settings, TASKS_A_BATCH)
         for task in again:
             outbox.task_changed(task)
-        outbox.dispatch(overdue + again)
+        outbox.dispatch(again)
+        outbox.dispatch(overdue, again=True)
         return len(overdue) + len(again)
 
     stuck = partial(_change, attempts.fail_stuck, settings)

@@ -252,6 +252,7 @@ def born_claimed(redispatch_seconds: float | ColumnElement[float]) -> dict[Any, 
         TASK.c.attempt: TASK.c.attempt + 1,
         TASK.c.claimed_at: now(),
         TASK.c.deadline_at: now(redispatch_seconds),
+        TASK.c.dispatches: literal(1),
     }
 
 
