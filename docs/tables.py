@@ -124,7 +124,7 @@ def all_events() -> list[type[events.FrozenEvent]]:
 def event_sections() -> str:
     """Return a section for every event, with its fields."""
     return "\n\n".join(
-        f"## {event.event_name()}\n\n{told(event)}\n\n"
+        f"## {event.event_name}\n\n{told(event)}\n\n"
         + (
             table(
                 "field",

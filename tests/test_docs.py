@@ -504,7 +504,7 @@ def test_every_problem_and_event_is_told():
     ):
         for cls in heirs(base):
             if cls.__module__.startswith("zndraw_joblib"):
-                name = tables.title(cls) if base is ours[0] else cls.event_name()
+                name = tables.title(cls) if base is ours[0] else cls.event_name
                 assert f"## {name}\n\n{tables.told(cls)}" in made
 
 

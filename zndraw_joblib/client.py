@@ -380,7 +380,7 @@ class JobManager(Claimant):
             (TaskStatusEvent, self._on_task_status),
             (ProviderRequest, self._on_provider_request),
         ):
-            socket.on(event.event_name(), handler)
+            socket.on(event.event_name, handler)
 
     def _on_connect(self) -> None:
         if self._worker_id is not None:

@@ -50,10 +50,10 @@ class Socket:
         if self.tsio is None:
             return
         try:
-            self.tsio.emit(event.event_name(), event.model_dump(mode="json"))
+            self.tsio.emit(event.event_name, event.model_dump(mode="json"))
         except Exception as exc:
             # rooms are joined at every connect
-            log.debug("could not say %s: %s", event.event_name(), exc)
+            log.debug("could not say %s: %s", event.event_name, exc)
 
     def ask(self, event: FrozenEvent) -> None:
         """Tell the host and wait, for a bounded time, until it has heard."""
@@ -62,12 +62,12 @@ class Socket:
             return
         try:
             self.tsio.call(
-                event.event_name(),
+                event.event_name,
                 event.model_dump(mode="json"),
                 timeout=CONNECT_SECONDS,
             )
         except Exception as exc:
-            log.debug("could not ask for %s: %s", event.event_name(), exc)
+            log.debug("could not ask for %s: %s", event.event_name, exc)
 
     def settle(self) -> None:
         """Wait until the first try to connect is over, whatever came of it."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from uuid import UUID
 
 import anyio
@@ -23,10 +23,13 @@ class FrozenEvent(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    #: the name under which Socket.IO carries it; typed wrappers of Socket.IO read it too
+    event_name: ClassVar[str]
+
     @classmethod
-    def event_name(cls) -> str:
-        """Return the name under which Socket.IO carries this event."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if "event_name" not in vars(cls):
+            cls.event_name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
 
 class JobsInvalidate(FrozenEvent):
@@ -210,14 +213,14 @@ async def emit(
         try:
             with anyio.fail_after(timeout):
                 await tsio.emit(
-                    event.event_name(), event.model_dump(mode="json"), room=room
+                    event.event_name, event.model_dump(mode="json"), room=room
                 )
         except TimeoutError:
             # of a thousand events each would wait as long
-            log.exception("event %s for %s did not leave", event.event_name(), room)
+            log.exception("event %s for %s did not leave", event.event_name, room)
             return
         except Exception:
-            log.exception("event %s for %s did not leave", event.event_name(), room)
+            log.exception("event %s for %s did not leave", event.event_name, room)
 
 
 class Dispatch(NamedTuple):

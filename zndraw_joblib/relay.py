@@ -225,7 +225,7 @@ def sender(
             if tsio is None:
                 raise RuntimeError("the host has no Socket.IO server")
             await tsio.emit(
-                event.event_name(),
+                event.event_name,
                 event.model_dump(mode="json"),
                 room=providers_channel(provider.full_name),
             )
