@@ -44,7 +44,7 @@ from uuid_utils.compat import uuid7
 from zndraw_auth import Base
 
 from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
-from zndraw_joblib.names import visible_rooms
+from zndraw_joblib.names import FullName, visible_rooms
 
 T = TypeVar("T")
 
@@ -187,13 +187,18 @@ class Job(Base):
     room_id: Mapped[str]
     category: Mapped[str]
     name: Mapped[str]
-    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON)
+    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON, default=dict)
     deleted: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     max_attempts: Mapped[int] = mapped_column(default=1)
     retry_delay_seconds: Mapped[float] = mapped_column(default=0.0)
     timeout_seconds: Mapped[float | None]
     start_timeout_seconds: Mapped[float | None]
+
+    @property
+    def full_name(self) -> str:
+        """Return ``room:category:name``."""
+        return str(FullName(self.room_id, self.category, self.name))
 
 
 class Worker(Base):
@@ -247,7 +252,7 @@ class ProviderRecord(Base):
     room_id: Mapped[str]
     category: Mapped[str]
     name: Mapped[str]
-    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON)
+    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON, default=dict)
     content_type: Mapped[str] = mapped_column(default="application/json")
     user_id: Mapped[UUID] = mapped_column(
         ForeignKey("user.id", name="provider_user_id_fkey", ondelete="CASCADE")
@@ -256,6 +261,11 @@ class ProviderRecord(Base):
         ForeignKey("worker.id", name="provider_worker_id_fkey", ondelete="CASCADE")
     )
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+
+    @property
+    def full_name(self) -> str:
+        """Return ``room:category:name``."""
+        return str(FullName(self.room_id, self.category, self.name))
 
 
 class Task(Base):

@@ -3,7 +3,13 @@
 from functools import lru_cache
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
@@ -88,10 +94,11 @@ class JobLibSettings(BaseSettings):
     allowed_provider_categories: list[str] | None = Field(
         default=None, description="Categories of providers; `None` admits any."
     )
-    provider_result_ttl_seconds: PositiveFloat = Field(
+    # whole: a host's own result backend may hand them to Redis as they are
+    provider_result_ttl_seconds: PositiveInt = Field(
         default=300, description="How long a provider's result is kept."
     )
-    provider_inflight_ttl_seconds: PositiveFloat = Field(
+    provider_inflight_ttl_seconds: PositiveInt = Field(
         default=30, description="How long one dispatched read holds back a second one."
     )
     provider_result_max_bytes: PositiveInt = Field(
@@ -102,7 +109,7 @@ class JobLibSettings(BaseSettings):
         description="Requests that a process sends to a provider before it has answers"
         " (503 beyond).",
     )
-    provider_long_poll_default_seconds: PositiveFloat = Field(
+    provider_long_poll_default_seconds: NonNegativeFloat = Field(
         default=5, description="Wait of a provider read without `Prefer: wait`."
     )
     provider_long_poll_max_seconds: PositiveFloat = Field(
