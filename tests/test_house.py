@@ -42,6 +42,8 @@ CLIENT = [
     "client_claiming",
     "client",
 ]
+#: beside it too, for one release: it looks at anything, and these look at it
+DEPRECATED = {"registry", "sweeper", "dependencies"}
 MAX_FUNCTION_LINES = 70
 
 Rule = Callable[[ast.AST], bool]
@@ -201,6 +203,8 @@ def test_imports_go_down():
     ground = {name for floor in FLOORS[:3] for name in floor}
     allowed = {name: set(order[:at]) for at, name in enumerate(order)}
     allowed |= {name: ground | set(CLIENT[:at]) for at, name in enumerate(CLIENT)}
+    allowed |= {name: allowed[name] | {"deprecated"} for name in DEPRECATED}
+    allowed["deprecated"] = set(MODULES)
     homeless = set(MODULES) - set(allowed) - {"__init__"}
     assert not homeless, "give it a floor"
     wrong = {

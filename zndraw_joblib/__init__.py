@@ -84,8 +84,5 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        module = import_module(f"zndraw_joblib.{_MODULE_OF[name]}")
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    return getattr(module, name)
+    module = _MODULE_OF.get(name, "deprecated")
+    return getattr(import_module(f"zndraw_joblib.{module}"), name)

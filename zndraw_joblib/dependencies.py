@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
 
+from zndraw_joblib import deprecated
 from zndraw_joblib.delivery import (
     ANSWER,
     Exits,
@@ -26,6 +27,7 @@ from zndraw_joblib.delivery import (
     deliver,
     tell,
 )
+from zndraw_joblib.deprecated import __getattr__ as __getattr__
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
 from zndraw_joblib.names import check_room
@@ -87,6 +89,7 @@ async def get_internal_providers(request: Request) -> InternalRegistry | None:
     return getattr(request.app.state, "internal_provider_registry", None)
 
 
+@deprecated.for_removals
 async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
     """Return ``app.state.on_providers_removed``: what hears of providers that went.
 

@@ -14,7 +14,7 @@ import anyio
 from fastapi import FastAPI
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
-from zndraw_joblib import attempts, jobs, telemetry
+from zndraw_joblib import attempts, deprecated, jobs, telemetry
 from zndraw_joblib.delivery import Exits, SessionMaker, deliver
 from zndraw_joblib.events import Outbox
 from zndraw_joblib.exceptions import describe
@@ -295,6 +295,7 @@ async def ensure_internal_providers(
         await session.commit()
 
 
+@deprecated.for_registry
 async def register_internal_jobs(
     app: FastAPI,
     broker: AsyncBroker,
@@ -375,6 +376,7 @@ async def register_internal_jobs(
     return registry
 
 
+@deprecated.for_registry
 async def ensure_internal_jobs(
     extensions: Iterable[Any], session_maker: SessionMaker
 ) -> None:

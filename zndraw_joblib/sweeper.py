@@ -9,7 +9,7 @@ import anyio
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import attempts, jobs, tasks, workers
+from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
 from zndraw_joblib.delivery import (
     Dispatcher,
     Exits,
@@ -305,6 +305,7 @@ async def purge_tasks(
     return total
 
 
+@deprecated.for_sweeper
 async def run_sweeper(
     session_maker: SessionMaker,
     settings: JobLibSettings | None = None,
