@@ -1,10 +1,14 @@
 """The sweeper: it ends what is lost, everything that is lost, and that alone."""
 
+import logging
+import time
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from uuid import UUID, uuid4
 
 import anyio
+import pytest
+import sqlalchemy as sa
 from sqlalchemy import delete, func, insert, select, update
 from steps import (
     JOB,
@@ -21,14 +25,17 @@ from steps import (
     submit,
 )
 
-from zndraw_joblib.models import Task, Worker, WorkerJobLink, now
-from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib import sweeper
+from zndraw_joblib.models import Job, Task, Worker, WorkerJobLink, now
+from zndraw_joblib.settings import JobLibSettings, get_settings
 from zndraw_joblib.sweeper import (
     TASKS_A_BATCH,
     WORKERS_A_BATCH,
     cleanup_overdue_attempts,
     cleanup_stale_workers,
     cleanup_worker,
+    purge_jobs,
+    purge_tasks,
     run_sweeper,
 )
 
@@ -295,3 +302,189 @@ async def test_the_sweeper_goes_on_whatever_happens(ada, session_maker, caplog):
     seen = turns
     await anyio.sleep(0.1)
     assert turns == seen, "cancelled, it stops"
+
+
+@pytest.fixture
+async def note(engine):
+    """Yield a table of the host's whose rows keep what they refer to."""
+    tables = (Worker, Task, Job)
+    columns = (
+        sa.Column(
+            t.__tablename__, t.__table__.c.id.type, sa.ForeignKey(t.__table__.c.id)
+        )
+        for t in tables
+    )
+    note = sa.Table("host_note", sa.MetaData(), *columns)
+    for column in note.columns:
+        # as its foreign key would, if SQLite looked at it
+        keeps = sa.DDL(
+            f"CREATE TRIGGER keep_{column.name} BEFORE DELETE ON {column.name}"
+            f" WHEN EXISTS (SELECT 1 FROM host_note WHERE {column.name} = OLD.id)"
+            " BEGIN SELECT RAISE(ABORT, 'FOREIGN KEY constraint failed'); END"
+        )
+        sa.event.listen(note, "after_create", keeps.execute_if(dialect="sqlite"))
+    async with engine.begin() as connection:
+        await connection.run_sync(note.create)
+    yield note
+    async with engine.begin() as connection:
+        await connection.run_sync(note.drop)
+
+
+async def test_what_cannot_be_swept_costs_itself_alone(
+    ada, session_maker, note, tsio, caplog
+):
+    """In each pass the others go, and the log says once which stays, and why."""
+    kept = await offer(ada, timeout_seconds=60)
+    job = UUID((await ada.get(f"/rooms/lab/jobs/{JOB}")).json()["id"])
+    others = [uuid4() for _ in range(2 * WORKERS_A_BATCH)]
+    overdue = [running(ada, str(job), kept, order=n) for n in range(TASKS_A_BATCH + 2)]
+    for task in overdue:
+        task["errors"] = None
+    # as written by hand: it can't be read
+    overdue[7]["errors"] = "no JSON"
+    done = [uuid4() for _ in range(5)]
+    jobs = [uuid4() for _ in range(5)]
+    ended = {"job_id": job, "job_name": JOB, "room_id": "lab", "payload": {}}
+    ended |= {"status": "COMPLETED", "completed_at": now(-600), "queue_order": 1}
+    gone = {"room_id": "lab", "category": "modifiers", "schema": {}, "deleted": True}
+    await execute(
+        session_maker,
+        insert(Worker).values([{"id": w, "user_id": ada.id} for w in others]),
+        insert(Task).values(overdue),
+        insert(Task).values([{"id": t, **ended} for t in done]),
+        insert(Job.__table__).values([{"id": j, "name": str(j), **gone} for j in jobs]),
+        update(Worker).values(last_heartbeat=now(-3600)),
+        insert(note).values(worker=others[3], task=done[2], job=jobs[2]),
+    )
+    settings = JobLibSettings(task_retention_seconds={"completed": 60})
+    assert await cleanup_overdue_attempts(session_maker, settings) == len(overdue) - 1
+    assert await purge_tasks(session_maker, settings) == len(done) - 1
+    assert await purge_jobs(session_maker, settings) == len(jobs) - 1
+    await execute(
+        session_maker, update(Task).where(Task.errors == "no JSON").values(errors=None)
+    )
+    assert await cleanup_stale_workers(session_maker, settings) == len(others)
+    left = (await ada.get("/workers")).json()["items"]
+    assert [worker["id"] for worker in left] == [str(others[3])]
+    # nobody serves it
+    assert (await ada.get(f"/rooms/lab/jobs/{JOB}")).status_code == 404
+    stayed = [r for r in caplog.records if "stays" in r.message]
+    assert [r.row_id for r in stayed] == [
+        str(row) for row in (overdue[7]["id"], done[2], jobs[2], others[3])
+    ]
+    assert all("IntegrityError" in r.message for r in stayed[1:])
+    assert all(len(r.message) < 500 for r in stayed)
+
+
+async def test_a_sweeper_logs_once_what_it_finds_again(
+    ada, session_maker, note, caplog
+):
+    workers = [(await ada.post("/workers")).json()["id"] for _ in range(3)]
+    await execute(session_maker, insert(note).values(worker=UUID(workers[0])))
+    await silence(session_maker, *workers)
+    caplog.set_level(logging.INFO, "zndraw_joblib.sweeper")
+    settings = JobLibSettings(sweeper_interval_seconds=0.01)
+    turns = 0
+
+    def counting():
+        nonlocal turns
+        turns += 1
+        return session_maker()
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            group.start_soon(run_sweeper, counting, settings)
+            while (await ada.get("/workers")).json()["total"] > 1 or turns < 60:
+                await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+    assert caplog.text.count("can't be swept") == 1
+    assert (caplog.text.count("sweeper began"), caplog.text.count("sweeper ended")) == (
+        1,
+        1,
+    )
+
+
+async def test_a_sweeper_that_cannot_begin_says_why(session_maker, monkeypatch, caplog):
+    monkeypatch.setenv("ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS", "soon")
+    get_settings.cache_clear()
+    with pytest.raises(ValueError, match="worker_timeout_seconds"):
+        await run_sweeper(session_maker)
+    assert "sweeper ended" in caplog.text
+    get_settings.cache_clear()
+
+
+async def test_after_a_sleep_workers_may_speak_first(ada, session_maker, caplog):
+    """Host and workers slept together, for longer than a worker may be silent."""
+    worker = await offer(ada)
+    settings = JobLibSettings(sweeper_interval_seconds=0.2, worker_timeout_seconds=1.2)
+    began = anyio.Event()
+
+    def opening():
+        began.set()
+        return session_maker()
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            group.start_soon(run_sweeper, opening, settings)
+            await began.wait()
+            await anyio.sleep(0.1)
+            time.sleep(2.5)  # noqa: ASYNC251 - nothing of this process goes on
+            assert (await ada.patch(f"/workers/{worker}")).status_code == 200
+            # who stays silent goes all the same
+            while (await ada.get("/workers")).json()["total"]:
+                await anyio.sleep(0.1)
+            group.cancel_scope.cancel()
+    assert "longer than it meant" in caplog.text
+
+
+async def test_limits_survive_a_clock_that_is_set_back(ada, session_maker):
+    """What was written an hour ahead lasts no longer than it was meant to."""
+    worker = await offer(ada, timeout_seconds=60, max_attempts=3)
+    await submit(ada)
+    (task,) = await claim(ada, worker)
+    await report(ada, task, "running")
+    delayed = await submit(ada, delay_seconds=30)
+    hour = 3600
+    await execute(
+        session_maker,
+        update(Worker).values(last_heartbeat=now(hour)),
+        update(Task)
+        .where(Task.id == UUID(task["id"]))
+        .values(
+            created_at=now(hour - 5),
+            claimed_at=now(hour),
+            started_at=now(hour),
+            deadline_at=now(hour + 60),
+        ),
+        update(Task)
+        .where(Task.id == UUID(delayed["id"]))
+        .values(created_at=now(hour), available_at=now(hour + 30)),
+    )
+    ahead = (
+        select(Worker.last_heartbeat),
+        select(Task.deadline_at),
+        select(Task.available_at),
+    )
+
+    async def seconds_ahead():
+        found = []
+        async with session_maker() as session:
+            clock = (await session.scalars(select(now()))).one()
+            for moments in ahead:
+                found += [
+                    (moment - clock).total_seconds()
+                    for moment in await session.scalars(moments)
+                    if moment is not None
+                ]
+        return found
+
+    assert all(seconds > hour - 60 for seconds in await seconds_ahead())
+    sweep = sweeper._sweep(session_maker, None)
+    for _ in range(2):
+        await sweeper._correct_moments(sweep)
+        heartbeat, deadline, available = await seconds_ahead()
+        assert -60 < heartbeat <= 0
+        assert 0 < deadline <= 60
+        assert available <= 30
+    assert (await read(ada, task))["status"] == "running"
+    assert await sweeper._correct_moments(sweep) == 0, "what is right stays"

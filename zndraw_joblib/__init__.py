@@ -68,6 +68,7 @@ _MODULE_OF = {
     "get_room_access": "dependencies",
     "get_tsio": "dependencies",
     "problem_exception_handler": "exceptions",
+    "purge_jobs": "sweeper",
     "purge_tasks": "sweeper",
     "queue_stats": "stats",
     "register_internal_jobs": "registry",

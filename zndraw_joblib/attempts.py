@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -11,6 +12,7 @@ from sqlalchemy import (
     Select,
     String,
     and_,
+    bindparam,
     case,
     cast,
     exists,
@@ -24,6 +26,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib.lifecycle import (
     INTERNAL_TIMEOUT_ERROR,
@@ -44,9 +47,10 @@ from zndraw_joblib.models import (
     number,
     queued,
     rechecked,
+    seconds_between,
 )
 from zndraw_joblib.names import INTERNAL_ROOM
-from zndraw_joblib.schemas import TaskResponse
+from zndraw_joblib.schemas import MAX_INT, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
@@ -145,99 +149,124 @@ async def fail(
     return await read_changed(session, ended.all(), settings)
 
 
+@lru_cache(maxsize=8)
+def _losing(limit: int, longest_backoff: float) -> ReturningUpdate[Any]:
+    # by id, as reports lock them
+    theirs = (
+        select(TASK.c.id)
+        .where(held(), TASK.c.worker_id.in_(bindparam("lost", expanding=True)))
+        .order_by(TASK.c.id)
+        .limit(number(limit))
+        .with_for_update()
+    )
+    error, error_type = WORKER_LOST_ERROR, ErrorType.WORKER_LOST
+    values = failed(error, told(error, error_type), error_type, longest_backoff, true())
+    lost = update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs))
+    return lost.values(values).returning(*VIEW)
+
+
 async def lose(
     session: AsyncSession,
     worker_ids: Sequence[UUID],
     settings: JobLibSettings,
-    limit: int | None = None,
+    limit: int = MAX_INT,
 ) -> list[TaskResponse]:
     """End the attempts of workers that are lost: all, or at most ``limit`` of them."""
-    # by id, as reports lock them
-    theirs = (
-        select(TASK.c.id)
-        .where(held(), TASK.c.worker_id.in_(worker_ids))
-        .order_by(TASK.c.id)
-        .with_for_update()
-    )
-    if limit is not None:
-        theirs = theirs.limit(number(limit))
-    return await fail(
-        session,
-        TASK.c.id.in_(theirs),
-        settings,
-        error=WORKER_LOST_ERROR,
-        error_type=ErrorType.WORKER_LOST,
+    losing = _losing(limit, settings.retry_delay_max_seconds)
+    ended = await session.execute(losing, {"lost": worker_ids})
+    return await read_changed(session, ended.all(), settings)
+
+
+def orphaned() -> Select[tuple[UUID]]:
+    """Return the attempts whose worker is gone without having ended them."""
+    return select(TASK.c.id).where(
+        held(),
+        TASK.c.worker_id.is_not(None),
+        ~exists().where(WORKER.c.id == TASK.c.worker_id),
     )
 
 
 async def lose_orphans(
-    session: AsyncSession, settings: JobLibSettings, limit: int
+    session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskResponse]:
-    """End at most ``limit`` attempts whose worker is gone without having ended them."""
-    orphans = (
-        select(TASK.c.id)
-        .where(
-            held(),
-            TASK.c.worker_id.is_not(None),
-            ~exists().where(WORKER.c.id == TASK.c.worker_id),
-        )
-        .limit(number(limit))
-        .with_for_update(of=TASK, skip_locked=True)
-    )
+    """End the chosen attempts, whose worker is gone."""
     return await fail(
         session,
-        TASK.c.id.in_(orphans),
+        TASK.c.id.in_(chosen),
         settings,
         error=WORKER_LOST_ERROR,
         error_type=ErrorType.WORKER_LOST,
     )
 
 
-def _overdue(
-    status: TaskStatus, whose: ColumnElement[bool], limit: int
-) -> Select[tuple[UUID]]:
-    return (
-        select(TASK.c.id)
-        .where(
-            TASK.c.deadline_at <= now(),
-            whose,
-            in_states(frozenset({status})),
-        )
-        .limit(number(limit))
-        .with_for_update(of=TASK, skip_locked=True)
+def _overdue(status: TaskStatus, whose: ColumnElement[bool]) -> Select[tuple[UUID]]:
+    return select(TASK.c.id).where(
+        TASK.c.deadline_at <= now(), whose, in_states(frozenset({status}))
     )
 
 
+def timed_out() -> Select[tuple[UUID]]:
+    """Return the attempts that ran longer than their job allows."""
+    return _overdue(TaskStatus.RUNNING, TASK.c.worker_id.is_not(None))
+
+
 async def time_out(
-    session: AsyncSession, settings: JobLibSettings, limit: int
+    session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskResponse]:
-    """End at most ``limit`` attempts that ran longer than their job allows."""
+    """End the chosen attempts, which ran too long."""
     return await fail(
         session,
-        TASK.c.id.in_(
-            _overdue(TaskStatus.RUNNING, TASK.c.worker_id.is_not(None), limit)
-        ),
+        TASK.c.id.in_(chosen),
         settings,
         error=TIMEOUT_ERROR,
         error_type=ErrorType.TIMEOUT,
     )
 
 
+def never_started() -> Select[tuple[UUID]]:
+    """Return the tasks that a worker claimed, and did not start in time."""
+    return _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_not(None))
+
+
 async def release_unstarted(
-    session: AsyncSession, settings: JobLibSettings, limit: int
+    session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskResponse]:
-    """Put at most ``limit`` tasks that were claimed and never started in the queue."""
-    taken = await session.execute(
+    """Put the chosen tasks back in the queue; no attempt is lost."""
+    released = await session.execute(
         update(TASK)
-        .where(
-            TASK.c.id.in_(
-                _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_not(None), limit)
-            )
-        )
+        .where(TASK.c.id.in_(chosen))
         .values(back_in_queue())
         .returning(*VIEW)
     )
-    return await read_changed(session, taken.all(), settings)
+    return await read_changed(session, released.all(), settings)
+
+
+async def correct_moments(session: AsyncSession) -> int:
+    """Let what began in the future begin now; return how many tasks these were.
+
+    They were written before the database's clock was set back. Limits and delays keep
+    their length.
+    """
+    corrected = 0
+    for ahead, column, *began in (
+        (TASK.c.available_at.is_not(None), TASK.c.available_at, TASK.c.claimed_at),
+        (held(), TASK.c.deadline_at, TASK.c.started_at, TASK.c.claimed_at),
+    ):
+        # a task that never was claimed waits since it was made
+        since = func.coalesce(*began, TASK.c.created_at)
+        moments = (TASK.c.created_at, TASK.c.claimed_at, TASK.c.started_at)
+        shifted = case((column.is_not(None), now(seconds_between(since, column))))
+        written = await session.scalars(
+            update(TASK)
+            .where(ahead, since > now(1))
+            .values(
+                {m: case((m > now(), now()), else_=m) for m in moments}
+                | {column: shifted}
+            )
+            .returning(TASK.c.id)
+        )
+        corrected += len(written.all())
+    return corrected
 
 
 async def start_internal(
@@ -355,84 +384,88 @@ async def postpone(
     )
 
 
-async def dispatch_again(
-    session: AsyncSession, settings: JobLibSettings, limit: int
-) -> list[TaskResponse]:
-    """Return at most ``limit`` ``@internal`` tasks whose message seems lost.
-
-    It may as well wait behind others. So the time between two messages of an attempt
-    doubles: their number grows with the logarithm of its age. That time is set here, so
-    that of several replicas one sends each again.
-    """
+def _pause(settings: JobLibSettings) -> ColumnElement[float]:
+    # A message that seems lost may as well wait behind others. So the time between two of
+    # an attempt doubles: their number grows with the logarithm of its age.
     doubled = literal(1).bitwise_lshift(TASK.c.dispatches - 1)
-    pause = cast(doubled, Float) * settings.internal_redispatch_seconds
-    overdue = _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_(None), limit).where(
-        or_(TASK.c.dispatches <= 1, TASK.c.claimed_at <= now(-pause))
+    return cast(doubled, Float) * settings.internal_redispatch_seconds
+
+
+def undelivered(settings: JobLibSettings) -> Select[tuple[UUID]]:
+    """Return the ``@internal`` tasks whose message seems lost."""
+    return _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_(None)).where(
+        or_(TASK.c.dispatches <= 1, TASK.c.claimed_at <= now(-_pause(settings)))
     )
+
+
+async def dispatch_again(
+    session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
+) -> list[TaskResponse]:
+    """Return the chosen ``@internal`` tasks, which are to be sent again.
+
+    Their next time is set, so that of several replicas one sends each again.
+    """
+    later = now(_pause(settings))
     resent = await session.execute(
         update(TASK)
-        .where(TASK.c.id.in_(overdue))
-        .values(
-            {TASK.c.dispatches: TASK.c.dispatches + 1, TASK.c.deadline_at: now(pause)}
-        )
+        .where(TASK.c.id.in_(chosen))
+        .values({TASK.c.dispatches: TASK.c.dispatches + 1, TASK.c.deadline_at: later})
         .returning(*VIEW)
     )
     return await read_changed(session, resent.all(), settings)
 
 
-async def dispatch_waiting(
-    session: AsyncSession, settings: JobLibSettings, limit: int
-) -> list[TaskResponse]:
-    """Claim for the broker ``@internal`` tasks that wait for another attempt.
+def waiting_internal() -> Sequence[Select[tuple[UUID]]]:
+    """Return the ``@internal`` tasks that wait for another attempt.
 
     Returns
     -------
-    list of TaskResponse
-        At most ``limit`` that wait for no time, and as many whose time has come.
+    sequence of Select
+        Those that wait for no time, and those whose time has come: each has an index of
+        its own.
     """
     own = select(JOB.c.id).where(JOB.c.room_id == INTERNAL_ROOM)
-    taken: list[TaskResponse] = []
-    # one after the other: each has an index of its own
-    for waiting in (queued(), due()):
-        chosen = (
-            select(TASK.c.id)
-            .where(waiting, TASK.c.job_id.in_(own))
-            .limit(number(limit))
-            .with_for_update(of=TASK, skip_locked=True)
+    return [
+        select(TASK.c.id).where(waiting, TASK.c.job_id.in_(own))
+        for waiting in (queued(), due())
+    ]
+
+
+async def dispatch_waiting(
+    session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
+) -> list[TaskResponse]:
+    """Claim for the broker the chosen ``@internal`` tasks that wait."""
+    claimed = await session.execute(
+        update(TASK)
+        .where(TASK.c.id.in_(chosen))
+        .values(
+            {
+                **born_claimed(settings.internal_redispatch_seconds),
+                TASK.c.available_at: None,
+            }
         )
-        claimed = await session.execute(
-            update(TASK)
-            .where(TASK.c.id.in_(chosen))
-            .values(
-                {
-                    **born_claimed(settings.internal_redispatch_seconds),
-                    TASK.c.available_at: None,
-                }
-            )
-            .returning(*VIEW)
-        )
-        taken += await read_changed(session, claimed.all(), settings)
-    return taken
+        .returning(*VIEW)
+    )
+    return await read_changed(session, claimed.all(), settings)
+
+
+def stuck(settings: JobLibSettings) -> Select[tuple[UUID]]:
+    """Return the ``@internal`` attempts that outlived their time."""
+    oldest = now(-settings.internal_task_timeout_seconds)
+    return select(TASK.c.id).where(
+        held(),
+        TASK.c.worker_id.is_(None),
+        func.coalesce(TASK.c.started_at, TASK.c.claimed_at) < oldest,
+    )
 
 
 async def fail_stuck(
-    session: AsyncSession, settings: JobLibSettings, limit: int
+    session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskResponse]:
-    """End at most ``limit`` ``@internal`` attempts that outlived their time."""
-    oldest = now(-settings.internal_task_timeout_seconds)
-    stuck = (
-        select(TASK.c.id)
-        .where(
-            held(),
-            TASK.c.worker_id.is_(None),
-            func.coalesce(TASK.c.started_at, TASK.c.claimed_at) < oldest,
-        )
-        .limit(number(limit))
-        .with_for_update(of=TASK, skip_locked=True)
-    )
+    """End the chosen ``@internal`` attempts, which outlived their time."""
     return await fail(
         session,
-        TASK.c.id.in_(stuck),
+        TASK.c.id.in_(chosen),
         settings,
         error=INTERNAL_TIMEOUT_ERROR,
         error_type=ErrorType.TIMEOUT,

@@ -1,6 +1,7 @@
 """Jobs: registered by workers, seen by rooms, gone when nobody serves them."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
+    delete,
     exists,
     func,
     or_,
@@ -226,6 +228,37 @@ async def delete_idle(
         .returning(JOB.c.room_id, JOB.c.category, JOB.c.name)
     )
     return [FullName(*row) for row in deleted]
+
+
+def idle() -> Select[tuple[UUID]]:
+    """Return the jobs that nobody serves and no task waits for."""
+    live = JOB.c.deleted.is_(False)
+    return select(JOB.c.id).where(live, JOB.c.room_id != INTERNAL_ROOM, ~wanted())
+
+
+def deleted(after: UUID) -> Select[tuple[UUID]]:
+    """Return the deleted jobs behind one, in the order of their ids."""
+    behind = select(JOB.c.id).where(JOB.c.deleted.is_(True), JOB.c.id > after)
+    return behind.order_by(JOB.c.id)
+
+
+def taskless(job_ids: Sequence[UUID]) -> Select[tuple[UUID]]:
+    """Return which of some jobs are deleted and have no tasks."""
+    return select(JOB.c.id).where(
+        JOB.c.id.in_(job_ids),
+        JOB.c.deleted.is_(True),
+        ~exists().where(TASK.c.job_id == JOB.c.id),
+    )
+
+
+async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
+    """Delete the chosen jobs for good; return how many there were."""
+    # judged again once they are locked: a retry may have come in between
+    locked = (await session.scalars(chosen)).all()
+    purged = await session.scalars(
+        delete(JOB).where(JOB.c.id.in_(taskless(locked))).returning(JOB.c.id)
+    )
+    return len(purged.all())
 
 
 def wanted() -> ColumnElement[bool]:

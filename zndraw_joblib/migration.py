@@ -137,8 +137,7 @@ _OLD_INDEXES = {
     | {"ix_job_created_at": ["created_at"]},
     "worker": {"ix_worker_created_at": ["created_at"]},
     "provider": {
-        f"ix_provider_{c}": [c]
-        for c in ("category", "created_at", "name", "room_id", "user_id")
+        f"ix_provider_{c}": [c] for c in ("category", "created_at", "name", "room_id")
     },
     "task": {
         f"ix_task_{c}": [c]
@@ -148,6 +147,7 @@ _OLD_INDEXES = {
 }
 
 _INDEXES: dict[str, dict[str, tuple[list[str], str | None]]] = {
+    "job": {"ix_job_deleted": (["deleted", "id"], None)},
     "worker": {"ix_worker_created_at": (["created_at", "id"], None)},
     "worker_job_link": {"ix_worker_job_link_job_id": (["job_id"], None)},
     "provider": {"ix_provider_created_at": (["created_at", "id"], None)},

@@ -107,6 +107,33 @@ def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{later})"
 
 
+class seconds_between(FunctionElement[float]):  # noqa: N801
+    """The seconds from one moment to a later one.
+
+    Parameters
+    ----------
+    earlier, later : ColumnElement
+        The moments.
+    """
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(seconds_between)
+def _standard_seconds(
+    element: seconds_between, compiler: SQLCompiler, **kw: Any
+) -> str:
+    earlier, later = (compiler.process(moment, **kw) for moment in element.clauses)
+    return f"extract(epoch FROM {later} - {earlier})"
+
+
+@compiles(seconds_between, "sqlite")
+def _sqlite_seconds(element: seconds_between, compiler: SQLCompiler, **kw: Any) -> str:
+    earlier, later = (compiler.process(moment, **kw) for moment in element.clauses)
+    return f"((julianday({later}) - julianday({earlier})) * 86400.0)"
+
+
 class microseconds(FunctionElement[int]):  # noqa: N801
     """The database's clock as a number, since 1970."""
 
@@ -181,6 +208,8 @@ class Job(Base):
     __table_args__ = (
         UniqueConstraint("room_id", "category", "name", name="uq_job_full_name"),
         CheckConstraint("max_attempts >= 1", name=conv("ck_job_max_attempts")),
+        # of the live ones the sweeper deletes some, of the deleted ones it purges some
+        Index("ix_job_deleted", "deleted", "id"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
@@ -244,6 +273,7 @@ class ProviderRecord(Base):
     __tablename__ = "provider"
     __table_args__ = (
         UniqueConstraint("room_id", "category", "name", name="uq_provider_full_name"),
+        Index("ix_provider_user_id", "user_id"),
         Index("ix_provider_worker_id", "worker_id"),
         Index("ix_provider_created_at", "created_at", "id"),
     )

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import partial
 from uuid import UUID
 
 import anyio
-from sqlalchemy import select
+from sqlalchemy import Select, select
+from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
@@ -18,8 +21,7 @@ from zndraw_joblib.delivery import (
     deliver,
 )
 from zndraw_joblib.events import Emitter, Outbox, worker_key
-from zndraw_joblib.lifecycle import TaskStatus
-from zndraw_joblib.models import JOB, WORKER, number, silent_for
+from zndraw_joblib.models import JOB, WORKER, now, number, silent_for
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
 
@@ -28,34 +30,225 @@ log = logging.getLogger(__name__)
 # A batch is one transaction; under a lock-wrapped maker everybody else waits for it.
 WORKERS_A_BATCH = 10
 TASKS_A_BATCH = 125
+# Deleted jobs that one pass looks at: the next one goes on behind them.
+JOBS_A_PASS = 5000
+# Before all ids.
+FIRST = UUID(int=0)
+# Rows that a pass may fail at; at more it is not the rows.
+BAD_A_PASS = 100
 
-Batch = Callable[[AsyncSession, Outbox], Awaitable[int]]
+Rows = Select[tuple[UUID]]
+#: Ends the chosen rows and returns how many it changed.
+End = Callable[[AsyncSession, Rows, Outbox], Awaitable[int]]
+Step = Callable[[AsyncSession, Rows, JobLibSettings], Awaitable[list[TaskResponse]]]
+
+
+@dataclass
+class _Sweep:
+    """Where passes find their rows, and what one remembers for the next.
+
+    Attributes
+    ----------
+    exits : Exits
+        The ways out of this process.
+    reported : set of tuple
+        Rows that could not be swept, with the cause: each is logged once.
+    looked_at : UUID
+        The last deleted job that was looked at.
+    """
+
+    exits: Exits
+    reported: set[tuple[UUID, str]] = field(default_factory=set)
+    looked_at: UUID = FIRST
 
 
 async def retire(
-    session: AsyncSession, gone: workers.Gone, settings: JobLibSettings, outbox: Outbox
+    session: AsyncSession,
+    removed: workers.Removed,
+    settings: JobLibSettings,
+    outbox: Outbox,
 ) -> None:
-    """End what retired workers held, and the jobs that only they served."""
-    outbox.workers_gone += gone.worker_ids
-    for task in await attempts.lose(session, gone.worker_ids, settings):
-        outbox.task_changed(task)
-    outbox.ended += map(worker_key, gone.worker_ids)
-    outbox.jobs_changed(gone.job_rooms)
-    outbox.providers_gone(gone.providers)
-    await jobs.delete_idle(session, JOB.c.id.in_(gone.job_ids))
+    """End what removed workers held, and the jobs that only they served."""
+    outbox.tasks_changed(await attempts.lose(session, removed.worker_ids, settings))
+    _removed(removed, outbox)
+    await jobs.delete_idle(session, JOB.c.id.in_(removed.job_ids))
 
 
-async def _in_batches(batch: Batch, size: int, exits: Exits) -> int:
+def _removed(removed: workers.Removed, outbox: Outbox) -> None:
+    outbox.workers_gone += removed.worker_ids
+    outbox.ended += map(worker_key, removed.worker_ids)
+    outbox.jobs_changed(removed.job_rooms)
+    outbox.providers_gone(removed.providers)
+
+
+async def _each(sweep: _Sweep, rows: Rows, end: End, size: int = TASKS_A_BATCH) -> int:
+    """End rows, a batch at a time; one that can't be ended costs itself alone."""
+    total, bad = 0, set[UUID]()
+    (row_id,) = rows.selected_columns
+    while True:
+        good = rows.where(row_id.not_in(bad)) if bad else rows
+        try:
+            return total + await _drain(sweep.exits, good, end, size)
+        except Exception:
+            if len(bad) >= BAD_A_PASS:
+                raise
+            # which one of the batch was it?
+            async with sweep.exits.session_maker() as session:
+                ids = (await session.scalars(good.limit(number(size)))).all()
+            if not ids:
+                raise
+        for one in ids:
+            try:
+                total += await _drain(sweep.exits, rows.where(row_id == one), end, 1)
+            except Exception as exc:
+                bad.add(one)
+                _report(sweep, one, exc)
+
+
+async def _drain(exits: Exits, rows: Rows, end: End, size: int) -> int:
+    (row_id,) = rows.selected_columns
+    some = rows.limit(number(size)).with_for_update(of=row_id.table, skip_locked=True)
     total = 0
     while True:
         outbox = Outbox()
         async with exits.session_maker() as session:
-            handled = await batch(session, outbox)
+            handled = await end(session, some, outbox)
             await session.commit()
         await deliver(outbox, exits)
         total += handled
-        if handled < size:
+        if not handled:
             return total
+
+
+def _report(sweep: _Sweep, row_id: UUID, exc: Exception) -> None:
+    # of the database's words the first line: the others may quote the row
+    lines = str(getattr(exc, "orig", None) or exc).splitlines() or [""]
+    cause = f"{type(exc).__name__}: {lines[0]}"
+    if (row_id, cause) not in sweep.reported:
+        sweep.reported.add((row_id, cause))
+        fields = {"event": "not swept", "row_id": str(row_id)}
+        log.error("%s can't be swept and stays: %s", row_id, cause, extra=fields)
+
+
+async def _stale_workers(sweep: _Sweep) -> int:
+    settings = sweep.exits.settings
+    retired = 0
+    job_ids: set[UUID] = set()
+
+    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+        nonlocal retired
+        ids = await workers.lock(session, rows)
+        lost = await attempts.lose(session, ids, settings, TASKS_A_BATCH)
+        outbox.tasks_changed(lost)
+        if len(lost) < TASKS_A_BATCH:
+            # else a later batch ends the rest, and then the workers
+            removed = await workers.remove(session, ids)
+            _removed(removed, outbox)
+            job_ids.update(removed.job_ids)
+            retired += len(ids)
+        return len(ids)
+
+    stale = select(WORKER.c.id).where(silent_for(settings.worker_timeout_seconds))
+    try:
+        await _each(sweep, stale, end, WORKERS_A_BATCH)
+    finally:
+        if job_ids:
+            await _idle_jobs(sweep, job_ids)
+    return retired
+
+
+async def _tasks(sweep: _Sweep, rows: Rows, step: Step) -> int:
+    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+        changed = await step(session, rows, sweep.exits.settings)
+        outbox.tasks_changed(changed)
+        return len(changed)
+
+    return await _each(sweep, rows, end)
+
+
+async def _overdue_attempts(sweep: _Sweep) -> int:
+    ended = 0
+    for rows, step in (
+        (attempts.timed_out(), attempts.time_out),
+        (attempts.never_started(), attempts.release_unstarted),
+        (attempts.orphaned(), attempts.lose_orphans),
+    ):
+        ended += await _tasks(sweep, rows, step)
+    return ended
+
+
+async def _stuck_internal_tasks(sweep: _Sweep) -> int:
+    settings = sweep.exits.settings
+    ended = await _tasks(sweep, attempts.stuck(settings), attempts.fail_stuck)
+    if sweep.exits.registry is None:
+        return ended
+
+    async def resend(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+        overdue = await attempts.dispatch_again(session, rows, settings)
+        outbox.dispatch(overdue, again=True)
+        return len(overdue)
+
+    async def send(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+        again = await attempts.dispatch_waiting(session, rows, settings)
+        outbox.tasks_changed(again)
+        outbox.dispatch(again)
+        return len(again)
+
+    await _each(sweep, attempts.undelivered(settings), resend)
+    for waiting in attempts.waiting_internal():
+        await _each(sweep, waiting, send)
+    return ended
+
+
+async def _idle_jobs(sweep: _Sweep, job_ids: set[UUID] | None = None) -> int:
+    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+        idle = await jobs.delete_idle(session, JOB.c.id.in_(rows))
+        outbox.jobs_changed({name.room for name in idle})
+        return len(idle)
+
+    idle = jobs.idle()
+    if job_ids is not None:
+        idle = idle.where(JOB.c.id.in_(job_ids))
+    return await _each(sweep, idle, end)
+
+
+async def _outlived_tasks(sweep: _Sweep) -> int:
+    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+        return await tasks.purge(session, rows)
+
+    purged = 0
+    for status, seconds in sweep.exits.settings.task_retention_seconds.items():
+        purged += await _each(sweep, tasks.outlived(status, seconds), end)
+    return purged
+
+
+async def _deleted_jobs(sweep: _Sweep) -> int:
+    """Delete for good the deleted jobs that have no tasks, some in each pass."""
+    async with sweep.exits.session_maker() as session:
+        deleted = jobs.deleted(sweep.looked_at).limit(number(JOBS_A_PASS))
+        ids = (await session.scalars(deleted)).all()
+    # all of them were looked at: from the beginning
+    sweep.looked_at = ids[-1] if len(ids) == JOBS_A_PASS else FIRST
+
+    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+        return await jobs.purge(session, rows)
+
+    purged = 0
+    for first in range(0, len(ids), TASKS_A_BATCH):
+        some = jobs.taskless(ids[first : first + TASKS_A_BATCH])
+        purged += await _each(sweep, some, end)
+    return purged
+
+
+def _sweep(
+    session_maker: SessionMaker,
+    settings: JobLibSettings | None,
+    tsio: Emitter | None = None,
+    registry: Dispatcher | None = None,
+    on_providers_removed: ProvidersRemoved | None = None,
+) -> _Sweep:
+    settings = settings or get_settings()
+    return _Sweep(Exits(session_maker, settings, tsio, registry, on_providers_removed))
 
 
 async def cleanup_stale_workers(
@@ -66,54 +259,12 @@ async def cleanup_stale_workers(
 ) -> int:
     """Retire the workers that have been silent for ``worker_timeout_seconds``.
 
-    Parameters
-    ----------
-    session_maker : callable
-        Opens one session a batch.
-    settings : JobLibSettings, optional
-        Without it, those of the environment.
-    tsio : socketio.AsyncServer or a wrapper of one, optional
-        Where events go.
-    on_providers_removed : coroutine function, optional
-        Hears of the providers that went along, after the commit.
-
-    Returns
-    -------
-    int
-        How many workers were retired by this call.
+    Returns how many. The arguments are those of :func:`run_sweeper`. A worker whose row
+    can't be deleted, since a table of the host's refers to it, stays alone, and the log
+    says why.
     """
-    settings = settings or get_settings()
-    exits = Exits(
-        session_maker, settings, tsio, on_providers_removed=on_providers_removed
-    )
-
-    retired = 0
-
-    async def silent(session: AsyncSession, outbox: Outbox) -> int:
-        nonlocal retired
-        chosen = (
-            select(WORKER.c.id)
-            .where(silent_for(settings.worker_timeout_seconds))
-            .limit(number(WORKERS_A_BATCH))
-            .with_for_update(skip_locked=True)
-        )
-        ids = await workers.lock(session, chosen)
-        lost = await attempts.lose(session, ids, settings, TASKS_A_BATCH)
-        for task in lost:
-            outbox.task_changed(task)
-        if len(lost) == TASKS_A_BATCH:
-            # a later batch ends the rest, and then the workers
-            return WORKERS_A_BATCH
-        gone = await workers.retire_where(
-            session, select(WORKER.c.id).where(WORKER.c.id.in_(ids)).with_for_update()
-        )
-        if gone.worker_ids:
-            await retire(session, gone, settings, outbox)
-            retired += len(gone.worker_ids)
-        return len(gone.worker_ids)
-
-    await _in_batches(silent, WORKERS_A_BATCH, exits)
-    return retired
+    sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
+    return await _stale_workers(sweep)
 
 
 async def cleanup_worker(
@@ -123,34 +274,20 @@ async def cleanup_worker(
     tsio: Emitter | None = None,
     on_providers_removed: ProvidersRemoved | None = None,
 ) -> bool:
-    """Retire one worker, silent or not; tell whether it was there.
+    """Retire one worker, silent or not; return whether it was there.
 
-    Parameters
-    ----------
-    session_maker : callable
-        Opens the session.
-    worker_id : UUID
-        The worker.
-    settings : JobLibSettings, optional
-        Without it, those of the environment.
-    tsio : socketio.AsyncServer or a wrapper of one, optional
-        Where events go.
-    on_providers_removed : coroutine function, optional
-        Hears of the providers that went along, after the commit.
+    The other arguments are those of :func:`run_sweeper`.
     """
-    settings = settings or get_settings()
-    exits = Exits(
-        session_maker, settings, tsio, on_providers_removed=on_providers_removed
-    )
+    exits = _sweep(session_maker, settings, tsio, None, on_providers_removed).exits
     outbox = Outbox()
     async with session_maker() as session:
         chosen = select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
-        gone = await workers.retire_where(session, chosen)
-        if gone.worker_ids:
-            await retire(session, gone, settings, outbox)
+        removed = await workers.remove(session, await workers.lock(session, chosen))
+        if removed.worker_ids:
+            await retire(session, removed, exits.settings, outbox)
         await session.commit()
     await deliver(outbox, exits)
-    return bool(gone.worker_ids)
+    return bool(removed.worker_ids)
 
 
 async def cleanup_overdue_attempts(
@@ -160,39 +297,9 @@ async def cleanup_overdue_attempts(
 ) -> int:
     """End attempts past their deadline, and those whose worker is gone.
 
-    Parameters
-    ----------
-    session_maker : callable
-        Opens one session a batch.
-    settings : JobLibSettings, optional
-        Without it, those of the environment.
-    tsio : socketio.AsyncServer or a wrapper of one, optional
-        Where events go.
-
-    Returns
-    -------
-    int
-        How many attempts this call ended.
+    Returns how many. The arguments are those of :func:`run_sweeper`.
     """
-    settings = settings or get_settings()
-    exits = Exits(session_maker, settings, tsio)
-    total = 0
-    for step in (attempts.time_out, attempts.release_unstarted, attempts.lose_orphans):
-        batch = partial(_change, step, settings)
-        total += await _in_batches(batch, TASKS_A_BATCH, exits)
-    return total
-
-
-Step = Callable[[AsyncSession, JobLibSettings, int], Awaitable[list[TaskResponse]]]
-
-
-async def _change(
-    step: Step, settings: JobLibSettings, session: AsyncSession, outbox: Outbox
-) -> int:
-    changed = await step(session, settings, TASKS_A_BATCH)
-    for task in changed:
-        outbox.task_changed(task)
-    return len(changed)
+    return await _overdue_attempts(_sweep(session_maker, settings, tsio))
 
 
 async def cleanup_stuck_internal_tasks(
@@ -203,41 +310,10 @@ async def cleanup_stuck_internal_tasks(
 ) -> int:
     """Send ``@internal`` tasks whose message was lost, or that have attempts left.
 
-    Those that outlived their time are ended first.
-
-    Parameters
-    ----------
-    session_maker : callable
-        Opens one session a batch.
-    settings : JobLibSettings, optional
-        Without it, those of the environment.
-    tsio : socketio.AsyncServer or a wrapper of one, optional
-        Where events go.
-    registry : InternalRegistry, optional
-        Where tasks are sent again; without it none is.
-
-    Returns
-    -------
-    int
-        How many attempts this call ended.
+    Those that outlived their time are ended first; returns how many these were. The
+    arguments are those of :func:`run_sweeper`; without ``registry`` nothing is sent.
     """
-    settings = settings or get_settings()
-    exits = Exits(session_maker, settings, tsio, registry)
-
-    async def resend(session: AsyncSession, outbox: Outbox) -> int:
-        overdue = await attempts.dispatch_again(session, settings, TASKS_A_BATCH)
-        again = await attempts.dispatch_waiting(session, settings, TASKS_A_BATCH)
-        for task in again:
-            outbox.task_changed(task)
-        outbox.dispatch(again)
-        outbox.dispatch(overdue, again=True)
-        return len(overdue) + len(again)
-
-    stuck = partial(_change, attempts.fail_stuck, settings)
-    ended = await _in_batches(stuck, TASKS_A_BATCH, exits)
-    if registry is not None:
-        await _in_batches(resend, TASKS_A_BATCH, exits)
-    return ended
+    return await _stuck_internal_tasks(_sweep(session_maker, settings, tsio, registry))
 
 
 async def cleanup_idle_jobs(
@@ -247,28 +323,9 @@ async def cleanup_idle_jobs(
 ) -> int:
     """Soft-delete jobs that lost their last waiting task after their last worker.
 
-    Parameters
-    ----------
-    session_maker : callable
-        Opens the session.
-    settings : JobLibSettings, optional
-        Without it, those of the environment.
-    tsio : socketio.AsyncServer or a wrapper of one, optional
-        Where events go.
-
-    Returns
-    -------
-    int
-        How many jobs this call deleted.
+    Returns how many. The arguments are those of :func:`run_sweeper`.
     """
-    outbox = Outbox()
-    async with session_maker() as session:
-        # of all jobs only these are locked: submissions to others go on
-        idle = await jobs.delete_idle(session, ~jobs.wanted())
-        await session.commit()
-    outbox.jobs_changed({name.room for name in idle})
-    await deliver(outbox, Exits(session_maker, settings or get_settings(), tsio))
-    return len(idle)
+    return await _idle_jobs(_sweep(session_maker, settings, tsio))
 
 
 async def purge_tasks(
@@ -276,33 +333,34 @@ async def purge_tasks(
 ) -> int:
     """Delete ended tasks that ``task_retention_seconds`` no longer keeps.
 
-    Parameters
-    ----------
-    session_maker : callable
-        Opens one session a batch.
-    settings : JobLibSettings, optional
-        Without it, those of the environment.
-
-    Returns
-    -------
-    int
-        How many tasks this call deleted.
+    Returns how many. The arguments are those of :func:`run_sweeper`.
     """
-    settings = settings or get_settings()
-    exits = Exits(session_maker, settings)
-    total = 0
-    for status, kept in settings.task_retention_seconds.items():
+    return await _outlived_tasks(_sweep(session_maker, settings))
 
-        async def outlived(
-            session: AsyncSession,
-            outbox: Outbox,
-            status: TaskStatus = status,
-            kept: float = kept,
-        ) -> int:
-            return await tasks.purge(session, status, kept, TASKS_A_BATCH)
 
-        total += await _in_batches(outlived, TASKS_A_BATCH, exits)
-    return total
+async def purge_jobs(
+    session_maker: SessionMaker, settings: JobLibSettings | None = None
+) -> int:
+    """Delete for good the jobs that are deleted and have no tasks any more.
+
+    Returns how many. The arguments are those of :func:`run_sweeper`, each pass of which
+    looks at some of them.
+    """
+    sweep = _sweep(session_maker, settings)
+    purged = await _deleted_jobs(sweep)
+    while sweep.looked_at != FIRST:
+        purged += await _deleted_jobs(sweep)
+    return purged
+
+
+_PASSES = (
+    (cleanup_stale_workers.__name__, _stale_workers),
+    (cleanup_overdue_attempts.__name__, _overdue_attempts),
+    (cleanup_stuck_internal_tasks.__name__, _stuck_internal_tasks),
+    (cleanup_idle_jobs.__name__, _idle_jobs),
+    (purge_tasks.__name__, _outlived_tasks),
+    (purge_jobs.__name__, _deleted_jobs),
+)
 
 
 @deprecated.for_sweeper
@@ -316,7 +374,9 @@ async def run_sweeper(
     """Sweep every ``sweeper_interval_seconds`` until cancelled; on every replica.
 
     While the host was down nobody could hear its workers: choose
-    ``worker_timeout_seconds`` longer than a restart takes.
+    ``worker_timeout_seconds`` longer than a restart takes. When host and workers slept
+    together, as on a laptop whose lid was closed, or the database's clock jumped, the
+    workers get that time once more before anything is ended.
 
     Parameters
     ----------
@@ -330,26 +390,87 @@ async def run_sweeper(
         Where ``@internal`` tasks are sent again whose message was lost.
     on_providers_removed : coroutine function, optional
         Hears of the providers that went away with their workers.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        When the environment's settings can't be read.
     """
-    settings = settings or get_settings()
-    passes = (
-        partial(
-            cleanup_stale_workers, session_maker, settings, tsio, on_providers_removed
-        ),
-        partial(cleanup_overdue_attempts, session_maker, settings, tsio),
-        partial(cleanup_stuck_internal_tasks, session_maker, settings, tsio, registry),
-        partial(cleanup_idle_jobs, session_maker, settings, tsio),
-        partial(purge_tasks, session_maker, settings),
+    try:
+        sweep = _sweep(session_maker, settings, tsio, registry, on_providers_removed)
+        interval = sweep.exits.settings.sweeper_interval_seconds
+        log.info(
+            "sweeper began, every %g s", interval, extra={"event": "sweeper began"}
+        )
+        await _forever(sweep)
+    except BaseException as exc:
+        cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
+        fields = {"event": "sweeper ended", "cause": repr(exc)}
+        level = logging.INFO if cancelled else logging.ERROR
+        log.log(level, "sweeper ended: %r", exc, extra=fields)
+        raise
+
+
+async def _forever(sweep: _Sweep) -> None:
+    settings = sweep.exits.settings
+    interval, timeout = (
+        settings.sweeper_interval_seconds,
+        settings.worker_timeout_seconds,
     )
+    # in this time a worker is heard twice
+    unnoticed = max(1.0, min(interval, timeout / 4))
+    pause = interval
+    latest: datetime | None = None
     while True:
         # first of all a pause: after a restart the workers need one to be heard again
-        await anyio.sleep(settings.sweeper_interval_seconds)
-        for sweep in passes:
-            try:
-                if ended := await sweep():
-                    name = sweep.func.__name__
-                    told = {"event": "swept", "sweep": name, "count": ended}
-                    log.info("%s: %d", name, ended, extra=told)
-            except Exception:
-                # the next pass finds what this one left
-                log.exception("%s failed", sweep.func.__name__)
+        began = await _clock(sweep)
+        await anyio.sleep(pause)
+        ended = await _clock(sweep)
+        if began is None or ended is None:
+            continue
+        if latest is None or ended < max(began, latest) - timedelta(seconds=1):
+            # also at first: nobody knows what the clock showed before
+            await _logged("correct_moments", partial(_correct_moments, sweep))
+        latest = ended
+        asleep = (ended - began).total_seconds() - pause
+        if asleep > unnoticed:
+            # Workers may have slept along, and what they say may be on its way.
+            log.warning("the sweeper slept %.0f s longer than it meant to", asleep)
+            pause = timeout
+            continue
+        pause = interval
+        for name, run in _PASSES:
+            await _logged(name, partial(run, sweep))
+
+
+async def _logged(name: str, run: Callable[[], Awaitable[int]]) -> None:
+    try:
+        if count := await run():
+            fields = {"event": "swept", "sweep": name, "count": count}
+            log.info("%s: %d", name, count, extra=fields)
+    except Exception as exc:
+        if isinstance(exc, StatementError):
+            # what people submit is not for the log
+            exc.hide_parameters = True
+        # the next pass finds what this one left
+        log.exception("%s failed", name)
+
+
+async def _clock(sweep: _Sweep) -> datetime | None:
+    """Return what the database's clock shows; None while it is away."""
+    try:
+        async with sweep.exits.session_maker() as session:
+            moment: datetime = (await session.scalars(select(now()))).one()
+            return moment
+    except Exception:
+        log.exception("the database's clock can't be read")
+        return None
+
+
+async def _correct_moments(sweep: _Sweep) -> int:
+    """Bring forward what was written before the database's clock was set back."""
+    async with sweep.exits.session_maker() as session:
+        corrected = await workers.correct_moments(session)
+        corrected += await attempts.correct_moments(session)
+        await session.commit()
+    return corrected

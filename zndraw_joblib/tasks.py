@@ -371,26 +371,19 @@ async def list_tasks(
     return [read_view(row) for row in listing.rows], listing
 
 
-async def purge(
-    session: AsyncSession, status: TaskStatus, kept_seconds: float, limit: int
-) -> int:
-    """Delete at most ``limit`` tasks that ended in ``status`` too long ago.
-
-    Returns
-    -------
-    int
-        How many were deleted.
-    """
-    outlived = (
+def outlived(status: TaskStatus, kept_seconds: float) -> Select[tuple[UUID]]:
+    """Return the tasks that ended in ``status`` too long ago, oldest first."""
+    ended = TASK.c.completed_at < now(-kept_seconds)
+    return (
         select(TASK.c.id)
-        .where(
-            TASK.c.status == constant(status), TASK.c.completed_at < now(-kept_seconds)
-        )
+        .where(TASK.c.status == constant(status), ended)
         .order_by(TASK.c.completed_at)
-        .limit(number(limit))
-        .with_for_update(skip_locked=True)
     )
+
+
+async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
+    """Delete the chosen tasks; return how many there were."""
     purged = await session.scalars(
-        delete(TASK).where(TASK.c.id.in_(outlived)).returning(TASK.c.id)
+        delete(TASK).where(TASK.c.id.in_(chosen)).returning(TASK.c.id)
     )
     return len(purged.all())

@@ -59,8 +59,8 @@ RoomAccess = Callable[[AsyncSession, Caller, str], Awaitable[bool]]
 
 
 @dataclass
-class Gone:
-    """What went with retired workers.
+class Removed:
+    """What went with removed workers.
 
     Attributes
     ----------
@@ -310,7 +310,7 @@ async def _explain(session: AsyncSession, worker_id: UUID) -> None:
         raise WorkerNotFound.exception(f"there is no worker {worker_id}")
 
 
-async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Gone:
+async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Removed:
     """Remove one worker at its owner's or a superuser's word.
 
     Raises
@@ -318,22 +318,20 @@ async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Gone
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    gone = await retire_where(
-        session,
-        select(WORKER.c.id)
-        .where(WORKER.c.id == worker_id, _may_command(caller))
-        .with_for_update(),
-    )
-    if not gone.worker_ids:
+    one = select(WORKER.c.id).where(WORKER.c.id == worker_id, _may_command(caller))
+    worker_ids = await lock(session, one.with_for_update())
+    if not worker_ids:
         await _explain(session, worker_id)
         raise Forbidden.exception(f"worker {worker_id} belongs to another user")
-    return gone
+    return await remove(session, worker_ids)
 
 
 async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[UUID]:
     """Lock the chosen workers until the commit, and return their ids.
 
-    Until then no claim, heartbeat or registration of theirs can commit, on any database.
+    Until then no claim, heartbeat or registration of theirs can commit, on any database:
+    it is a write. Chosen ``FOR UPDATE``, they are chosen as they are then: a heartbeat
+    that came first wins.
     """
     locked = await session.scalars(
         update(WORKER)
@@ -344,56 +342,47 @@ async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[U
     return locked.all()
 
 
-async def retire_where(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Gone:
-    """Remove the chosen workers with their links and providers.
+async def remove(session: AsyncSession, worker_ids: Sequence[UUID]) -> Removed:
+    """Remove workers that are locked, with their links and providers.
 
     Their tasks are left to :func:`zndraw_joblib.attempts.lose`.
-
-    Parameters
-    ----------
-    session : AsyncSession
-        Whose owner commits.
-    chosen : Select
-        Ids of workers, ``FOR UPDATE``: so the choice is made on locked rows, and a
-        heartbeat that came first wins.
     """
-    # A write first: from here on no claim, heartbeat or registration of these workers
-    # can commit before this does, on any database.
-    locked = await session.scalars(
-        update(WORKER)
-        .where(WORKER.c.id.in_(chosen))
-        .values(state=WorkerState.DRAINING.value)
-        .returning(WORKER.c.id)
-    )
-    worker_ids = locked.all()
     if not worker_ids:
-        return Gone()
-    jobs = await session.execute(
+        return Removed()
+    room = select(JOB.c.room_id).where(JOB.c.id == LINK.c.job_id).correlate(LINK)
+    links = await session.execute(
         delete(LINK)
         .where(LINK.c.worker_id.in_(worker_ids))
-        .returning(
-            LINK.c.job_id,
-            select(JOB.c.room_id)
-            .where(JOB.c.id == LINK.c.job_id)
-            .correlate(LINK)
-            .scalar_subquery()
-            .label("room_id"),
-        )
+        .returning(LINK.c.job_id, room.scalar_subquery().label("room_id"))
     )
-    served = jobs.all()
+    served = links.all()
     providers = await session.execute(
         delete(PROVIDER)
         .where(PROVIDER.c.worker_id.in_(worker_ids))
         .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
     )
-    removed = [FullName(*row) for row in providers]
+    withdrawn = [FullName(*row) for row in providers]
     await session.execute(delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
-    return Gone(
+    return Removed(
         worker_ids,
         {row.job_id for row in served},
         {row.room_id for row in served},
-        removed,
+        withdrawn,
     )
+
+
+async def correct_moments(session: AsyncSession) -> int:
+    """Take a heartbeat of the future for one of now; return how many there were.
+
+    They were written before the database's clock was set back.
+    """
+    corrected = await session.scalars(
+        update(WORKER)
+        .where(WORKER.c.last_heartbeat > now(1))
+        .values(last_heartbeat=now())
+        .returning(WORKER.c.id)
+    )
+    return len(corrected.all())
 
 
 def _summaries(settings: JobLibSettings) -> Select[Any]:
