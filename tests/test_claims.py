@@ -36,7 +36,7 @@ async def test_who_may_claim(ada, bob, admin):
     assert ids(await claim(ada, worker)) == [task["id"]]
 
 
-async def test_the_oldest_of_all_jobs_comes_first(ada, bob):
+async def test_the_job_whose_first_task_has_waited_longest_comes_first(ada, bob):
     worker, others = await offer(ada), await offer(bob, "Scale")
     await register(ada, "Scale", worker_id=worker)
     await offer(bob, "Unserved")
@@ -47,9 +47,9 @@ async def test_the_oldest_of_all_jobs_comes_first(ada, bob):
     unhurried = await submit(ada, ROTATE, priority=-1)
     assert ids(await claim(ada, worker)) == [urgent["id"]]
     assert ids(await claim(bob, others)) == [tasks[1]["id"]]
-    assert ids(await claim(ada, worker, max_tasks=2)) == ids([tasks[0], tasks[2]])
+    assert ids(await claim(ada, worker, max_tasks=2)) == ids([tasks[0], tasks[3]])
     rest = await claim(ada, worker, max_tasks=32)
-    assert ids(rest) == ids([tasks[3], tasks[4], unhurried])
+    assert ids(rest) == ids([tasks[2], tasks[4], unhurried])
     assert await claim(ada, worker) == []
 
 
@@ -76,7 +76,9 @@ async def test_no_task_is_claimed_twice_and_none_is_passed_over(ada, most):
     found = [task for c in claims for task in ids(c)]
     assert len(found) == len(set(found)) == len(tasks)
     for batch in claims:
-        assert ids(batch) == sorted(ids(batch), key=ids(tasks).index)
+        for job in jobs:
+            of_job = ids(task for task in batch if task["job_name"] == job)
+            assert of_job == sorted(of_job, key=ids(tasks).index)
 
 
 async def test_a_lost_answer_loses_no_task(ada, events):

@@ -23,6 +23,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    Select,
     String,
     Table,
     Text,
@@ -176,6 +177,49 @@ def _sqlite_noise(element: noise, compiler: SQLCompiler, **kw: Any) -> str:
     return "(0.5 + random() / 18446744073709551616.0)"
 
 
+class one_of(FunctionElement[Any]):  # noqa: N801
+    """Whether a column is one of what a subquery reads.
+
+    The subquery is read once: it may lock what it finds. It has no type, or SQLite would
+    be asked for ``(column IN (...)) = 1``, for which it knows no index.
+
+    Parameters
+    ----------
+    column : ColumnElement
+        What is looked for.
+    lateral : Select
+        The subquery where there is LATERAL.
+    correlated : Select
+        The subquery where there is none.
+    """
+
+    inherit_cache = True
+
+    def __init__(
+        self,
+        column: ColumnElement[Any],
+        *,
+        lateral: Select[Any],
+        correlated: Select[Any],
+    ) -> None:
+        super().__init__(
+            column, lateral.scalar_subquery(), correlated.scalar_subquery()
+        )
+
+
+@compiles(one_of)
+def _standard_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
+    column, lateral, _ = element.clauses
+    chosen = compiler.process(lateral, **kw)
+    return f"{compiler.process(column, **kw)} = ANY (ARRAY{chosen})"
+
+
+@compiles(one_of, "sqlite")
+def _sqlite_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
+    column, _, correlated = element.clauses
+    return f"{compiler.process(column, **kw)} IN {compiler.process(correlated, **kw)}"
+
+
 def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
     """Return ``status`` as a literal in the SQL text.
 
@@ -316,6 +360,9 @@ class Task(Base):
     failed_attempts : int
         Counts towards ``max_attempts``; unlike ``attempt`` it leaves out what was
         handed back.
+    queued_at : datetime
+        Since when it waits in its queue: between jobs, the one whose first task has
+        waited longest is claimed from.
     available_at : datetime or None
         Until when a delayed task or a retry waits; null when it waits for no time.
     deadline_at : datetime or None
@@ -378,6 +425,7 @@ class Task(Base):
     failed_attempts: Mapped[int] = mapped_column(default=0)
     max_attempts: Mapped[int] = mapped_column(default=1)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    queued_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     available_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -435,9 +483,9 @@ def queued(task: Any = TASK.c) -> ColumnElement[bool]:
     )
 
 
-def due() -> ColumnElement[bool]:
+def due(task: Any = TASK.c) -> ColumnElement[bool]:
     """Return the condition under which a delayed task's time has come."""
-    return TASK.c.available_at <= now()
+    return and_(task.available_at <= now())
 
 
 def held(task: Any = TASK.c) -> ColumnElement[bool]:

@@ -511,6 +511,7 @@ async def retry(
             {
                 **back_in_queue(),
                 TASK.c.queue_order: end_of_queue(least, TASK.c.priority),
+                TASK.c.queued_at: now(),
                 TASK.c.failed_attempts: 0,
                 TASK.c.completed_at: None,
                 TASK.c.result: None,

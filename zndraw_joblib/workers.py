@@ -231,6 +231,24 @@ def unheard_since(caller: Caller, settings: JobLibSettings) -> dict[str, Any]:
     return {"owner": caller.id, "since": -fresh(settings)}
 
 
+def due_after(settings: JobLibSettings) -> dict[str, Any]:
+    """Return the parameter of :func:`heartbeat_due`.
+
+    A heartbeat is due a sixtieth of ``worker_timeout_seconds`` after the last one.
+    """
+    return {"due_after": -settings.worker_timeout_seconds / 60}
+
+
+def heartbeat_due(worker_id: Any) -> ColumnElement[bool]:
+    """Return the column ``heartbeat_due`` of the worker with that id.
+
+    A statement that returns it needs :func:`keep_alive` after it where it is true.
+    """
+    late = WORKER.c.last_heartbeat < now(bindparam("due_after", type_=Float()))
+    one = select(late).where(WORKER.c.id == worker_id)
+    return one.scalar_subquery().label("heartbeat_due")
+
+
 async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:
     """Record a sign of life of many workers; what is in use is left to the next one."""
     await session.execute(_heard(WORKER.c.id.in_(worker_ids)))
