@@ -456,6 +456,6 @@ async def test_what_went_wrong_does_not_come_back(ada, scene):
             "/rooms/lab/tasks/lab:modifiers:Strict", json={"payload": payload}
         )
         assert len(answer.content) < 10_000
-        problem(answer, 422, "invalid-payload")
+        problem(answer, 422, "payload-mismatch")
     await ada.delete(f"/workers/{worker}")
     await scene.go_on()

@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: imports go down; on a floor they go leftward
 FLOORS = [
     ["names", "lifecycle", "settings", "exceptions"],
-    ["schemas", "payloads", "extension", "provider"],
+    ["schemas", "validation", "extension", "provider"],
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["models", "paging", "migration"],
     [

@@ -541,7 +541,7 @@ async def test_a_job_that_only_its_row_knows_is_not_configured(
     missing = await ada.post("/rooms/lab/tasks/@internal:modifiers:No", json={})
     problem(missing, 404, "job-not-found")
     wrong = await ada.post(f"/rooms/lab/tasks/{ECHO}", json={"payload": {"a": "b"}})
-    problem(wrong, 422, "invalid-payload")
+    problem(wrong, 422, "payload-mismatch")
 
 
 async def test_replicas_write_the_rows_together(app, ada, session_maker):

@@ -225,11 +225,11 @@ async def test_the_payload_fits_the_jobs_schema(ada, session_maker):
     refused = await ada.post(
         f"/rooms/lab/tasks/{JOB}", json={"payload": {"angle": "right"}}
     )
-    (error,) = problem(refused, 422, "invalid-payload")["errors"]
+    (error,) = problem(refused, 422, "payload-mismatch")["errors"]
     assert error["pointer"] == "/body/payload/angle"
     assert error["detail"]
     refused = await ada.post(f"/rooms/lab/tasks/{JOB}", json={})
-    (error,) = problem(refused, 422, "invalid-payload")["errors"]
+    (error,) = problem(refused, 422, "payload-mismatch")["errors"]
     assert error["pointer"] == "/body/payload"
     assert (await stored(session_maker))["task"] == 0
     assert (await submit(ada, payload={"angle": 90}))["payload"] == {"angle": 90}

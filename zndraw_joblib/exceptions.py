@@ -224,7 +224,7 @@ class InvalidSchema(Problem):
     status = 422
 
 
-class InvalidPayload(Problem):
+class PayloadMismatch(Problem):
     """The payload does not fit the job's schema; `errors` says where."""
 
     title = "Unprocessable Content"
@@ -285,6 +285,11 @@ class ProviderTimeout(Problem):
     status = 504
     headers = ("Retry-After",)
     client_error = ProviderTimeoutError
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """Return the beginning of what a client sent, fit for a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def json_pointer(path: list[Any] | tuple[Any, ...]) -> str:

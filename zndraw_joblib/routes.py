@@ -13,13 +13,13 @@ from zndraw_joblib import (
     claims,
     heartbeats,
     jobs,
-    payloads,
     providers,
     relay,
     reports,
     stats,
     submissions,
     tasks,
+    validation,
     watch,
     workers,
 )
@@ -57,12 +57,12 @@ from zndraw_joblib.exceptions import (
     InternalJobNotConfigured,
     InternalProviderNotConfigured,
     InvalidCategory,
-    InvalidPayload,
     InvalidRequest,
     InvalidSchema,
     InvalidTaskTransition,
     JobNotFound,
     LeaseLost,
+    PayloadMismatch,
     PayloadTooLarge,
     ProblemException,
     ProviderExecutionFailed,
@@ -263,7 +263,7 @@ async def register_job(
         raise InvalidCategory.exception(
             f"category {body.category!r} is not one of {settings.allowed_categories}"
         )
-    payloads.check_schema(body.schema_)
+    validation.check_schema(body.schema_)
     worker_id = await workers.mine(session, body.worker_id, caller, settings)
     policy = body.model_dump(
         include=body.model_fields_set & set(JobPolicy.model_fields)
@@ -357,7 +357,7 @@ async def read_stats(
         *ROOM,
         *BODY,
         JobNotFound,
-        InvalidPayload,
+        PayloadMismatch,
         IdempotencyKeyReused,
         InternalJobNotConfigured,
         QuotaExceeded,
@@ -373,9 +373,9 @@ async def submit_task(
     """Submit a task to a job that the room sees."""
     room, caller, session, settings, outbox, registry = submission
 
-    def check(target: submissions.Target) -> None:
+    def check(target: submissions.Target) -> bool:
         _check_broker(target.name, registry, [body], "/body")
-        payloads.check_payload(target.schema, body.payload)
+        return validation.check_payloads(target.schema, {"/body/payload": body.payload})
 
     submitted = await submissions.submit(
         session,
@@ -406,7 +406,7 @@ async def submit_task(
         *ROOM,
         *BODY,
         JobNotFound,
-        InvalidPayload,
+        PayloadMismatch,
         IdempotencyKeyReused,
         InternalJobNotConfigured,
         QuotaExceeded,
@@ -421,9 +421,13 @@ async def submit_batch(
     """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
     room, caller, session, settings, outbox, registry = submission
 
-    def check(target: submissions.Target) -> None:
+    def check(target: submissions.Target) -> bool:
         _check_broker(target.name, registry, body.tasks, "/body/tasks/{}")
-        payloads.check_payloads(target.schema, [task.payload for task in body.tasks])
+        payloads = {
+            f"/body/tasks/{n}/payload": task.payload
+            for n, task in enumerate(body.tasks)
+        }
+        return validation.check_payloads(target.schema, payloads)
 
     batch = await submissions.submit_many(
         session,
@@ -461,7 +465,7 @@ def _check_broker(
         if task.delay_seconds
     ]
     if errors:
-        raise InvalidRequest.exception(detail, errors=errors[: payloads.MAX_ERRORS])
+        raise InvalidRequest.exception(detail, errors=errors[:1])
 
 
 @router.get("/rooms/{room_id}/tasks", responses=PAGE | problems(*ROOM))
@@ -683,7 +687,7 @@ async def register_provider(
         raise InvalidCategory.exception(
             f"category {body.category!r} is not one of {allowed}"
         )
-    payloads.check_schema(body.schema_)
+    validation.check_schema(body.schema_)
     worker_id = await workers.mine(session, body.worker_id, caller, settings)
     provider, created = await providers.register(
         session,

@@ -255,7 +255,7 @@ async def submit(
     caller: Caller,
     request: TaskSubmitRequest,
     settings: JobLibSettings,
-    check: Callable[[Target], None],
+    check: Callable[[Target], bool],
     *,
     idempotency_key: str | None = None,
 ) -> Submitted:
@@ -342,7 +342,7 @@ async def submit_many(
     caller: Caller,
     requests: Sequence[TaskSubmitRequest],
     settings: JobLibSettings,
-    check: Callable[[Target], None],
+    check: Callable[[Target], bool],
     *,
     idempotency_key: str | None = None,
 ) -> Batch:
