@@ -133,6 +133,9 @@ def _may_wait(frame: FrameType) -> bool:
     module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
     if module.startswith(DATABASE):
         return True
+    if (module, function) == ("zndraw_joblib.dependencies", "commit"):
+        # in a task of its own, which no client can cancel
+        return True
     if function == "send" and module.startswith(SERVERS):
         # FastAPI leaves request-scoped dependencies after the response is sent
         return True

@@ -21,15 +21,15 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 FLOORS = [
     ["names", "lifecycle", "settings", "exceptions"],
     ["schemas", "validation", "extension", "provider"],
-    ["telemetry", "events", "waiting", "wakeups", "results"],
+    ["telemetry", "events", "waiting", "results"],
     ["models", "paging", "migration"],
     [
         "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims", "heartbeats",
         "providers", "stats",
     ],
-    ["delivery", "watch", "relay", "runtime", "registry", "sweeper"],
-    ["dependencies", "door", "openapi"],
-    ["routes"],
+    ["delivery", "long_polls", "provider_reads", "runtime", "registry", "sweeper"],
+    ["dependencies", "problem_route"],
+    ["routes_tasks", "routes_providers", "routes"],
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [

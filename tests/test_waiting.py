@@ -9,9 +9,9 @@ from conftest import PREFIX
 from sqlalchemy import update
 from steps import at_once, claim, execute, offer, problem, read, report, submit
 
-from zndraw_joblib import waiting
 from zndraw_joblib.dependencies import preferred_wait
 from zndraw_joblib.models import Task, TaskStatus, now
+from zndraw_joblib.runtime import runtime_of
 
 LONGEST = 60
 #: far beyond what is waited for anywhere: whoever relies on looking again hangs
@@ -77,6 +77,14 @@ def test_no_header_holds_up_the_host(piece):
         preferred_wait([start + piece * (65536 // len(piece))], LONGEST)
 
 
+@pytest.fixture(autouse=True)
+def waiters(request):
+    """Let the helpers below see who waits in the app under test."""
+    if "app" in request.fixturenames:
+        app = request.getfixturevalue("app")
+        until_waited_for.waiters = runtime_of(app).waiters
+
+
 @pytest.fixture
 def patient(app):
     """Nobody looks again by itself: who is not woken waits in vain."""
@@ -88,9 +96,9 @@ def wait_for(seconds):
 
 
 async def until_waited_for(count: int = 1, pause: float = 0.1):
-    """Return when so many requests of this process wait."""
+    """Return when so many requests of this app wait."""
     with anyio.fail_after(20):
-        while len({w for ws in waiting._waiters.values() for w in ws}) < count:
+        while len(until_waited_for.waiters) < count:
             await anyio.sleep(0.01)
         # it listens first and looks then
         await anyio.sleep(pause)
@@ -120,7 +128,7 @@ async def test_a_report_wakes_who_waits_for_the_task(ada, end):
         assert answer.json()["status"] == end
         assert answer.headers["preference-applied"] == applied
         assert "prefer" in answer.headers["vary"].lower()
-    assert not waiting._waiters
+    assert not len(until_waited_for.waiters)
 
 
 @pytest.mark.usefixtures("patient")

@@ -12,11 +12,15 @@ from conftest import PREFIX
 from redis.asyncio import Redis
 from sqlalchemy import event, insert, select, update
 from steps import at_once, claim, execute, offer, problem, report, submit
-from test_waiting import NEVER, until_waited_for, wait_for
+from test_waiting import NEVER, until_waited_for, wait_for, waiters
 
-from zndraw_joblib import RedisWakeups, waiting
+from zndraw_joblib import RedisWakeups
 from zndraw_joblib.events import job_key, task_key
 from zndraw_joblib.models import Job, Task, TaskStatus, Worker, WorkerJobLink, now
+from zndraw_joblib.runtime import runtime_of
+from zndraw_joblib.waiting import Waiters
+
+__all__ = ["waiters"]
 
 HANG = 60
 
@@ -31,9 +35,10 @@ async def until(condition):
 async def looks_no_more(app):
     """When nobody waits any more, the task that looks for them ends."""
     yield
-    watch = app.state.joblib_watch
-    await until(lambda: watch.looker.done())
-    assert (watch.sought, waiting._waiters) == ({}, {})
+    runtime = runtime_of(app)
+    polls = runtime.subscriptions
+    await until(lambda: polls.poller.done())
+    assert (polls.by_request, len(runtime.waiters)) == ({}, 0)
 
 
 def wait_for_work(user, worker):
@@ -102,7 +107,7 @@ async def test_many_who_wait_cost_one_statement_a_look(app, ada, engine):
     ]
     statements = []
     async with waiting_side_by_side(*requests, at_a_time=10) as answers:
-        await until(lambda: len(app.state.joblib_watch.sought) == 100)
+        await until(lambda: len(runtime_of(app).subscriptions.by_request) == 100)
         event.listen(
             engine.sync_engine,
             "before_cursor_execute",
@@ -110,10 +115,10 @@ async def test_many_who_wait_cost_one_statement_a_look(app, ada, engine):
         )
         await anyio.sleep(1)
         looks = len(statements)
-        assert (answers, len(app.state.joblib_watch.sought)) == ([], 100)
+        assert (answers, len(runtime_of(app).subscriptions.by_request)) == ([], 100)
     assert 1 <= looks <= 6
     assert len(set(statements[:looks])) == 1
-    assert not app.state.joblib_watch.by_user
+    assert not runtime_of(app).subscriptions.by_user
 
 
 async def test_as_many_are_woken_as_there_is_work(app, ada, session_maker):
@@ -220,10 +225,10 @@ async def test_who_hung_up_is_forgotten_at_once(app, ada, server):
             group.start_soon(wait_for_work, web, worker)
             group.start_soon(wait_for_end, web, task)
         await until_waited_for(40)
-        await until(lambda: len(app.state.joblib_watch.sought) == 40)
+        await until(lambda: len(runtime_of(app).subscriptions.by_request) == 40)
         group.cancel_scope.cancel()
-    await until(lambda: not waiting._waiters)
-    assert not app.state.joblib_watch.sought
+    await until(lambda: not len(runtime_of(app).waiters))
+    assert not runtime_of(app).subscriptions.by_request
 
 
 @pytest.mark.makers("plain")
@@ -257,7 +262,7 @@ async def test_how_many_may_wait(app, ada, bob):
     await claim(ada, worker)
     holding = wait_for_work(ada, worker), wait_for_end(ada, task)
     async with waiting_side_by_side(*holding):
-        await until(lambda: len(app.state.joblib_watch.sought) == 2)
+        await until(lambda: len(runtime_of(app).subscriptions.by_request) == 2)
         for refused in (wait_for_work(ada, worker), wait_for_end(ada, task)):
             answer = await refused
             problem(answer, 429, "quota-exceeded")
@@ -266,12 +271,12 @@ async def test_how_many_may_wait(app, ada, bob):
         assert (await ada.get(f"/tasks/{task['id']}")).status_code == 200
         async with anyio.create_task_group() as group:
             group.start_soon(wait_for_work, bob, others)
-            await until(lambda: len(app.state.joblib_watch.sought) == 3)
+            await until(lambda: len(runtime_of(app).subscriptions.by_request) == 3)
             answer = await wait_for_work(bob, others)
             problem(answer, 503, "server-busy")
             assert int(answer.headers["retry-after"]) > 0
             group.cancel_scope.cancel()
-    assert not app.state.joblib_watch.by_user
+    assert not runtime_of(app).subscriptions.by_user
 
 
 @pytest.fixture
@@ -280,8 +285,8 @@ async def elsewhere(app, redis_url):
     async with Redis.from_url(redis_url) as ours, Redis.from_url(redis_url) as theirs:
         app.state.wakeups = RedisWakeups(ours)
         yield RedisWakeups(theirs)
-        app.state.joblib_watch.miss()
-        await until(lambda: app.state.joblib_watch.looker.done())
+        runtime_of(app).subscriptions.miss()
+        await until(lambda: runtime_of(app).subscriptions.poller.done())
 
 
 @pytest.mark.makers("plain")
@@ -292,7 +297,7 @@ async def test_other_processes_wake_over_redis(app, ada, session_maker, elsewher
     await claim(ada, worker)
     holding = (wait_for_work(ada, w) for w in (worker, other))
     async with waiting_side_by_side(wait_for_end(ada, task), *holding) as told:
-        await until(lambda: not app.state.joblib_watch.missed)
+        await until(lambda: not runtime_of(app).subscriptions.missed)
         ended = {"status": TaskStatus.CANCELLED, "completed_at": now()}
         by_id = Task.id == UUID(task["id"])
         await execute(session_maker, update(Task).where(by_id).values(ended))
@@ -305,9 +310,10 @@ async def test_other_processes_wake_over_redis(app, ada, session_maker, elsewher
         # what this process does, it tells the others, and does not hear itself
         heard = []
         async with anyio.create_task_group() as group:
-            group.start_soon(elsewhere.listen, lambda: heard.append("listens"))
+            theirs = Waiters()
+            group.start_soon(elsewhere.listen, theirs, lambda: heard.append("listens"))
             await until(lambda: heard)
-            with waiting.waiting_for([job_key("lab:modifiers:Scale")]) as waiter:
+            with theirs.waiting_for([job_key("lab:modifiers:Scale")]) as waiter:
                 app.state.wakeups.tell([], [job_key("lab:modifiers:Scale")])
                 assert await waiter.wait(HANG)
                 assert waiter.turns
@@ -324,6 +330,6 @@ async def test_a_redis_that_is_away_costs_no_answer(app, ada, caplog, tmp_path):
             await submit(ada)
             await until(lambda: told)
         await report(ada, told[0]["task"], "cancelled")
-        await until(lambda: app.state.joblib_watch.looker.done())
+        await until(lambda: runtime_of(app).subscriptions.poller.done())
         await until(lambda: app.state.wakeups._teller.done())
     assert "wake-ups are not heard" in caplog.text

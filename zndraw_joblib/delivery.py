@@ -1,30 +1,24 @@
-"""Where a committed change goes: its answer, waiting requests, Socket.IO, the broker."""
+"""Where a committed change goes: waiting requests, Socket.IO, the broker, the host's hook."""
 
+import asyncio
 import logging
-import math
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import anyio
 from sqlalchemy.ext.asyncio import AsyncSession
-from starlette.types import Message, Send
 
-from zndraw_joblib import attempts, telemetry, waiting
+from zndraw_joblib import attempts, telemetry
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, TaskView, emit
 from zndraw_joblib.names import FullName
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.wakeups import Wakeups
+from zndraw_joblib.waiting import Waiters, Wakeups
 
 log = logging.getLogger(__name__)
-
-#: Where a request's scope holds its :class:`Answer`.
-ANSWER = "zndraw_joblib.answer"
-
-# Bytes that a server takes without waiting for the client to read them.
-UNREAD = 16 * 1024
 
 SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 
@@ -45,159 +39,201 @@ class Dispatcher(Protocol):
 ProvidersRemoved = Callable[[list[FullName]], Awaitable[None]]
 
 
-@dataclass
-class Answer:
-    """A request's answer, kept until the session is closed.
-
-    FastAPI ends a request's dependencies after its answer was sent: a client that reads
-    slowly would hold the session, and under a lock-wrapped maker everybody.
-
-    Attributes
-    ----------
-    send : callable
-        The server's.
-    kept : list of dict
-        What was not sent yet.
-    begun : bool
-        There is an answer.
-    handled : bool
-        The route did what it was asked for.
-    news : coroutine function, optional
-        Delivers what the request left in its outbox.
-    """
-
-    send: Send
-    kept: list[Message] = field(default_factory=list)
-    begun: bool = False
-    handled: bool = False
-    news: Callable[[], Awaitable[None]] | None = None
-
-    async def keep(self, message: Message) -> None:
-        """Take a message in place of the server; what streams is handed on at once."""
-        self.begun = True
-        self.kept.append(message)
-        if message.get("more_body"):
-            await self.leave()
-
-    async def end(self) -> None:
-        """Send what is kept and deliver the news, now that the session is closed.
-
-        The answer goes first, unless it is so large that its reader could hold up
-        everybody else's news.
-        """
-        await self.leave(UNREAD)
-        if self.handled and self.news is not None:
-            try:
-                await self.news()
-            except Exception:
-                log.exception("news did not leave")
-        await self.leave()
-
-    async def leave(self, most: float = math.inf) -> None:
-        """Send what is kept, unless it has more bytes than ``most``."""
-        if sum(len(message.get("body", b"")) for message in self.kept) > most:
-            return
-        messages, self.kept = self.kept, []
-        try:
-            for message in messages:
-                await self.send(message)
-        except OSError:
-            log.debug("who asked has hung up")
-
-
 @dataclass(frozen=True)
-class Exits:
-    """The ways out of this process, all the host's.
+class Transports:
+    """What carries a change out of this process, all the host's.
 
     Attributes
     ----------
-    session_maker : callable
-        Opens the session that fails what the broker didn't take.
     settings : JobLibSettings
         ``dispatch_timeout_seconds`` bounds each single send, and the hook.
     tsio : socketio.AsyncServer or a wrapper of one, optional
         Where events go.
     registry : InternalRegistry, optional
         Where ``@internal`` tasks go.
+    session_maker : callable, optional
+        Opens the session that fails what the broker didn't take.
     on_providers_removed : coroutine function, optional
         Hears of providers that went away.
     wakeups : Wakeups, optional
         What wakes requests that wait in other processes.
     """
 
-    session_maker: SessionMaker
     settings: JobLibSettings
     tsio: Emitter | None = None
     registry: Dispatcher | None = None
+    session_maker: SessionMaker | None = None
     on_providers_removed: ProvidersRemoved | None = None
     wakeups: Wakeups | None = None
 
 
-async def tell(
-    outbox: Outbox,
-    settings: JobLibSettings,
-    tsio: Emitter | None = None,
-    wakeups: Wakeups | None = None,
-) -> None:
-    """Send an outbox's events, and wake who waits for what they tell of."""
+class Publication(NamedTuple):
+    """An outbox on its way out."""
+
+    outbox: Outbox
+    transports: Transports
+    # done when all of it has left, or can't
+    left: asyncio.Future[None]
+
+
+class Delivery:
+    """The queue through which all of one app's committed changes leave, in their order.
+
+    Its task belongs to the app: no client that hangs up, and no answer that fails, takes a
+    committed change back.
+
+    Parameters
+    ----------
+    waiters : Waiters
+        The requests of the app that wait.
+    """
+
+    def __init__(self, waiters: Waiters) -> None:
+        self._waiters = waiters
+        self._queue: deque[Publication] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def publish(
+        self, outbox: Outbox, transports: Transports
+    ) -> asyncio.Future[None] | None:
+        """Let what a transaction left in its outbox leave; never raises.
+
+        Call it right after the commit, with nothing awaited in between: this is what
+        orders events.
+
+        Returns
+        -------
+        asyncio.Future or None
+            Done when all has left that can; None when there is nothing to send.
+        """
+        try:
+            self._waiters.notify(outbox.ended, outbox.queued)
+            if transports.wakeups is not None and (outbox.ended or outbox.queued):
+                transports.wakeups.tell(outbox.ended, outbox.queued)
+        except Exception:
+            # who waits looks by itself
+            log.exception("waiting requests were not woken")
+        if not outbox.leaves:
+            return None
+        loop = asyncio.get_running_loop()
+        sender = self._sender
+        if sender is None or sender.done() or sender.get_loop() is not loop:
+            # what is left in another event loop's queue, its own sender sends
+            self._queue = deque()
+            self._sender = self._start(self._send_all(self._queue))
+        publication = Publication(outbox, transports, loop.create_future())
+        self._queue.append(publication)
+        return publication.left
+
+    async def drain(self, seconds: float) -> None:
+        """Return when all that was published has left, or after ``seconds``."""
+        loop, deadline = asyncio.get_running_loop(), anyio.current_time() + seconds
+        while tasks := [task for task in self._tasks if task.get_loop() is loop]:
+            left = deadline - anyio.current_time()
+            if left <= 0:
+                log.error("%d deliveries had not left when the app ended", len(tasks))
+                return
+            await asyncio.wait(tasks, timeout=left)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        # of no request: neither its trace nor its context variables
+        task = asyncio.create_task(work, context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _send_all(self, queue: deque[Publication]) -> None:
+        while queue:
+            # a server that hangs costs one patience for all that queued up meanwhile
+            hangs = False
+            for _ in range(len(queue)):
+                outbox, transports, left = publication = queue.popleft()
+                try:
+                    _log(outbox)
+                    hangs = hangs or not await _emit(outbox, transports)
+                except Exception:
+                    log.exception("events did not leave")
+                if outbox.dispatches or outbox.providers_removed:
+                    self._start(self._send_rest(publication))
+                elif not left.done():
+                    left.set_result(None)
+
+    async def _send_rest(self, publication: Publication) -> None:
+        outbox, transports, left = publication
+        try:
+            failed = await _send_rest(outbox, transports)
+            then = self.publish(failed, transports)
+            if then is not None:
+                await then
+        finally:
+            if not left.done():
+                left.set_result(None)
+
+
+def _log(outbox: Outbox) -> None:
     for worker_id in outbox.workers_gone:
-        told = {"event": "gone", "worker_id": str(worker_id)}
-        log.info("worker %s is gone", worker_id, extra=told)
+        extra = {"event": "gone", "worker_id": str(worker_id)}
+        log.info("worker %s is gone", worker_id, extra=extra)
     for task in outbox.changes:
         telemetry.task_changed(task)
-    await emit(tsio, outbox.emissions, timeout=settings.dispatch_timeout_seconds)
-    # woken after what they were woken for was told, so that their own news comes later;
-    # while a manager hangs, they look again by themselves
-    for key in outbox.ended:
-        waiting.wake_all(key)
-    for key, count in Counter(outbox.queued).items():
-        waiting.wake_some(key, count)
-    if wakeups is not None and (outbox.ended or outbox.queued):
-        wakeups.tell(outbox.ended, outbox.queued)
 
 
-async def deliver(outbox: Outbox, exits: Exits) -> None:
-    """Send what a transaction left in its outbox; call it with no session open.
+async def _emit(outbox: Outbox, transports: Transports) -> bool:
+    patience = transports.settings.dispatch_timeout_seconds
+    return await emit(transports.tsio, outbox.emissions, timeout=patience)
 
-    What can't leave is logged; an ``@internal`` task that can't leave is failed.
+
+async def deliver(outbox: Outbox, transports: Transports) -> None:
+    """Send what a transaction left in its outbox, where there is no app with a queue.
+
+    Call it with no session open. What can't leave is logged; an ``@internal`` task that
+    can't leave is failed.
     """
-    patience = exits.settings.dispatch_timeout_seconds
-    await tell(outbox, exits.settings, exits.tsio, exits.wakeups)
-    await _dispatch(outbox.dispatches, exits)
-    if outbox.providers_removed and exits.on_providers_removed is not None:
+    _log(outbox)
+    await _emit(outbox, transports)
+    failed = await _send_rest(outbox, transports)
+    if failed.leaves:
+        await deliver(failed, transports)
+
+
+async def _send_rest(outbox: Outbox, transports: Transports) -> Outbox:
+    """Send messages and call the hook; return what is to be told of it."""
+    failed = await _dispatch(outbox.dispatches, transports)
+    if outbox.providers_removed and transports.on_providers_removed is not None:
         try:
-            with anyio.fail_after(patience):
-                await exits.on_providers_removed(list(outbox.providers_removed))
+            with anyio.fail_after(transports.settings.dispatch_timeout_seconds):
+                await transports.on_providers_removed(list(outbox.providers_removed))
         except Exception:
             log.exception("the host's hook for removed providers failed")
+    return failed
 
 
-async def _dispatch(dispatches: Sequence[Dispatch], exits: Exits) -> None:
+async def _dispatch(dispatches: Sequence[Dispatch], transports: Transports) -> Outbox:
     left: list[Dispatch] = []
     why: Exception | None = None
     for dispatch in dispatches:
         # a broker that hangs would let each of a thousand messages wait as long
         if not isinstance(why, TimeoutError):
             try:
-                await _send(dispatch.task, exits)
+                await _send(dispatch.task, transports)
                 continue
             except Exception as exc:
                 log.exception("task %s was not taken by the broker", dispatch.task.id)
                 why = exc
         left.append(dispatch)
-    if why is not None:
-        await _undeliverable(left, why, exits)
+    return Outbox() if why is None else await _undeliverable(left, why, transports)
 
 
-async def _send(task: TaskView, exits: Exits) -> None:
-    if exits.registry is None:
+async def _send(task: TaskView, transports: Transports) -> None:
+    if transports.registry is None:
         raise RuntimeError("there is no broker")
     trace = {"traceparent": task.traceparent} if task.traceparent else {}
     with (
         telemetry.continuing(trace),
-        anyio.fail_after(exits.settings.dispatch_timeout_seconds),
+        anyio.fail_after(transports.settings.dispatch_timeout_seconds),
     ):
-        await exits.registry.send(
+        await transports.registry.send(
             task.job_name,
             subject=task,
             task_id=str(task.id),
@@ -207,8 +243,9 @@ async def _send(task: TaskView, exits: Exits) -> None:
 
 
 async def _undeliverable(
-    dispatches: Sequence[Dispatch], why: Exception, exits: Exits
-) -> None:
+    dispatches: Sequence[Dispatch], why: Exception, transports: Transports
+) -> Outbox:
+    """Fail tasks that can't be sent; return what is to be told of it."""
     outbox = Outbox()
     new, sent_before = (
         [(d.task.id, d.task.attempt) for d in dispatches if d.again is again]
@@ -216,14 +253,16 @@ async def _undeliverable(
     )
     error = f"The broker did not take the task: {why!r}"
     try:
-        async with exits.session_maker() as session:
+        if transports.session_maker is None:
+            raise RuntimeError("there is no session maker")
+        async with transports.session_maker() as session:
             failed = await attempts.fail_undispatched(
-                session, new, error, exits.settings
+                session, new, error, transports.settings
             )
-            await attempts.postpone(session, sent_before, exits.settings)
+            await attempts.postpone(session, sent_before, transports.settings)
             await session.commit()
         outbox.tasks_changed(failed)
     except Exception:
         # they stay claimed, and the sweeper sends them again
         log.exception("%s tasks could not be failed either", len(dispatches))
-    await deliver(outbox, exits)
+    return outbox

@@ -1,52 +1,55 @@
-"""What a host can override, and what the routes ask for.
+"""What a host can override, and what the routes know of their app.
 
 There is no session dependency here: sessions are zndraw-auth's ``SessionDep`` and
 ``get_session_maker``.
+
+FastAPI analyses every dependency anew in each request as soon as anything is overridden.
+So a route depends on auth's user and session alone, and on those override points that hosts
+give dependencies of their own: :func:`get_room_access`, :func:`verify_writable_room` and
+:func:`get_result_backend`. The other ones are looked up by :func:`context_of`. An override
+of these is a function, coroutine or not, that takes nothing or the request.
 """
 
+import asyncio
 import hashlib
+import inspect
 import json
-import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import partial
-from typing import Annotated, Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 from urllib.parse import quote
 
+import anyio
 from fastapi import Depends, Header, Query, Request, Response
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel
+from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
-from zndraw_auth.db import SessionDep, get_session_maker
+from zndraw_auth.db import get_session_maker
 
 from zndraw_joblib import deprecated
-from zndraw_joblib.delivery import (
-    ANSWER,
-    Exits,
-    ProvidersRemoved,
-    SessionMaker,
-    deliver,
-    tell,
-)
+from zndraw_joblib.delivery import ProvidersRemoved, SessionMaker, Transports
 from zndraw_joblib.deprecated import __getattr__ as __getattr__
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
+from zndraw_joblib.long_polls import LongPoll
 from zndraw_joblib.names import check_room
 from zndraw_joblib.paging import Cursor, Listing, Page
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
-from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, PaginatedResponse, check_printable
+from zndraw_joblib.runtime import Runtime, runtime_of
+from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, check_printable
 from zndraw_joblib.settings import JobLibSettings, settings_of
-from zndraw_joblib.wakeups import wakeups_of
-from zndraw_joblib.watch import Desk, watch_of
+from zndraw_joblib.waiting import wakeups_of
 from zndraw_joblib.workers import Caller, RoomAccess
 
-T = TypeVar("T")
+# Longest `Prefer` that is read, in characters.
+_MAX_PREFER = 1000
 
 # --- what a host can override ---
 
-
-# All dependencies are coroutines: FastAPI sends plain functions to a thread, and the
-# request's session would be held meanwhile.
+# Those that are dependencies of FastAPI are coroutines: it sends plain functions to a
+# thread, and the request's session would be held meanwhile.
 
 
 async def get_joblib_settings(request: Request) -> JobLibSettings:
@@ -62,6 +65,21 @@ async def get_tsio(request: Request) -> Emitter | None:
 async def get_internal_registry(request: Request) -> InternalRegistry | None:
     """Return ``app.state.internal_registry``, as ``register_internal_jobs`` set it."""
     return getattr(request.app.state, "internal_registry", None)
+
+
+async def get_internal_providers(request: Request) -> InternalRegistry | None:
+    """Return ``app.state.internal_provider_registry``, as the host set it."""
+    return getattr(request.app.state, "internal_provider_registry", None)
+
+
+@deprecated.for_removals
+async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
+    """Return ``app.state.on_providers_removed``: what hears of providers that went.
+
+    ``await hook(names)`` is called after the commit, with no session open; the sweeper
+    takes the same hook as an argument.
+    """
+    return getattr(request.app.state, "on_providers_removed", None)
 
 
 async def _open_to_all(session: AsyncSession, caller: Caller, room_id: str) -> bool:
@@ -84,19 +102,238 @@ async def get_result_backend(request: Request) -> ResultBackend:
     return results_of(request.app)
 
 
-async def get_internal_providers(request: Request) -> InternalRegistry | None:
-    """Return ``app.state.internal_provider_registry``, as the host set it."""
-    return getattr(request.app.state, "internal_provider_registry", None)
+async def verify_writable_room(request: Request) -> str:
+    """Return the room of the path if it takes registrations and submissions.
 
-
-@deprecated.for_removals
-async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
-    """Return ``app.state.on_providers_removed``: what hears of providers that went.
-
-    ``await hook(names)`` is called after the commit, with no session open; the sweeper
-    takes the same hook as an argument.
+    A host that can lock rooms overrides this.
     """
-    return getattr(request.app.state, "on_providers_removed", None)
+    return validate_room_id(request.path_params["room_id"])
+
+
+async def look_up(request: Request, dependency: Any) -> Any:
+    """Return what an override point returns, or what the host has put in its place.
+
+    Parameters
+    ----------
+    request : Request
+        Handed on if the function takes an argument.
+    dependency : callable
+        One of those above.
+
+    Raises
+    ------
+    TypeError
+        When the override asks for more than the request.
+    """
+    overrides = getattr(request.app, "dependency_overrides", {})
+    override = overrides.get(dependency)
+    if override is None:
+        return await dependency(request)
+    takes = len(inspect.signature(override).parameters)
+    if takes > 1:
+        raise TypeError(
+            f"the override of {dependency.__name__} may take the request, nothing else"
+        )
+    found = override(request) if takes else override()
+    return await found if inspect.isawaitable(found) else found
+
+
+# --- what the routes ask for ---
+
+CurrentUser = Annotated[User, Depends(current_active_user)]
+#: For routes that wait: it holds no session after the look-up.
+WaitingUser = Annotated[User, Depends(current_user_scoped_session)]
+Sessions = Annotated[SessionMaker, Depends(get_session_maker)]
+Access = Annotated[RoomAccess, Depends(get_room_access)]
+Writable = Annotated[Any, Depends(verify_writable_room)]
+Results = Annotated[ResultBackend, Depends(get_result_backend)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255),
+    AfterValidator(lambda key: key and check_printable(key)),
+]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a route knows beside its parameters: who asks, and the app.
+
+    Attributes
+    ----------
+    request : Request
+        The request.
+    caller : Caller
+        Who asks.
+    runtime : Runtime
+        What the app remembers.
+    transports : Transports
+        What carries changes out of the process.
+    outbox : Outbox
+        What leaves with the commit.
+    """
+
+    request: Request
+    caller: Caller
+    runtime: Runtime
+    transports: Transports
+    outbox: Outbox = field(default_factory=Outbox)
+
+    @property
+    def settings(self) -> JobLibSettings:
+        """The host's settings."""
+        return self.transports.settings
+
+    async def commit(self, session: AsyncSession) -> None:
+        """Commit, and publish what is in the outbox.
+
+        Who hangs up meanwhile takes neither back.
+        """
+
+        async def commit_and_publish() -> None:
+            await session.commit()
+            self.publish()
+
+        committing = asyncio.create_task(commit_and_publish())
+        try:
+            await asyncio.shield(committing)
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([committing])
+            raise
+
+    def publish(self) -> None:
+        """Let what is in the outbox leave, where nothing was to be committed."""
+        published = self.runtime.delivery.publish(self.outbox, self.transports)
+        self.request.scope[PUBLISHED] = published
+
+    def long_poll(self, session_maker: SessionMaker, seconds: float | None) -> LongPoll:
+        """Return what it takes to hold this request for so many seconds."""
+        return LongPoll(
+            self.runtime.waiters,
+            self.runtime.subscriptions,
+            self.caller,
+            session_maker,
+            self.settings,
+            self.transports.wakeups,
+            self.request.receive,
+            seconds or 0,
+        )
+
+
+#: Where a request's scope holds the future of what it published.
+PUBLISHED = "zndraw_joblib.published"
+
+
+async def context_of(
+    request: Request, user: User, session_maker: SessionMaker | None = None
+) -> Context:
+    """Return the context of a request.
+
+    Parameters
+    ----------
+    request : Request
+        The request.
+    user : User
+        Who asks.
+    session_maker : callable, optional
+        For what may go to the broker: it opens the session that fails what can't leave.
+    """
+    app = request.app
+    transports = Transports(
+        await look_up(request, get_joblib_settings),
+        await look_up(request, get_tsio),
+        await look_up(request, get_internal_registry),
+        session_maker,
+        await look_up(request, get_providers_removed),
+        wakeups_of(app),
+    )
+    caller = Caller(user.id, user.is_superuser)
+    return Context(request, caller, runtime_of(app), transports)
+
+
+def validate_room_id(room_id: str) -> str:
+    """Return the room of the path.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-room-id``.
+    """
+    try:
+        return check_room(room_id)
+    except ValueError as exc:
+        raise InvalidRoomId.exception(f"room id {exc}") from None
+
+
+async def enter(
+    session: AsyncSession, caller: Caller, room_id: str, may_enter: RoomAccess
+) -> None:
+    """Return if the caller may enter the room of the path.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-room-id``, ``forbidden``.
+    """
+    validate_room_id(room_id)
+    if not await may_enter(session, caller, room_id):
+        raise Forbidden.exception(f"room {room_id!r} is not open to you")
+
+
+class PageQuery(BaseModel):
+    """Which page of a listing is asked for."""
+
+    limit: Annotated[int, Query(ge=0, le=MAX_PAGE)] = 50
+    offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0
+    cursor: Annotated[
+        str | None, Query(description='From `Link: rel="next"`.', max_length=500)
+    ] = None
+
+    def page(self) -> Page:
+        """Return the page.
+
+        Raises
+        ------
+        ProblemException
+            ``invalid-request`` when the cursor is none.
+        """
+        try:
+            last = Cursor.decode(self.cursor) if self.cursor else None
+        except ValueError as exc:
+            raise InvalidRequest.exception(
+                errors=[{"pointer": "/query/cursor", "detail": str(exc)}]
+            ) from None
+        return Page(self.limit, self.offset, last)
+
+
+def json_response(
+    content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return models, or what JSON is made of, as the answer."""
+    return Response(to_json(content), status_code, headers, "application/json")
+
+
+def page_response(
+    request: Request, query: PageQuery, listing: Listing, items: list[Any]
+) -> Response:
+    """Return a page of a listing, with a link to the next one (RFC 8288)."""
+    headers = {}
+    if listing.next is not None:
+        url = request.url.remove_query_params("offset").include_query_params(
+            cursor=listing.next.encode()
+        )
+        path = quote(request.scope["path"])
+        headers["Link"] = f'<{path}?{url.query}>; rel="next"'
+    page = {
+        "items": items,
+        "total": listing.total,
+        "limit": query.limit,
+        "offset": query.offset,
+    }
+    return json_response(page, headers=headers)
+
+
+# --- what stands in a request ---
 
 
 def request_hash(params: Mapping[str, Any]) -> str:
@@ -118,277 +355,6 @@ def query_params(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return params
 
 
-def validate_room_id(room_id: str) -> str:
-    """Return the room of the path.
-
-    Raises
-    ------
-    ProblemException
-        ``invalid-room-id``.
-    """
-    try:
-        return check_room(room_id)
-    except ValueError as exc:
-        raise InvalidRoomId.exception(f"room id {exc}") from None
-
-
-async def verify_writable_room(room_id: str) -> str:
-    """Return the room of the path if it takes registrations and submissions.
-
-    A host that can lock rooms overrides this.
-    """
-    return validate_room_id(room_id)
-
-
-# --- what the routes ask for ---
-
-Settings = Annotated[JobLibSettings, Depends(get_joblib_settings)]
-Registry = Annotated[InternalRegistry | None, Depends(get_internal_registry)]
-InternalProviders = Annotated[InternalRegistry | None, Depends(get_internal_providers)]
-Results = Annotated[ResultBackend, Depends(get_result_backend)]
-Tsio = Annotated[Emitter | None, Depends(get_tsio)]
-Access = Annotated[RoomAccess, Depends(get_room_access)]
-Sessions = Annotated[SessionMaker, Depends(get_session_maker)]
-
-
-async def _caller(user: Annotated[User, Depends(current_active_user)]) -> Caller:
-    return Caller(user.id, user.is_superuser)
-
-
-async def _waiting_caller(
-    user: Annotated[User, Depends(current_user_scoped_session)],
-) -> Caller:
-    return Caller(user.id, user.is_superuser)
-
-
-CurrentCaller = Annotated[Caller, Depends(_caller)]
-# for routes that wait: it holds no session after the look-up
-WaitingCaller = Annotated[Caller, Depends(_waiting_caller)]
-
-
-# An outbox is delivered when the request's session is closed, and not at all when the
-# handler raised.
-
-
-def _left_in(request: Request, deliver: Callable[[Outbox], Awaitable[None]]) -> Outbox:
-    box = Outbox()
-    request.scope[ANSWER].news = partial(deliver, box)
-    return box
-
-
-async def outbox(
-    request: Request,
-    session_maker: Sessions,
-    settings: Settings,
-    registry: Registry,
-    tsio: Tsio,
-) -> Outbox:
-    """Return the outbox of a request that may have something for the broker."""
-    wakeups = wakeups_of(request.app)
-    exits = Exits(session_maker, settings, tsio, registry, wakeups=wakeups)
-    return _left_in(request, partial(deliver, exits=exits))
-
-
-async def news(request: Request, settings: Settings, tsio: Tsio) -> Outbox:
-    """Return the outbox of a request that has events alone to send."""
-    wakeups = wakeups_of(request.app)
-    sending = partial(tell, settings=settings, tsio=tsio, wakeups=wakeups)
-    return _left_in(request, sending)
-
-
-async def farewell(
-    request: Request,
-    session_maker: Sessions,
-    settings: Settings,
-    tsio: Tsio,
-    removed: Annotated[ProvidersRemoved | None, Depends(get_providers_removed)],
-) -> Outbox:
-    """Return the outbox of a request that removes providers."""
-    wakeups = wakeups_of(request.app)
-    exits = Exits(session_maker, settings, tsio, None, removed, wakeups)
-    return _left_in(request, partial(deliver, exits=exits))
-
-
-OutboxDep = Annotated[Outbox, Depends(outbox)]
-FarewellDep = Annotated[Outbox, Depends(farewell)]
-NewsDep = Annotated[Outbox, Depends(news)]
-
-
-async def enter(
-    session: AsyncSession, caller: Caller, room_id: str, may_enter: RoomAccess
-) -> str:
-    """Return the room of the path if the caller may enter it.
-
-    Raises
-    ------
-    ProblemException
-        ``invalid-room-id``, ``forbidden``.
-    """
-    validate_room_id(room_id)
-    if not await may_enter(session, caller, room_id):
-        raise Forbidden.exception(f"room {room_id!r} is not open to you")
-    return room_id
-
-
-# What a route asks for comes as one: FastAPI walks through all that a dependency stands on
-# each time it is asked for, known or not, and each costs a request about a hundredth.
-
-
-class Visit(NamedTuple):
-    """A caller in a room that is open to them."""
-
-    room: str
-    caller: Caller
-    session: AsyncSession
-
-
-class Change(NamedTuple):
-    """A caller who changes something, and the outbox of what is to be told of it."""
-
-    caller: Caller
-    session: AsyncSession
-    settings: JobLibSettings
-    outbox: Outbox
-
-
-class Offer(NamedTuple):
-    """A caller who changes something in a room that is open to them."""
-
-    room: str
-    caller: Caller
-    session: AsyncSession
-    settings: JobLibSettings
-    outbox: Outbox
-
-
-class Submission(NamedTuple):
-    """A caller who has something done in a room that is open to them."""
-
-    room: str
-    caller: Caller
-    session: AsyncSession
-    settings: JobLibSettings
-    outbox: Outbox
-    registry: InternalRegistry | None
-
-
-CurrentUser = Annotated[User, Depends(current_active_user)]
-
-
-async def _reading(
-    room_id: str, user: CurrentUser, session: SessionDep, may_enter: Access
-) -> Visit:
-    caller = Caller(user.id, user.is_superuser)
-    return Visit(await enter(session, caller, room_id, may_enter), caller, session)
-
-
-async def _changing(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    settings: Settings,
-    tsio: Tsio,
-) -> Change:
-    outbox = await news(request, settings, tsio)
-    return Change(Caller(user.id, user.is_superuser), session, settings, outbox)
-
-
-async def _offering(
-    request: Request,
-    room_id: str,
-    user: CurrentUser,
-    session: SessionDep,
-    may_enter: Access,
-    _: Annotated[Any, Depends(verify_writable_room)],
-    settings: Settings,
-    tsio: Tsio,
-) -> Offer:
-    visit = await _reading(room_id, user, session, may_enter)
-    return Offer(*visit, settings, await news(request, settings, tsio))
-
-
-async def _submitting(
-    request: Request,
-    room_id: str,
-    user: CurrentUser,
-    session: SessionDep,
-    may_enter: Access,
-    _: Annotated[Any, Depends(verify_writable_room)],
-    session_maker: Sessions,
-    settings: Settings,
-    registry: Registry,
-    tsio: Tsio,
-) -> Submission:
-    visit = await _reading(room_id, user, session, may_enter)
-    box = await outbox(request, session_maker, settings, registry, tsio)
-    return Submission(*visit, settings, box, registry)
-
-
-Reading = Annotated[Visit, Depends(_reading)]
-Changing = Annotated[Change, Depends(_changing)]
-Offering = Annotated[Offer, Depends(_offering)]
-Submitting = Annotated[Submission, Depends(_submitting)]
-
-
-class Pager:
-    """The page that a listing is asked for, and how it is shown."""
-
-    def __init__(self, page: Page, request: Request, response: Response) -> None:
-        self.page = page
-        self._url = request.url
-        self._path = quote(request.scope["path"])
-        self._response = response
-
-    def show(self, listing: Listing, items: list[T]) -> PaginatedResponse[T]:
-        """Return the page, with a link to the next one (RFC 8288)."""
-        if listing.next is not None:
-            url = self._url.remove_query_params("offset").include_query_params(
-                cursor=listing.next.encode()
-            )
-            self._response.headers["Link"] = f'<{self._path}?{url.query}>; rel="next"'
-        return PaginatedResponse(
-            items=items,
-            total=listing.total,
-            limit=self.page.limit,
-            offset=self.page.offset,
-        )
-
-
-async def _pager(
-    request: Request,
-    response: Response,
-    limit: Annotated[int, Query(ge=0, le=MAX_PAGE)] = 50,
-    offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0,
-    cursor: Annotated[
-        str | None, Query(description='From `Link: rel="next"`.', max_length=500)
-    ] = None,
-) -> Pager:
-    try:
-        last = Cursor.decode(cursor) if cursor else None
-    except ValueError as exc:
-        raise InvalidRequest.exception(
-            errors=[{"pointer": "/query/cursor", "detail": str(exc)}]
-        ) from None
-    return Pager(Page(limit, offset, last), request, response)
-
-
-PagerDep = Annotated[Pager, Depends(_pager)]
-
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(min_length=1, max_length=255),
-    AfterValidator(lambda key: key and check_printable(key)),
-]
-
-_QUOTED = r'"(?:[^"\\]|\\.)*"'
-# an open quote runs to the end: to look for its end again and again takes minutes
-_ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.?)*(?:"|$))+')
-_PREFERENCE = re.compile(
-    rf'\s*(?P<name>[^\s=;"]+)\s*(?:=\s*(?P<value>{_QUOTED}|[^\s;"]*)\s*)?(?:;.*)?'
-)
-
-
 def preferred_wait(preferences: list[str], longest: float) -> float | None:
     """Return the ``wait`` of ``Prefer`` headers (RFC 7240, section 4.3).
 
@@ -404,56 +370,40 @@ def preferred_wait(preferences: list[str], longest: float) -> float | None:
     float or None
         Seconds; None when there is no ``wait`` that can be read.
     """
-    for item in _ITEM.findall(", ".join(preferences)):
-        preference = _PREFERENCE.fullmatch(item)
-        if preference and preference["name"].lower() == "wait":
+    header = ", ".join(preferences)
+    if len(header) > _MAX_PREFER:
+        return None
+    for preference in split_unquoted(header, ","):
+        name, _, value = split_unquoted(preference, ";")[0].partition("=")
+        if name.strip().lower() == "wait":
             # the first one counts, readable or not
-            seconds = (preference["value"] or "").strip('"')
-            if not re.fullmatch("[0-9]{1,18}", seconds):
-                return None
-            return min(float(seconds), longest)
+            digits = value.strip()
+            if len(digits) > 1 and digits[0] == digits[-1] == '"':
+                digits = digits[1:-1]
+            readable = digits.isascii() and digits.isdigit() and len(digits) <= 18
+            return min(float(digits), longest) if readable else None
     return None
 
 
-async def _desk(
-    request: Request,
-    user: Annotated[User, Depends(current_user_scoped_session)],
-    session_maker: Sessions,
-    settings: Settings,
-) -> Desk:
-    # read from the headers, not asked for: nothing that stands there is refused
-    preferences = request.headers.getlist("prefer")
-    return Desk(
-        watch_of(request.app),
-        Caller(user.id, user.is_superuser),
-        session_maker,
-        settings,
-        wakeups_of(request.app),
-        request.receive,
-        preferred_wait(preferences, settings.long_poll_max_wait_seconds),
-    )
+def split_unquoted(text: str, separator: str) -> list[str]:
+    """Split at a character where it stands outside of quotes; linear in the text."""
+    parts, start, quoted, escaped = [], 0, False, False
+    for at, character in enumerate(text):
+        if escaped:
+            escaped = False
+        elif character == '"':
+            quoted = not quoted
+        elif quoted:
+            escaped = character == "\\"
+        elif character == separator:
+            parts.append(text[start:at])
+            start = at + 1
+    return [*parts, text[start:]]
 
 
-WaitingDesk = Annotated[Desk, Depends(_desk)]
-
-
-class Hatch(NamedTuple):
-    """A desk, and the outbox of what is handed out there."""
-
-    desk: Desk
-    outbox: Outbox
-
-
-async def _hatch(
-    request: Request,
-    user: Annotated[User, Depends(current_user_scoped_session)],
-    session_maker: Sessions,
-    settings: Settings,
-    tsio: Tsio,
-) -> Hatch:
-    # one for both: what they stand on is walked through once
-    desk = await _desk(request, user, session_maker, settings)
-    return Hatch(desk, await news(request, settings, tsio))
-
-
-WorkHatch = Annotated[Hatch, Depends(_hatch)]
+def wait_headers(wait: float | None) -> dict[str, str]:
+    """Return the headers that say which ``Prefer: wait`` was applied."""
+    headers = {"Vary": "Prefer"}
+    if wait is not None:
+        headers["Preference-Applied"] = f"wait={wait:g}"
+    return headers

@@ -193,7 +193,7 @@ class Emitter(Protocol):
 
 async def emit(
     tsio: Emitter | None, emissions: Iterable[Emission], *, timeout: float = 5.0
-) -> None:
+) -> bool:
     """Send events in their order; one that can't leave is logged and skipped.
 
     Once the server's manager has let one wait for too long, the rest is skipped too.
@@ -206,9 +206,14 @@ async def emit(
         What to send; equal ones are sent once.
     timeout : float
         Seconds that the server's manager may take for one event.
+
+    Returns
+    -------
+    bool
+        False when the manager let one wait for too long.
     """
     if tsio is None:
-        return
+        return True
     for event, room in dict.fromkeys(emissions):
         try:
             with anyio.fail_after(timeout):
@@ -218,9 +223,10 @@ async def emit(
         except TimeoutError:
             # of a thousand events each would wait as long
             log.exception("event %s for %s did not leave", event.event_name, room)
-            return
+            return False
         except Exception:
             log.exception("event %s for %s did not leave", event.event_name, room)
+    return True
 
 
 class Dispatch(NamedTuple):
@@ -267,6 +273,17 @@ class Outbox:
     queued: list[str] = field(default_factory=list)
     changes: list["TaskView"] = field(default_factory=list)
     workers_gone: list[UUID] = field(default_factory=list)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether there is anything to send, or to log."""
+        return bool(
+            self.emissions
+            or self.dispatches
+            or self.providers_removed
+            or self.changes
+            or self.workers_gone
+        )
 
     def task_changed(self, task: "TaskView") -> None:
         """Tell everybody whom a task's new state concerns."""

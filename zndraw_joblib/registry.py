@@ -15,12 +15,14 @@ from fastapi import FastAPI
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
 from zndraw_joblib import attempts, deprecated, jobs, telemetry
-from zndraw_joblib.delivery import Exits, SessionMaker, deliver
+from zndraw_joblib.delivery import SessionMaker, Transports
 from zndraw_joblib.events import Outbox
 from zndraw_joblib.exceptions import describe
 from zndraw_joblib.names import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
+from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.settings import settings_of
+from zndraw_joblib.waiting import wakeups_of
 
 log = logging.getLogger(__name__)
 
@@ -334,9 +336,12 @@ async def register_internal_jobs(
         async with session_maker() as session:
             changed = await step(session, *what, settings)
             await session.commit()
-        box.tasks_changed(changed)
-        tsio = getattr(app.state, "tsio", None)
-        await deliver(box, Exits(session_maker, settings, tsio))
+            box.tasks_changed(changed)
+            tsio = getattr(app.state, "tsio", None)
+            transports = Transports(settings, tsio, wakeups=wakeups_of(app))
+            left = runtime_of(app).delivery.publish(box, transports)
+        if left is not None:
+            await left
         return changed
 
     async def fail(task: Any, error: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 
 from zndraw_joblib.settings import settings_of
-from zndraw_joblib.waiting import waiting_for, wake_all
+from zndraw_joblib.waiting import Waiters
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -72,6 +72,7 @@ class MemoryResults:
         self._kept: dict[str, tuple[bytes, float]] = {}
         self._inflight: dict[str, float] = {}
         self._next_purge = 0.0
+        self._waiters = Waiters()
 
     async def store(self, key: str, data: bytes, ttl: float) -> None:
         """Keep ``data`` under ``key`` for ``ttl`` seconds, if it fits at all."""
@@ -109,7 +110,7 @@ class MemoryResults:
     async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
         """Return what is kept under ``key`` as soon as there is something."""
         deadline = anyio.current_time() + timeout
-        with waiting_for([_wake_up(key)]) as waiter:
+        with self._waiters.waiting_for([_wake_up(key)]) as waiter:
             while (data := await self.get(key)) is None:
                 left = deadline - anyio.current_time()
                 if left <= 0:
@@ -119,7 +120,7 @@ class MemoryResults:
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
-        wake_all(_wake_up(key))
+        self._waiters.wake_all(_wake_up(key))
 
     def _forget(self, key: str) -> None:
         data, _ = self._kept.pop(key, (b"", 0.0))
@@ -154,6 +155,7 @@ class RedisResults:
         self._looks: dict[str, asyncio.Task[bytes | None]] = {}
         self._acquiring: dict[str, asyncio.Future[Any]] = {}
         self._waiting = 0
+        self._waiters = Waiters()
         self._listener: asyncio.Task[None] | None = None
 
     async def store(self, key: str, data: bytes, ttl: float) -> None:
@@ -201,7 +203,7 @@ class RedisResults:
         deadline = anyio.current_time() + timeout
         self._waiting += 1
         try:
-            with waiting_for([_wake_up(key), _ANY]) as waiter:
+            with self._waiters.waiting_for([_wake_up(key), _ANY]) as waiter:
                 if self._listener is None or self._listener.done():
                     self._listener = asyncio.create_task(self._listen())
                 while (data := await self.get(key)) is None:
@@ -215,7 +217,7 @@ class RedisResults:
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
-        wake_all(_wake_up(key))
+        self._waiters.wake_all(_wake_up(key))
         await self._redis.publish(_CHANNEL, key.encode())
 
     async def _listen(self) -> None:
@@ -226,16 +228,16 @@ class RedisResults:
                 while True:
                     message = await pubsub.get_message(timeout=_LINGER_SECONDS)
                     if message is not None and message["type"] == "message":
-                        wake_all(_wake_up(message["data"].decode()))
+                        self._waiters.wake_all(_wake_up(message["data"].decode()))
                     elif message is not None:
                         # just (again) subscribed: what came before was not heard
-                        wake_all(_ANY)
+                        self._waiters.wake_all(_ANY)
                     elif not self._waiting:
                         return
         except Exception as exc:
             log.warning("wake-ups are not heard: %r", exc)
             # who looks again finds out what is wrong
-            wake_all(_ANY)
+            self._waiters.wake_all(_ANY)
 
 
 def _wake_up(key: str) -> str:

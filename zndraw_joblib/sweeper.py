@@ -15,9 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
 from zndraw_joblib.delivery import (
     Dispatcher,
-    Exits,
     ProvidersRemoved,
     SessionMaker,
+    Transports,
     deliver,
 )
 from zndraw_joblib.events import Emitter, Outbox, worker_key
@@ -49,15 +49,18 @@ class _Sweep:
 
     Attributes
     ----------
-    exits : Exits
-        The ways out of this process.
+    session_maker : callable
+        Opens one session a batch.
+    transports : Transports
+        What carries changes out of this process.
     reported : set of tuple
         Rows that could not be swept, with the cause: each is logged once.
     looked_at : UUID
         The last deleted job that was looked at.
     """
 
-    exits: Exits
+    session_maker: SessionMaker
+    transports: Transports
     reported: set[tuple[UUID, str]] = field(default_factory=set)
     looked_at: UUID = FIRST
 
@@ -88,33 +91,33 @@ async def _each(sweep: _Sweep, rows: Rows, end: End, size: int = TASKS_A_BATCH) 
     while True:
         good = rows.where(row_id.not_in(bad)) if bad else rows
         try:
-            return total + await _drain(sweep.exits, good, end, size)
+            return total + await _drain(sweep, good, end, size)
         except Exception:
             if len(bad) >= BAD_A_PASS:
                 raise
             # which one of the batch was it?
-            async with sweep.exits.session_maker() as session:
+            async with sweep.session_maker() as session:
                 ids = (await session.scalars(good.limit(number(size)))).all()
             if not ids:
                 raise
         for one in ids:
             try:
-                total += await _drain(sweep.exits, rows.where(row_id == one), end, 1)
+                total += await _drain(sweep, rows.where(row_id == one), end, 1)
             except Exception as exc:
                 bad.add(one)
                 _report(sweep, one, exc)
 
 
-async def _drain(exits: Exits, rows: Rows, end: End, size: int) -> int:
+async def _drain(sweep: _Sweep, rows: Rows, end: End, size: int) -> int:
     (row_id,) = rows.selected_columns
     some = rows.limit(number(size)).with_for_update(of=row_id.table, skip_locked=True)
     total = 0
     while True:
         outbox = Outbox()
-        async with exits.session_maker() as session:
+        async with sweep.session_maker() as session:
             handled = await end(session, some, outbox)
             await session.commit()
-        await deliver(outbox, exits)
+        await deliver(outbox, sweep.transports)
         total += handled
         if not handled:
             return total
@@ -131,7 +134,7 @@ def _report(sweep: _Sweep, row_id: UUID, exc: Exception) -> None:
 
 
 async def _stale_workers(sweep: _Sweep) -> int:
-    settings = sweep.exits.settings
+    settings = sweep.transports.settings
     retired = 0
     job_ids: set[UUID] = set()
 
@@ -159,7 +162,7 @@ async def _stale_workers(sweep: _Sweep) -> int:
 
 async def _tasks(sweep: _Sweep, rows: Rows, step: Step) -> int:
     async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
-        changed = await step(session, rows, sweep.exits.settings)
+        changed = await step(session, rows, sweep.transports.settings)
         outbox.tasks_changed(changed)
         return len(changed)
 
@@ -178,9 +181,9 @@ async def _overdue_attempts(sweep: _Sweep) -> int:
 
 
 async def _stuck_internal_tasks(sweep: _Sweep) -> int:
-    settings = sweep.exits.settings
+    settings = sweep.transports.settings
     ended = await _tasks(sweep, attempts.stuck(settings), attempts.fail_stuck)
-    if sweep.exits.registry is None:
+    if sweep.transports.registry is None:
         return ended
 
     async def resend(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
@@ -217,14 +220,14 @@ async def _outlived_tasks(sweep: _Sweep) -> int:
         return await tasks.purge(session, rows)
 
     purged = 0
-    for status, seconds in sweep.exits.settings.task_retention_seconds.items():
+    for status, seconds in sweep.transports.settings.task_retention_seconds.items():
         purged += await _each(sweep, tasks.outlived(status, seconds), end)
     return purged
 
 
 async def _deleted_jobs(sweep: _Sweep) -> int:
     """Delete for good the deleted jobs that have no tasks, some in each pass."""
-    async with sweep.exits.session_maker() as session:
+    async with sweep.session_maker() as session:
         deleted = jobs.deleted(sweep.looked_at).limit(number(JOBS_A_PASS))
         ids = (await session.scalars(deleted)).all()
     # all of them were looked at: from the beginning
@@ -248,7 +251,10 @@ def _sweep(
     on_providers_removed: ProvidersRemoved | None = None,
 ) -> _Sweep:
     settings = settings or get_settings()
-    return _Sweep(Exits(session_maker, settings, tsio, registry, on_providers_removed))
+    transports = Transports(
+        settings, tsio, registry, session_maker, on_providers_removed
+    )
+    return _Sweep(session_maker, transports)
 
 
 async def cleanup_stale_workers(
@@ -278,15 +284,15 @@ async def cleanup_worker(
 
     The other arguments are those of :func:`run_sweeper`.
     """
-    exits = _sweep(session_maker, settings, tsio, None, on_providers_removed).exits
+    sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
     outbox = Outbox()
     async with session_maker() as session:
         chosen = select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
         removed = await workers.remove(session, await workers.lock(session, chosen))
         if removed.worker_ids:
-            await retire(session, removed, exits.settings, outbox)
+            await retire(session, removed, sweep.transports.settings, outbox)
         await session.commit()
-    await deliver(outbox, exits)
+    await deliver(outbox, sweep.transports)
     return bool(removed.worker_ids)
 
 
@@ -398,7 +404,7 @@ async def run_sweeper(
     """
     try:
         sweep = _sweep(session_maker, settings, tsio, registry, on_providers_removed)
-        interval = sweep.exits.settings.sweeper_interval_seconds
+        interval = sweep.transports.settings.sweeper_interval_seconds
         log.info(
             "sweeper began, every %g s", interval, extra={"event": "sweeper began"}
         )
@@ -412,7 +418,7 @@ async def run_sweeper(
 
 
 async def _forever(sweep: _Sweep) -> None:
-    settings = sweep.exits.settings
+    settings = sweep.transports.settings
     interval, timeout = (
         settings.sweeper_interval_seconds,
         settings.worker_timeout_seconds,
@@ -459,7 +465,7 @@ async def _logged(name: str, run: Callable[[], Awaitable[int]]) -> None:
 async def _clock(sweep: _Sweep) -> datetime | None:
     """Return what the database's clock shows; None while it is away."""
     try:
-        async with sweep.exits.session_maker() as session:
+        async with sweep.session_maker() as session:
             moment: datetime = (await session.scalars(select(now()))).one()
             return moment
     except Exception:
@@ -469,7 +475,7 @@ async def _clock(sweep: _Sweep) -> datetime | None:
 
 async def _correct_moments(sweep: _Sweep) -> int:
     """Bring forward what was written before the database's clock was set back."""
-    async with sweep.exits.session_maker() as session:
+    async with sweep.session_maker() as session:
         corrected = await workers.correct_moments(session)
         corrected += await attempts.correct_moments(session)
         await session.commit()

@@ -1,35 +1,62 @@
-"""Requests that wait, and what wakes them inside this process.
+"""Waiting requests, and what wakes them: here, and over Redis in other processes.
 
-Nothing is lost if a wake-up is: one task of the process looks for all who wait, every
-``recheck_seconds``.
+Nothing is lost if a notification is: who waits is also looked for in the database, every
+``recheck_seconds`` (:mod:`zndraw_joblib.long_polls`).
 """
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+import asyncio
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
 import anyio
 
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+log = logging.getLogger(__name__)
+
+_CHANNEL = "zndraw-joblib:wake-ups"
+# Longest time that Redis may take for one step.
+_PATIENCE_SECONDS = 2.0
+# Pause after which a silent connection has to show that it lives.
+_PING_SECONDS = 2.0
+# Notifications beyond are dropped: a process that is not told looks for itself.
+_MAX_UNSENT = 100_000
+
 #: What an ASGI server tells of a request.
 Receive = Callable[[], Awaitable[Any]]
-
-_waiters: dict[str, dict["Waiter", None]] = {}
 
 
 class Waiter:
     """One waiting request."""
 
-    def __init__(self) -> None:
-        self._woken = anyio.Event()
+    def __init__(self, waiters: "Waiters") -> None:
+        self._waiters = waiters
+        self._loop = asyncio.get_running_loop()
+        self._woken = asyncio.Event()
+        self._asleep = True
         self._gone = False
         self._keys: set[str] = set()
-        # what it was woken for alone, and has not looked for yet
+        # what it alone was woken for, and has not looked for yet
         self._turns: list[str] = []
 
     def listen(self, keys: Iterable[str]) -> None:
         """Hear of ``keys`` too."""
         for key in keys:
-            _waiters.setdefault(key, {})[self] = None
+            self._waiters.add(key, self)
             self._keys.add(key)
 
     async def wait(self, seconds: float, receive: Receive | None = None) -> bool:
@@ -61,7 +88,8 @@ class Waiter:
             # A server that stops cancels what still runs: let it answer what it knows.
             # An enclosing cancel scope cancels again at the next await.
             self._gone = True
-        self._woken = anyio.Event()
+        self._woken.clear()
+        self._asleep = True
         return not self._gone
 
     async def _listen_for_the_end(self, receive: Receive) -> None:
@@ -79,23 +107,31 @@ class Waiter:
         self._woken.set()
 
     def wake(self, turn: str | None = None) -> bool:
-        """Wake the request; tell whether it was asleep.
+        """Wake the request, from any thread; tell whether it was asleep.
 
         Parameters
         ----------
         turn : str, optional
             The key, when no other request was woken for it.
         """
-        if self._woken.is_set():
+        if not self._asleep:
             return False
-        self._woken.set()
+        try:
+            if asyncio._get_running_loop() is self._loop:
+                self._woken.set()
+            else:
+                self._loop.call_soon_threadsafe(self._woken.set)
+        except RuntimeError:
+            # its event loop was closed
+            return False
+        self._asleep = False
         if turn is not None:
             self._turns.append(turn)
         return True
 
     @property
     def turns(self) -> tuple[str, ...]:
-        """What it was woken for alone, and has not looked for yet."""
+        """What it alone was woken for, and has not looked for yet."""
         return tuple(self._turns)
 
     def looked(self, turns: Collection[str], found: Collection[str]) -> None:
@@ -107,34 +143,167 @@ class Waiter:
     def leave(self) -> None:
         """Hear of nothing more, and pass on what it was woken for in vain."""
         for key in self._keys:
-            waiters = _waiters[key]
-            del waiters[self]
-            if not waiters:
-                del _waiters[key]
+            self._waiters.remove(key, self)
         for turn in self._turns:
-            wake_some(turn)
+            self._waiters.wake_some(turn)
 
 
-@contextmanager
-def waiting_for(keys: Iterable[str]) -> Iterator[Waiter]:
-    """Listen for wake-ups of ``keys``; enter it before the first look."""
-    waiter = Waiter()
-    waiter.listen(keys)
-    try:
-        yield waiter
-    finally:
-        waiter.leave()
+class Waiters:
+    """The requests of one app that wait, by the keys that they wait for."""
+
+    def __init__(self) -> None:
+        # in the order of their arrival
+        self._by_key: dict[str, dict[Waiter, None]] = {}
+
+    def __len__(self) -> int:
+        return len({waiter for by in self._by_key.values() for waiter in by})
+
+    def add(self, key: str, waiter: Waiter) -> None:
+        """Let a waiter hear of ``key``."""
+        self._by_key.setdefault(key, {})[waiter] = None
+
+    def remove(self, key: str, waiter: Waiter) -> None:
+        """Let a waiter hear of ``key`` no more."""
+        waiting = self._by_key[key]
+        del waiting[waiter]
+        if not waiting:
+            del self._by_key[key]
+
+    @contextmanager
+    def waiting_for(self, keys: Iterable[str]) -> Iterator[Waiter]:
+        """Listen for notifications of ``keys``; enter it before the first look."""
+        waiter = Waiter(self)
+        waiter.listen(keys)
+        try:
+            yield waiter
+        finally:
+            waiter.leave()
+
+    def wake_all(self, key: str) -> None:
+        """Wake every request that waits for ``key``."""
+        for waiter in tuple(self._by_key.get(key, ())):
+            waiter.wake()
+
+    def wake_some(self, key: str, count: int = 1) -> None:
+        """Wake the ``count`` requests that have waited longest for ``key``, no others."""
+        for waiter in tuple(self._by_key.get(key, ())) if count else ():
+            count -= waiter.wake(turn=key)
+            if not count:
+                return
+
+    def notify(self, ended: Iterable[str], queued: Iterable[str]) -> None:
+        """Wake all who wait for what ended, and one for each task that is queued."""
+        for key in ended:
+            self.wake_all(key)
+        for key, count in Counter(queued).items():
+            self.wake_some(key, count)
 
 
-def wake_all(key: str) -> None:
-    """Wake every request that waits for ``key``."""
-    for waiter in _waiters.get(key, ()):
-        waiter.wake()
+class Wakeups(Protocol):
+    """What a host can put in the place of Redis; nothing depends on its reliability."""
+
+    def tell(self, ended: Sequence[str], queued: Sequence[str]) -> None:
+        """Take notifications for the other processes, and return at once.
+
+        Parameters
+        ----------
+        ended : sequence of str
+            Keys; whoever waits for one is woken.
+        queued : sequence of str
+            Keys; as often as one is there, one request is woken.
+        """
+        ...
+
+    async def listen(self, waiters: Waiters, missed: Callable[[], None]) -> None:
+        """Hand what other processes tell to ``waiters``, until cancelled or cut off.
+
+        Parameters
+        ----------
+        waiters : Waiters
+            Who waits in this process.
+        missed : callable
+            To be called when notifications may have been missed: once it listens.
+        """
+        ...
 
 
-def wake_some(key: str, count: int = 1) -> None:
-    """Wake the ``count`` requests that have waited longest for ``key``, and no others."""
-    for waiter in _waiters.get(key, ()) if count else ():
-        count -= waiter.wake(turn=key)
-        if not count:
-            return
+def wakeups_of(app: Any) -> Wakeups | None:
+    """Return the ``state.wakeups`` of a host.
+
+    Without them requests that wait look every ``recheck_seconds`` for what other processes
+    did.
+    """
+    wakeups: Wakeups | None = getattr(app.state, "wakeups", None)
+    return wakeups
+
+
+class RedisWakeups:
+    """Notifications over Redis: one connection a process, while somebody waits.
+
+    Parameters
+    ----------
+    redis : redis.asyncio.Redis
+        The host's.
+    """
+
+    def __init__(self, redis: "Redis") -> None:
+        self._redis = redis
+        self._drawn = uuid4().hex
+        self._ended: list[str] = []
+        self._queued: list[str] = []
+        self._teller: asyncio.Task[None] | None = None
+
+    @property
+    def _me(self) -> str:
+        # a server that loads the app and forks then has many processes with what was drawn
+        return f"{self._drawn}-{os.getpid()}"
+
+    def tell(self, ended: Sequence[str], queued: Sequence[str]) -> None:
+        """Send notifications as soon as Redis takes them, all that came in as one."""
+        if len(self._ended) + len(self._queued) < _MAX_UNSENT:
+            self._ended += ended
+            self._queued += queued
+        loop, teller = asyncio.get_running_loop(), self._teller
+        if teller is None or teller.done() or teller.get_loop() is not loop:
+            self._teller = loop.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        while self._ended or self._queued:
+            message = json.dumps([self._me, self._ended, self._queued])
+            self._ended, self._queued = [], []
+            try:
+                with anyio.fail_after(_PATIENCE_SECONDS):
+                    await self._redis.publish(_CHANNEL, message)
+            except Exception as exc:
+                log.warning("wake-ups were not told: %r", exc)
+
+    async def listen(self, waiters: Waiters, missed: Callable[[], None]) -> None:
+        """Hand what other processes tell to ``waiters``, until cancelled or cut off.
+
+        Raises
+        ------
+        Exception
+            What redis-py raises, or TimeoutError, when Redis is not there.
+        """
+        async with self._redis.pubsub() as pubsub:
+            with anyio.fail_after(_PATIENCE_SECONDS):
+                await pubsub.subscribe(_CHANNEL)
+            unanswered = False
+            while True:
+                message = await pubsub.get_message(timeout=_PING_SECONDS)
+                if message is None:
+                    if unanswered:
+                        raise TimeoutError("Redis is silent")
+                    unanswered = True
+                    with anyio.fail_after(_PATIENCE_SECONDS):
+                        await pubsub.ping()
+                    continue
+                unanswered = False
+                if message["type"] == "subscribe":
+                    # what came before, the first time or after a gap, was not heard
+                    missed()
+                elif message["type"] == "message":
+                    sender, ended, queued = json.loads(message["data"])
+                    # this process woke its own before it told the others
+                    if sender != self._me:
+                        waiters.notify(ended, queued)

@@ -1,6 +1,6 @@
 """Holds requests until what they wait for is there, and looks for all of them at once.
 
-A request is woken by what happens in this process, over :mod:`zndraw_joblib.wakeups` by
+A request is woken by what happens in this process, over :mod:`zndraw_joblib.waiting` by
 what happens in others, and by one task of the app that asks the database about all that
 is waited for, every ``recheck_seconds``. That task lives while somebody waits.
 """
@@ -46,8 +46,7 @@ from zndraw_joblib.models import (
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import ahead
-from zndraw_joblib.waiting import Receive, waiting_for, wake_all, wake_some
-from zndraw_joblib.wakeups import Wakeups
+from zndraw_joblib.waiting import Receive, Waiters, Wakeups
 from zndraw_joblib.workers import Caller
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ COUNTED = 1000
 _AGAIN = {"Retry-After": "5"}
 
 
-class Sought(NamedTuple):
+class Subscription(NamedTuple):
     """What one request waits for.
 
     Attributes
@@ -78,31 +77,33 @@ class Sought(NamedTuple):
 
 
 @dataclass
-class Watch:
-    """Who waits in one app, and the task that looks for all of them."""
+class Subscriptions:
+    """What the requests of one event loop wait for, and the task that polls for all."""
 
-    sought: dict[object, Sought] = field(default_factory=dict)
+    by_request: dict[object, Subscription] = field(default_factory=dict)
     by_user: Counter[UUID] = field(default_factory=Counter)
-    looker: asyncio.Task[None] | None = None
-    # wake-ups may have been missed: it is time to look
+    poller: asyncio.Task[None] | None = None
+    # notifications may have been missed: it is time to poll
     missed: bool = False
     # set: something changed of what is here
-    changed: anyio.Event = field(default_factory=anyio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def miss(self) -> None:
-        """Have the looker look at once."""
+        """Have the poller look at once."""
         self.missed = True
         self.changed.set()
 
 
 @dataclass(frozen=True)
-class Desk:
+class LongPoll:
     """What it takes to hold a request.
 
     Attributes
     ----------
-    watch : Watch
-        Of the app.
+    waiters : Waiters
+        Who waits in the app.
+    subscriptions : Subscriptions
+        What is waited for in this event loop.
     caller : Caller
         Whose request it is.
     session_maker : callable
@@ -113,29 +114,22 @@ class Desk:
         Where this process hears of the others.
     receive : callable
         Tells when the client hangs up.
-    wait : float or None
-        How long the client prefers to wait, in seconds; None if it did not say.
+    seconds : float
+        How long the client is made to wait.
     """
 
-    watch: Watch
+    waiters: Waiters
+    subscriptions: Subscriptions
     caller: Caller
     session_maker: SessionMaker
     settings: JobLibSettings
     wakeups: Wakeups | None
     receive: Receive
-    wait: float | None = None
-
-
-def watch_of(app: Any) -> Watch:
-    """Return the watch of a host, kept in its ``state``."""
-    watch: Watch | None = getattr(app.state, "joblib_watch", None)
-    if watch is None:
-        watch = app.state.joblib_watch = Watch()
-    return watch
+    seconds: float
 
 
 @contextmanager
-def admitted(desk: Desk, sought: Sought) -> Iterator[None]:
+def subscribed(poll: LongPoll, subscription: Subscription) -> Iterator[None]:
     """Count a request among those that wait, and have it looked for.
 
     Raises
@@ -143,61 +137,56 @@ def admitted(desk: Desk, sought: Sought) -> Iterator[None]:
     ProblemException
         ``quota-exceeded`` when its user, ``server-busy`` when the process has too many.
     """
-    watch, caller, settings = desk.watch, desk.caller, desk.settings
-    if watch.by_user[caller.id] >= settings.max_waiting_per_user:
+    subscriptions, user_id, settings = poll.subscriptions, poll.caller.id, poll.settings
+    if subscriptions.by_user[user_id] >= settings.max_waiting_per_user:
         limit = f"limited to {settings.max_waiting_per_user} for each user"
         raise QuotaExceeded.exception(f"waiting requests are {limit}", headers=_AGAIN)
-    if len(watch.sought) >= settings.max_waiting:
+    if len(subscriptions.by_request) >= settings.max_waiting:
         raise ServerBusy.exception(headers=_AGAIN)
     me = object()
-    watch.sought[me] = sought
-    watch.by_user[caller.id] += 1
-    if watch.looker is None or watch.looker.done():
-        watch.changed = anyio.Event()
-        watch.looker = asyncio.create_task(_look_for_all(desk))
+    subscriptions.by_request[me] = subscription
+    subscriptions.by_user[user_id] += 1
+    if subscriptions.poller is None or subscriptions.poller.done():
+        subscriptions.changed = asyncio.Event()
+        subscriptions.poller = asyncio.create_task(_poll_for_all(poll))
     try:
         yield
     finally:
-        del watch.sought[me]
-        watch.by_user[caller.id] -= 1
-        if not watch.by_user[caller.id]:
-            del watch.by_user[caller.id]
-        if not watch.sought:
-            watch.changed.set()
+        del subscriptions.by_request[me]
+        subscriptions.by_user[user_id] -= 1
+        if not subscriptions.by_user[user_id]:
+            del subscriptions.by_user[user_id]
+        if not subscriptions.by_request:
+            subscriptions.changed.set()
 
 
 async def for_end(
-    desk: Desk,
-    task_id: UUID,
-    seconds: float,
-    look: Callable[[], Awaitable[TaskResponse]],
+    poll: LongPoll, task_id: UUID, look: Callable[[], Awaitable[TaskResponse]]
 ) -> TaskResponse:
-    """Return what ``look`` says of a task once it has ended, or after ``seconds``."""
-    deadline = anyio.current_time() + seconds
-    with waiting_for([task_key(task_id)]) as waiter:
+    """Return what ``look`` says of a task once it has ended, or when time is up."""
+    deadline = anyio.current_time() + poll.seconds
+    with poll.waiters.waiting_for([task_key(task_id)]) as waiter:
         while True:
             task = await look()
             left = deadline - anyio.current_time()
             if task.status in TERMINAL or left <= 0:
                 return task
-            with admitted(desk, Sought(task_id=task_id)):
-                if not await waiter.wait(left, desk.receive):
+            with subscribed(poll, Subscription(task_id=task_id)):
+                if not await waiter.wait(left, poll.receive):
                     return task
 
 
 async def for_ends(
-    desk: Desk,
-    seconds: float,
-    unfinished: Callable[[], Awaitable[UUID | None]],
+    poll: LongPoll, unfinished: Callable[[], Awaitable[UUID | None]]
 ) -> None:
-    """Return once ``unfinished`` names no task any more, or after ``seconds``.
+    """Return once ``unfinished`` names no task any more, or when time is up.
 
     Not the end of each of many tasks is waited for but that of the one that is named,
     and then that of the next: however many there are, the request is woken a few times.
     """
-    deadline = anyio.current_time() + seconds
+    deadline = anyio.current_time() + poll.seconds
     last: UUID | None = None
-    with waiting_for([]) as waiter:
+    with poll.waiters.waiting_for([]) as waiter:
         while (left := deadline - anyio.current_time()) > 0:
             task_id = await unfinished()
             if task_id is None:
@@ -207,49 +196,49 @@ async def for_ends(
                 waiter.listen([task_key(task_id)])
                 last = task_id
                 continue
-            with admitted(desk, Sought(task_id)):
-                if not await waiter.wait(left, desk.receive):
+            with subscribed(poll, Subscription(task_id)):
+                if not await waiter.wait(left, poll.receive):
                     return
 
 
 async def for_work(
-    desk: Desk,
-    worker_id: UUID,
-    seconds: float,
-    look: Callable[[], Awaitable[Claim]],
+    poll: LongPoll, worker_id: UUID, look: Callable[[], Awaitable[Claim]]
 ) -> Claim:
-    """Return what ``look`` claims once there is something, or after ``seconds``.
+    """Return what ``look`` claims once there is something, or when time is up.
 
     Who hung up claims nothing: nobody would be told what.
     """
-    deadline = anyio.current_time() + seconds
+    deadline = anyio.current_time() + poll.seconds
     # where there is work, nothing is to be listened for
     claim = await look()
-    if claim.tasks or claim.done:
+    if claim.tasks or claim.done or not poll.seconds:
         return claim
-    served: dict[UUID, str] | None = None
-    with waiting_for([worker_key(worker_id)]) as waiter:
+    with poll.waiters.waiting_for([worker_key(worker_id)]) as waiter:
+        served: dict[UUID, str] | None = None
         while True:
             if served is None:
-                async with desk.session_maker() as session:
+                async with poll.session_maker() as session:
                     served = await claims.served(session, worker_id)
                 waiter.listen(map(job_key, served.values()))
             turns = waiter.turns
             claim = await look()
+            if claim.done:
+                # it drains: its turns are for others
+                return claim
             waiter.looked(turns, {job_key(task.job_name) for task in claim.tasks})
             left = deadline - anyio.current_time()
-            if claim.tasks or claim.done or left <= 0:
+            if claim.tasks or left <= 0:
                 return claim
-            with admitted(desk, Sought(None, worker_id, served)):
-                if not await waiter.wait(left, desk.receive):
+            with subscribed(poll, Subscription(None, worker_id, served)):
+                if not await waiter.wait(left, poll.receive):
                     return claim
             if not waiter.turns:
-                # the worker itself changed
+                # woken as all of this worker's are: its jobs may have changed
                 served = None
 
 
 async def for_answer(
-    desk: Desk, full_name: str, answer: Callable[[], Awaitable[bytes]]
+    poll: LongPoll, full_name: str, answer: Callable[[], Awaitable[bytes]]
 ) -> bytes | None:
     """Return what ``answer`` returns.
 
@@ -259,58 +248,58 @@ async def for_answer(
         None when there is nobody to wait for any more, reader or provider.
     """
     with (
-        admitted(desk, Sought()),
-        waiting_for([provider_key(full_name)]) as waiter,
+        subscribed(poll, Subscription()),
+        poll.waiters.waiting_for([provider_key(full_name)]) as waiter,
     ):
         answering = asyncio.ensure_future(answer())
         answering.add_done_callback(lambda _: waiter.wake())
         try:
-            await waiter.wait(math.inf, desk.receive)
+            await waiter.wait(math.inf, poll.receive)
             return await answering if answering.done() else None
         finally:
             answering.cancel()
 
 
-async def _look_for_all(desk: Desk) -> None:
+async def _poll_for_all(poll: LongPoll) -> None:
     """Wake who waits for what the database says has happened; end when nobody does."""
-    # a claim that waits is a sign of life, well before its worker would count as lost
-    lively = desk.settings.worker_timeout_seconds / 3
-    next_touch = anyio.current_time() + lively
+    # a claim that waits is a heartbeat, well before its worker would count as lost
+    period = poll.settings.worker_timeout_seconds / 3
+    next_beat = anyio.current_time() + period
     listener: asyncio.Task[None] | None = None
     try:
         while True:
-            if desk.wakeups is not None and (listener is None or listener.done()):
-                listener = asyncio.create_task(_listen(desk.wakeups, desk.watch))
-            if not await _pause(desk):
+            if poll.wakeups is not None and (listener is None or listener.done()):
+                listener = asyncio.create_task(_listen(poll, poll.wakeups))
+            if not await _pause(poll):
                 return
-            touching = anyio.current_time() >= next_touch
+            beating = anyio.current_time() >= next_beat
             try:
-                await _look(desk, touching)
+                await _look(poll, beating)
             except Exception as exc:
                 log.warning("can't look for those who wait: %r", exc)
             else:
-                next_touch += lively if touching else 0
+                next_beat += period if beating else 0
     finally:
         if listener is not None:
             listener.cancel()
 
 
-async def _pause(desk: Desk) -> bool:
+async def _pause(poll: LongPoll) -> bool:
     """Return when it is time to look; tell whether anybody waits."""
-    watch = desk.watch
-    with anyio.move_on_after(desk.settings.recheck_seconds):
-        while not watch.missed:
-            if not watch.sought and desk.wakeups is None:
+    subscriptions = poll.subscriptions
+    with anyio.move_on_after(poll.settings.recheck_seconds):
+        while not subscriptions.missed:
+            if not subscriptions.by_request and poll.wakeups is None:
                 return False
-            await watch.changed.wait()
-            watch.changed = anyio.Event()
-    watch.missed = False
-    return bool(watch.sought)
+            await subscriptions.changed.wait()
+            subscriptions.changed.clear()
+    subscriptions.missed = False
+    return bool(subscriptions.by_request)
 
 
-async def _listen(wakeups: Wakeups, watch: Watch) -> None:
+async def _listen(poll: LongPoll, wakeups: Wakeups) -> None:
     try:
-        await wakeups.listen(watch.miss)
+        await wakeups.listen(poll.waiters, poll.subscriptions.miss)
     except Exception as exc:
         # until the next look, which begins to listen again
         log.warning("wake-ups are not heard: %r", exc)
@@ -342,7 +331,7 @@ def _among(column: Any, name: str) -> ColumnElement[bool]:
 _DRAINING = -1
 # one statement for all that is waited for: which tasks have ended, how many tasks of
 # each job can be claimed, and how many jobs each worker serves
-_NEWS = union_all(
+_CHANGES = union_all(
     select(
         _kind("task"), TASK.c.id.label("id"), literal_column("0").label("number")
     ).where(_among(TASK.c.id, "tasks"), in_states(TERMINAL)),
@@ -376,29 +365,29 @@ def _chunks(ids: Collection[UUID]) -> Iterator[list[UUID]]:
         )
 
 
-async def _look(desk: Desk, touching: bool) -> None:
-    sought = list(desk.watch.sought.values())
-    tasks = {s.task_id for s in sought if s.task_id is not None}
-    jobs = {job_id: name for s in sought for job_id, name in s.jobs.items()}
-    served = {s.worker_id: len(s.jobs) for s in sought if s.worker_id is not None}
+async def _look(poll: LongPoll, beating: bool) -> None:
+    waiters, waited_for = poll.waiters, list(poll.subscriptions.by_request.values())
+    tasks = {s.task_id for s in waited_for if s.task_id is not None}
+    jobs = {job_id: name for s in waited_for for job_id, name in s.jobs.items()}
+    served = {s.worker_id: len(s.jobs) for s in waited_for if s.worker_id is not None}
     found: list[Any] = []
     if not (tasks or jobs or served):
         return
-    async with desk.session_maker() as session:
-        if touching and served:
+    async with poll.session_maker() as session:
+        if beating and served:
             await workers.keep_alive(session, served)
             await session.commit()
         for chunk in zip_longest(_chunks(tasks), _chunks(jobs), _chunks(served)):
             ids = (part or [UUID(int=0)] for part in chunk)
             asked = dict(zip(("tasks", "jobs", "workers"), ids, strict=True))
-            found += (await session.execute(_NEWS, asked)).all()
+            found += (await session.execute(_CHANGES, asked)).all()
     for row in found:
         if row.kind == "task":
-            wake_all(task_key(row.id))
+            waiters.wake_all(task_key(row.id))
         elif row.kind == "job":
-            wake_some(job_key(jobs[row.id]), row.number)
+            waiters.wake_some(job_key(jobs[row.id]), row.number)
     known = {row.id: row.number for row in found if row.kind == "worker"}
     for worker_id, jobs_served in served.items():
         # it drains, serves other jobs than before, or is gone
         if known.get(worker_id) != jobs_served:
-            wake_all(worker_key(worker_id))
+            waiters.wake_all(worker_key(worker_id))

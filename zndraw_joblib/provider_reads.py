@@ -5,15 +5,15 @@ What the result backend holds of a request, each under a key of its own:
 ========  =======================================================================
 result    the bytes as uploaded; hosts read them, and may put some there
 origin    which provider uploaded them
-inflight  a mark: the request is under way; hosts set and respect it
-asked     whom it is under way to
+inflight  a mark: the request is in flight; hosts set and respect it
+asked     whom it is in flight to
 outcome   for some seconds: that there is a result, or why there is none
 ========  =======================================================================
 """
 
+import asyncio
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
@@ -49,10 +49,43 @@ _FAILED = b"-"
 # As long as the readers that wait need to be told.
 _OUTCOME_SECONDS = 5
 _MAX_FAILURE = 64 * 1024
-# Until when the requests count that this process sent to a provider, by id and hash.
-_under_way: dict[UUID, dict[str, float]] = {}
 # A server buffers what it is handed, whole, for a reader who is slow to take it.
 PIECE = 64 * 1024
+
+
+class InFlight:
+    """The requests that this process sent to providers and has no answers to."""
+
+    def __init__(self) -> None:
+        self._by_provider: dict[UUID, dict[str, asyncio.TimerHandle]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_provider.values()))
+
+    def add(self, provider_id: UUID, digest: str, seconds: float, most: int) -> bool:
+        """Count a request for so many seconds; False when its provider has ``most``."""
+        others = self._by_provider.get(provider_id, {})
+        if len(others) >= most:
+            return False
+        self.remove(provider_id, digest)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(seconds, self.remove, provider_id, digest)
+        self._by_provider.setdefault(provider_id, {})[digest] = timer
+        return True
+
+    def remove(self, provider_id: UUID, digest: str) -> None:
+        """Count a request no more."""
+        others = self._by_provider.get(provider_id, {})
+        timer = others.pop(digest, None)
+        if timer is not None:
+            timer.cancel()
+            if not others:
+                del self._by_provider[provider_id]
+
+    def forget(self, provider_id: UUID) -> None:
+        """Count none of a provider's requests: it is gone."""
+        for digest in tuple(self._by_provider.get(provider_id, ())):
+            self.remove(provider_id, digest)
 
 
 def result_key(full_name: str, digest: str) -> str:
@@ -61,7 +94,7 @@ def result_key(full_name: str, digest: str) -> str:
 
 
 def inflight_key(full_name: str, digest: str) -> str:
-    """Return the key of the mark that a request is under way; hosts rely on it."""
+    """Return the key of the mark that a request is in flight; hosts rely on it."""
     return f"provider-inflight:{full_name}:{digest}"
 
 
@@ -115,8 +148,9 @@ async def ask(
     results: ResultBackend,
     settings: JobLibSettings,
     send: Callable[[], Awaitable[None]],
+    in_flight: InFlight,
 ) -> None:
-    """Send a request to its provider, unless it is under way.
+    """Send a request to its provider, unless it is in flight.
 
     If it can't be sent, all who wait for its outcome are told.
     """
@@ -126,12 +160,16 @@ async def ask(
         return
     if await cached(provider, digest, results) is not None:
         # answered since the reader looked
-        await _settle(provider, digest, _ANSWERED, results)
+        await _settle(provider, digest, _ANSWERED, results, in_flight)
         return
     sent = False
     problem = ServiceUnavailable.create("the request can't be sent to its provider")
     try:
-        if not _leaves(provider, digest, settings):
+        most, ttl = (
+            settings.max_requests_per_provider,
+            settings.provider_inflight_ttl_seconds,
+        )
+        if not in_flight.add(provider.id, digest, ttl, most):
             problem = ServerBusy.create("too many requests wait for this provider")
             return
         with anyio.fail_after(settings.dispatch_timeout_seconds):
@@ -145,31 +183,13 @@ async def ask(
             # also when this reader is cancelled: others wait for it
             patience = settings.dispatch_timeout_seconds
             with anyio.move_on_after(patience, shield=True), suppress(Exception):
-                await _settle(provider, digest, outcome, results)
-
-
-def _leaves(provider: ProviderResponse, digest: str, settings: JobLibSettings) -> bool:
-    """Note that a request leaves; tell whether its provider may have one more."""
-    now = time.monotonic()
-    others = {d: end for d, end in _under_way.get(provider.id, {}).items() if end > now}
-    may_leave = len(others) < settings.max_requests_per_provider
-    if may_leave:
-        others[digest] = now + settings.provider_inflight_ttl_seconds
-    _under_way[provider.id] = others
-    return may_leave
-
-
-def _arrived(provider: ProviderResponse, digest: str) -> None:
-    others = _under_way.get(provider.id, {})
-    others.pop(digest, None)
-    if not others:
-        _under_way.pop(provider.id, None)
+                await _settle(provider, digest, outcome, results, in_flight)
 
 
 async def _mark(
     provider: ProviderResponse, digest: str, results: ResultBackend, ttl: float
 ) -> bool:
-    """Mark a request as under way to this provider; tell whether it was not."""
+    """Mark a request as in flight to this provider; tell whether it was not."""
     mark = inflight_key(provider.full_name, digest)
     asked_key = _asked_key(provider.full_name, digest)
     whom = f"{provider.id} {provider.worker_id}"
@@ -191,10 +211,14 @@ def _whole(seconds: float) -> int:
 
 
 async def _settle(
-    provider: ProviderResponse, digest: str, outcome: bytes, results: ResultBackend
+    provider: ProviderResponse,
+    digest: str,
+    outcome: bytes,
+    results: ResultBackend,
+    in_flight: InFlight,
 ) -> None:
     """End a request: those who wait are told, and the next reader asks again."""
-    _arrived(provider, digest)
+    in_flight.remove(provider.id, digest)
     key = _outcome_key(provider, digest)
     await results.store(key, outcome, _OUTCOME_SECONDS)
     await results.delete(_asked_key(provider.full_name, digest))
@@ -252,6 +276,7 @@ async def wait(
     results: ResultBackend,
     seconds: float,
     settings: JobLibSettings,
+    in_flight: InFlight,
 ) -> bytes:
     """Return the answer when it comes.
 
@@ -266,10 +291,11 @@ async def wait(
         # in turns, so that a result that the host put there is noticed
         outcome = await results.wait_for_key(key, min(left, settings.recheck_seconds))
         if outcome is not None and outcome.startswith(_FAILED):
+            in_flight.remove(provider.id, digest)
             raise _told(outcome.removeprefix(_FAILED))
         data = await cached(provider, digest, results)
         if data is not None:
-            _arrived(provider, digest)
+            in_flight.remove(provider.id, digest)
             return data
         if outcome is not None:
             # the result has gone already: without this the next turn would not wait
@@ -322,10 +348,11 @@ async def answer(
     failed: bool,
     results: ResultBackend,
     settings: JobLibSettings,
+    in_flight: InFlight,
 ) -> None:
     """Give an upload to the readers that wait; keep it, unless it is a failure."""
     if failed:
-        await _settle(provider, digest, _FAILED + data, results)
+        await _settle(provider, digest, _FAILED + data, results, in_flight)
         return
     key = result_key(provider.full_name, digest)
     origin_key = _origin_key(provider.full_name, digest)
@@ -335,7 +362,7 @@ async def answer(
     await results.store(origin_key, _identity(provider), ttl + 60)
     await results.store(key, data, ttl)
     await results.store(origin_key, _identity(provider), ttl + 60)
-    await _settle(provider, digest, _ANSWERED, results)
+    await _settle(provider, digest, _ANSWERED, results, in_flight)
     # hosts that wait for it themselves
     await results.notify_key(key)
 

@@ -1,0 +1,287 @@
+"""The route class: bounded bodies in, problems out, and what OpenAPI says of both."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from inspect import cleandoc
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
+
+from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up
+from zndraw_joblib.exceptions import (
+    PROBLEM_JSON,
+    Forbidden,
+    InvalidRequest,
+    InvalidRoomId,
+    MalformedBody,
+    PayloadTooLarge,
+    Problem,
+    ProblemDetail,
+    ProblemException,
+    QuotaExceeded,
+    ServerBusy,
+    ServiceUnavailable,
+    Unauthorized,
+    invalid_request,
+)
+from zndraw_joblib.schemas import parse_json
+from zndraw_joblib.telemetry import continuing
+
+log = logging.getLogger(__name__)
+
+
+class _FullNameConvertor(Convertor[str]):
+    # Starlette's own `path` stops at a newline, and at a last one it cuts it off
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+#: ``{name:fullname}`` in a path takes whatever a client sends, slashes included.
+register_url_convertor("fullname", _FullNameConvertor())
+
+# What may succeed when it is tried again. SQLSTATE classes: connections, rolled back
+# transactions, resources, the operator (PostgreSQL manual, appendix A).
+_PASSING_STATES = frozenset({"08", "40", "53", "57"})
+# SQLite's primary codes: busy, locked, out of memory, read or write failed, disk full,
+# can't open the file.
+_PASSING_CODES = frozenset({5, 6, 7, 10, 13, 14})
+
+
+class BoundedRequest(Request):
+    """A request whose body is read up to the limit, and holds only storable JSON."""
+
+    _bounded: bytes | None = None
+
+    async def body(self) -> bytes:
+        """Return the body.
+
+        Raises
+        ------
+        ProblemException
+            ``payload-too-large``, before more than the limit is buffered.
+        """
+        if self._bounded is None:
+            limit = (await look_up(self, get_joblib_settings)).max_payload_bytes
+            chunks = bytearray()
+            async for chunk in self.stream():
+                chunks += chunk
+                if len(chunks) > limit:
+                    raise PayloadTooLarge.exception(
+                        f"a request's body is limited to {limit} bytes"
+                    )
+            self._bounded = bytes(chunks)
+        return self._bounded
+
+    async def json(self) -> Any:
+        """Return the body, parsed.
+
+        Raises
+        ------
+        ProblemException
+            ``malformed-body``.
+        """
+        try:
+            return parse_json(await self.body())
+        except ValueError as exc:
+            raise MalformedBody.exception(
+                f"the body is not storable JSON: {exc}"
+            ) from None
+
+
+class ProblemRoute(APIRoute):
+    """A route whose failures are all problem+json.
+
+    Its answers are sent when the session is closed: FastAPI ends a request's dependencies
+    after its answer was sent, and a client that reads slowly would hold the session, under
+    a lock-wrapped maker everybody.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request; return when what it published has left."""
+        begun = False
+        kept: list[Message] = []
+
+        async def send_kept() -> None:
+            messages = kept.copy()
+            kept.clear()
+            for message in messages:
+                await send(message)
+
+        async def keep(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            kept.append(message)
+            if message.get("more_body"):
+                # what streams holds no session
+                await send_kept()
+
+        try:
+            await super().handle(scope, receive, keep)
+        except Exception as exc:
+            if not begun:
+                raise
+            # the session's end: its connection was lost meanwhile
+            log.warning("a session did not end in order: %r", exc)
+        try:
+            await send_kept()
+        except OSError:
+            log.debug("who asked has hung up")
+        published = scope.get(PUBLISHED)
+        if published is not None:
+            await published
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's handler."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                with continuing(request.headers):
+                    return await handle(BoundedRequest(request.scope, request.receive))
+            except RequestValidationError as exc:
+                raise invalid_request(list(exc.errors())) from None
+            except HTTPException as exc:
+                # FastAPI wraps whatever goes wrong while it reads a body
+                if isinstance(exc.__cause__, ProblemException):
+                    raise exc.__cause__ from None
+                if exc.status_code == 401:
+                    raise Unauthorized.exception(
+                        headers={"WWW-Authenticate": "Bearer"}
+                    ) from None
+                raise
+            except Exception as exc:
+                if will_pass(exc):
+                    log.warning("database unavailable: %s", without_values(exc))
+                    raise ServiceUnavailable.exception(
+                        "the database can't be reached right now",
+                        headers={"Retry-After": "1"},
+                    ) from None
+                if isinstance(exc, StatementError):
+                    raise without_values(exc) from None
+                raise
+
+        return guarded
+
+
+def will_pass(exc: Exception) -> bool:
+    """Tell whether the same request may succeed when it is sent again."""
+    if isinstance(exc, PoolTimeoutError):
+        return True
+    if isinstance(exc, OSError):
+        # what a driver raises while it connects; a host's own files are another matter
+        return _raised_below_sqlalchemy(exc)
+    driver = getattr(exc, "orig", exc)
+    code = getattr(driver, "sqlite_errorcode", None)
+    state = getattr(driver, "sqlstate", None) or ""
+    return (
+        getattr(exc, "connection_invalidated", False)
+        or state[:2] in _PASSING_STATES
+        or (code is not None and code & 0xFF in _PASSING_CODES)
+    )
+
+
+def _raised_below_sqlalchemy(exc: Exception) -> bool:
+    traceback = exc.__traceback__
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        if module.startswith("sqlalchemy."):
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def without_values(exc: Exception) -> Exception:
+    """Return an exception whose text and causes show nothing that a client sent.
+
+    SQLAlchemy prints a statement's parameters, and drivers what they could not take.
+    """
+    if isinstance(exc, StatementError):
+        exc.hide_parameters = True
+        if isinstance(exc, DBAPIError):
+            state = getattr(exc.orig, "sqlstate", None)
+            text = "" if state else str(exc.orig).partition("\n")[0]
+            exc.args = (f"{type(exc.orig).__name__} {state or text}",)
+    return exc
+
+
+# --- what OpenAPI says ---
+
+#: What every route may answer.
+EVERYWHERE: tuple[type[Problem], ...] = (
+    Unauthorized,
+    InvalidRequest,
+    ServiceUnavailable,
+)
+ROOM = (InvalidRoomId, Forbidden)
+BODY = (MalformedBody, PayloadTooLarge)
+WAITING = (QuotaExceeded, ServerBusy)
+#: Bytes of whatever media type.
+ANYTHING = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+PREFER = {
+    "name": "prefer",
+    "in": "header",
+    "description": "`wait=N` waits up to N seconds (RFC 7240).",
+    "schema": {"type": "string"},
+}
+#: The ``openapi_extra=`` of a route that waits.
+WAITS: dict[str, Any] = {"parameters": [PREFER]}
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def problems(*kinds: type[Problem], handed_on: bool = False) -> Responses:
+    """Return the ``responses=`` of a route that may answer with these problems.
+
+    Parameters
+    ----------
+    *kinds : type of Problem
+        Those beside :data:`EVERYWHERE`.
+    handed_on : bool
+        The route also hands on problems of others, of whatever status and type.
+    """
+    by_status: defaultdict[int, list[type[Problem]]] = defaultdict(list)
+    for kind in dict.fromkeys(EVERYWHERE + kinds):
+        by_status[kind.status].append(kind)
+    responses: Responses = {}
+    for status, alike in sorted(by_status.items()):
+        types = {} if handed_on else {"enum": [kind.type_uri() for kind in alike]}
+        responses[status] = {
+            "description": " ".join(cleandoc(str(kind.__doc__)) for kind in alike),
+            "content": _problem(status={"const": status}, type=types),
+        }
+    if handed_on:
+        as_it_was = {"description": "As it was handed on.", "content": _problem()}
+        responses |= {"4XX": as_it_was, "5XX": as_it_was}
+    return responses
+
+
+def _problem(**members: dict[str, Any]) -> dict[str, Any]:
+    # In place, and not by reference: a host may well have a ProblemDetail of its own,
+    # and then FastAPI renames both.
+    schema = ProblemDetail.model_json_schema()
+    for name, constraint in members.items():
+        schema["properties"][name] |= constraint
+    return {PROBLEM_JSON: {"schema": schema}}
+
+
+def new_router() -> APIRouter:
+    """Return a router for some of the package's routes."""
+    return APIRouter(
+        prefix="/v1/joblib",
+        tags=["joblib"],
+        route_class=ProblemRoute,
+        responses=problems(),
+    )

@@ -1,0 +1,448 @@
+"""The routes of tasks: submit, read, claim, report, retry."""
+
+from collections.abc import Sequence
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Query, Request, Response, status
+from zndraw_auth.db import SessionDep
+
+from zndraw_joblib import (
+    claims,
+    jobs,
+    long_polls,
+    reports,
+    submissions,
+    tasks,
+    validation,
+)
+from zndraw_joblib.dependencies import (
+    Access,
+    Context,
+    CurrentUser,
+    IdempotencyKey,
+    PageQuery,
+    Sessions,
+    WaitingUser,
+    Writable,
+    context_of,
+    enter,
+    json_response,
+    page_response,
+    preferred_wait,
+    wait_headers,
+)
+from zndraw_joblib.exceptions import (
+    Forbidden,
+    IdempotencyKeyReused,
+    InternalJobNotConfigured,
+    InvalidRequest,
+    InvalidTaskTransition,
+    JobNotFound,
+    LeaseLost,
+    PayloadMismatch,
+    ProblemException,
+    QuotaExceeded,
+    TaskNotFound,
+    WorkerNotFound,
+)
+from zndraw_joblib.lifecycle import TaskStatus
+from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name
+from zndraw_joblib.problem_route import BODY, ROOM, WAITING, WAITS, new_router, problems
+from zndraw_joblib.schemas import (
+    PaginatedResponse,
+    TaskBatchRequest,
+    TaskBatchResponse,
+    TaskClaimRequest,
+    TaskClaimResponse,
+    TaskOutcome,
+    TaskQueryRequest,
+    TaskQueryResponse,
+    TaskReportsRequest,
+    TaskReportsResponse,
+    TaskResponse,
+    TaskSubmitRequest,
+    TaskUpdateRequest,
+)
+
+router = new_router()
+
+SUBMITTING = problems(
+    *ROOM,
+    *BODY,
+    JobNotFound,
+    PayloadMismatch,
+    IdempotencyKeyReused,
+    InternalJobNotConfigured,
+    QuotaExceeded,
+)
+
+
+class TaskPageQuery(PageQuery):
+    """Which page of a listing of tasks is asked for."""
+
+    status: TaskStatus | None = None
+
+
+@router.post(
+    "/rooms/{room_id}/tasks/{job_name:fullname}",
+    response_model=TaskResponse,
+    status_code=status.HTTP_202_ACCEPTED,
+    responses=SUBMITTING,
+)
+async def submit_task(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    session_maker: Sessions,
+    may_enter: Access,
+    _: Writable,
+    room_id: str,
+    job_name: str,
+    body: TaskSubmitRequest,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Submit a task to a job that the room sees."""
+    context = await context_of(request, user, session_maker)
+    caller, settings = context.caller, context.settings
+    await enter(session, caller, room_id, may_enter)
+
+    def check(target: submissions.Target) -> bool:
+        _check_broker(context, target.name, [body], "/body")
+        return validation.check_payloads(target.schema, {"/body/payload": body.payload})
+
+    submitted = await submissions.submit(
+        session,
+        room_id,
+        job_name,
+        caller,
+        body,
+        settings,
+        check,
+        idempotency_key=idempotency_key,
+    )
+    task = submitted.task
+    if submitted.created:
+        await submissions.check_quota(session, caller, settings)
+        context.outbox.task_changed(task)
+        context.outbox.dispatch([task])
+    await context.commit(session)
+    headers = {"Location": f"/v1/joblib/tasks/{task.id}", "Retry-After": "1"}
+    return json_response(task, 202, headers)
+
+
+@router.post(
+    "/rooms/{room_id}/batches/{job_name:fullname}",
+    response_model=TaskBatchResponse,
+    status_code=status.HTTP_202_ACCEPTED,
+    responses=SUBMITTING,
+)
+async def submit_batch(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    session_maker: Sessions,
+    may_enter: Access,
+    _: Writable,
+    room_id: str,
+    job_name: str,
+    body: TaskBatchRequest,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
+    context = await context_of(request, user, session_maker)
+    caller, settings = context.caller, context.settings
+    await enter(session, caller, room_id, may_enter)
+
+    def check(target: submissions.Target) -> bool:
+        _check_broker(context, target.name, body.tasks, "/body/tasks/{}")
+        payloads = {
+            f"/body/tasks/{n}/payload": task.payload
+            for n, task in enumerate(body.tasks)
+        }
+        return validation.check_payloads(target.schema, payloads)
+
+    batch = await submissions.submit_many(
+        session,
+        room_id,
+        job_name,
+        caller,
+        body.tasks,
+        settings,
+        check,
+        idempotency_key=idempotency_key,
+    )
+    if batch.created:
+        await submissions.check_quota(session, caller, settings, len(batch.created))
+        context.outbox.tasks_changed(batch.created)
+        context.outbox.dispatch(batch.created)
+    await context.commit(session)
+    return json_response({"ids": batch.ids}, 202)
+
+
+def _check_broker(
+    context: Context, name: FullName, submitted: Sequence[TaskSubmitRequest], where: str
+) -> None:
+    """Refuse what would go to the broker, if there is none here that takes it."""
+    if name.room != INTERNAL_ROOM:
+        return
+    registry = context.transports.registry
+    if registry is None or str(name) not in registry:
+        raise InternalJobNotConfigured.exception(f"nothing here runs {name}")
+    detail = "an @internal task starts at once"
+    errors = [
+        {"pointer": f"{where.format(n)}/delay_seconds", "detail": detail}
+        for n, task in enumerate(submitted)
+        if task.delay_seconds
+    ]
+    if errors:
+        raise InvalidRequest.exception(detail, errors=errors[:1])
+
+
+@router.get(
+    "/rooms/{room_id}/jobs/{job_name:fullname}/tasks",
+    response_model=PaginatedResponse[TaskResponse],
+    responses=problems(*ROOM, JobNotFound),
+)
+async def list_job_tasks(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    may_enter: Access,
+    room_id: str,
+    job_name: str,
+    query: Annotated[TaskPageQuery, Query()],
+) -> Response:
+    """List the tasks of a job that this room submitted."""
+    context = await context_of(request, user)
+    await enter(session, context.caller, room_id, may_enter)
+    name = jobs.find(room_id, job_name)
+    rows = await session.execute(jobs.SERVED, name._asdict())
+    job = jobs.found(rows.one_or_none(), room_id, job_name)
+    items, listing = await tasks.list_tasks(
+        session,
+        room_id,
+        query.page(),
+        context.settings,
+        job_id=job.id,
+        status=query.status,
+    )
+    return page_response(request, query, listing, items)
+
+
+@router.get(
+    "/rooms/{room_id}/tasks",
+    response_model=PaginatedResponse[TaskResponse],
+    responses=problems(*ROOM),
+)
+async def list_room_tasks(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    may_enter: Access,
+    room_id: str,
+    query: Annotated[TaskPageQuery, Query()],
+) -> Response:
+    """List the tasks that the room submitted."""
+    context = await context_of(request, user)
+    await enter(session, context.caller, room_id, may_enter)
+    items, listing = await tasks.list_tasks(
+        session, room_id, query.page(), context.settings, status=query.status
+    )
+    return page_response(request, query, listing, items)
+
+
+@router.post(
+    "/tasks/claim",
+    response_model=TaskClaimResponse,
+    responses=problems(*BODY, *WAITING, WorkerNotFound, Forbidden),
+    openapi_extra=WAITS,
+)
+async def claim_tasks(
+    request: Request,
+    user: WaitingUser,
+    session_maker: Sessions,
+    body: TaskClaimRequest,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Give a worker the oldest tasks of its jobs, waiting for them if preferred."""
+    context = await context_of(request, user)
+
+    async def look() -> claims.Claim:
+        async with session_maker() as session:
+            claim = await claims.claim(
+                session,
+                body.worker_id,
+                context.caller,
+                context.settings,
+                limit=body.max_tasks,
+                key=idempotency_key,
+                start=body.start,
+            )
+            if not claim.repeated:
+                context.outbox.tasks_changed(claim.tasks)
+            await context.commit(session)
+        return claim
+
+    wait = _preferred(context)
+    poll = context.long_poll(session_maker, wait)
+    claim = await long_polls.for_work(poll, body.worker_id, look)
+    answer = TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
+    return json_response(answer, headers=wait_headers(wait))
+
+
+def _preferred(context: Context) -> float | None:
+    preferences = context.request.headers.getlist("prefer")
+    return preferred_wait(preferences, context.settings.long_poll_max_wait_seconds)
+
+
+@router.get(
+    "/tasks/{task_id}",
+    response_model=TaskResponse,
+    responses=problems(*WAITING, TaskNotFound),
+    openapi_extra=WAITS,
+)
+async def read_task(
+    request: Request,
+    user: WaitingUser,
+    session_maker: Sessions,
+    may_enter: Access,
+    task_id: UUID,
+) -> Response:
+    """Show a task; with `Prefer: wait` once it has ended."""
+    context = await context_of(request, user)
+
+    async def look() -> TaskResponse:
+        async with session_maker() as session:
+            return await tasks.read(
+                session, task_id, context.caller, may_enter, context.settings
+            )
+
+    wait = _preferred(context)
+    poll = context.long_poll(session_maker, wait)
+    task = await long_polls.for_end(poll, task_id, look)
+    return json_response(task, headers=wait_headers(wait))
+
+
+@router.post(
+    "/tasks/query",
+    response_model=TaskQueryResponse,
+    responses=problems(*BODY, *WAITING),
+    openapi_extra=WAITS,
+)
+async def query_tasks(
+    request: Request,
+    user: WaitingUser,
+    session_maker: Sessions,
+    may_enter: Access,
+    body: TaskQueryRequest,
+) -> Response:
+    """Show up to 500 tasks; with `Prefer: wait` once all of them have ended."""
+    context = await context_of(request, user)
+    async with session_maker() as session:
+        there = await tasks.readable(session, body.ids, context.caller, may_enter)
+
+    async def unfinished() -> UUID | None:
+        async with session_maker() as session:
+            return await tasks.last_unfinished(session, there)
+
+    wait = _preferred(context)
+    await long_polls.for_ends(context.long_poll(session_maker, wait), unfinished)
+    async with session_maker() as session:
+        found = await tasks.read_many(session, there, context.settings)
+    missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
+    answer = TaskQueryResponse(tasks=found, missing=sorted(missing))
+    return json_response(answer, headers=wait_headers(wait))
+
+
+@router.patch("/tasks", response_model=TaskReportsResponse, responses=problems(*BODY))
+async def report_tasks(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    may_enter: Access,
+    body: TaskReportsRequest,
+) -> Response:
+    """Report what became of up to 32 tasks, each as if it were reported alone."""
+    context = await context_of(request, user)
+    by_id = {report.id: report for report in body.reports}
+    reported = await reports.report_many(
+        session, by_id, context.caller, may_enter, context.settings
+    )
+    outcomes: list[TaskOutcome] = []
+    for task_id, report in zip(by_id, reported, strict=True):
+        if isinstance(report, ProblemException):
+            problem = report.problem
+            outcome = TaskOutcome(id=task_id, status=problem.status, problem=problem)
+        else:
+            outcome = TaskOutcome(id=task_id, status=200, task=report.task)
+            if report.changed:
+                context.outbox.task_changed(report.task)
+        outcomes.append(outcome)
+    await context.commit(session)
+    return json_response(TaskReportsResponse(outcomes=outcomes))
+
+
+@router.patch(
+    "/tasks/{task_id}",
+    response_model=TaskResponse,
+    responses=problems(
+        *BODY, TaskNotFound, Forbidden, InvalidTaskTransition, LeaseLost
+    ),
+)
+async def report_task(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    may_enter: Access,
+    task_id: UUID,
+    body: TaskUpdateRequest,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Report what became of a task, or cancel it."""
+    context = await context_of(request, user)
+    reported = await reports.report(
+        session,
+        task_id,
+        context.caller,
+        may_enter,
+        body,
+        context.settings,
+        key=idempotency_key,
+    )
+    if reported.changed:
+        context.outbox.task_changed(reported.task)
+    await context.commit(session)
+    return json_response(reported.task)
+
+
+@router.post(
+    "/tasks/{task_id}/retry",
+    response_model=TaskResponse,
+    status_code=status.HTTP_202_ACCEPTED,
+    responses=problems(
+        TaskNotFound,
+        JobNotFound,
+        Forbidden,
+        InvalidTaskTransition,
+        InternalJobNotConfigured,
+    ),
+)
+async def retry_task(
+    request: Request,
+    user: CurrentUser,
+    session: SessionDep,
+    session_maker: Sessions,
+    may_enter: Access,
+    task_id: UUID,
+) -> Response:
+    """Set a task that has ended going again."""
+    context = await context_of(request, user, session_maker)
+    task = await reports.retry(
+        session, task_id, context.caller, may_enter, context.settings
+    )
+    _check_broker(context, split_full_name(task.job_name), [], "")
+    context.outbox.task_changed(task)
+    context.outbox.dispatch([task])
+    await context.commit(session)
+    return json_response(task, 202, {"Location": f"/v1/joblib/tasks/{task.id}"})
