@@ -12,19 +12,26 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["lint", "docs", "tests", "page", "soak"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 MAKERS = ["plain", "locked", "locked-memory", "strict", "postgres"]
+
+# the versions of all that the groups install, but for one that asks for older ones
+LOCK = "constraints.txt"
+UNLOCKED = {"zndraw"}
+# each process brings up a PostgreSQL and a Redis of its own
+SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")
 
 # nox would kill a process half a second after Ctrl-C: ours stop their own children first
 PATIENT = {"interrupt_timeout": 20.0, "terminate_timeout": 10.0}
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    """Install the package, and what the dependency groups name."""
-    session.install(*nox.project.dependency_groups(PYPROJECT, *groups), "-e", ".")
+    """Install the package, and what the dependency groups name, as locked."""
+    wanted = nox.project.dependency_groups(PYPROJECT, *groups)
+    session.install(*wanted, "-e", ".", "-c", LOCK, "-b", LOCK)
 
 
 @nox.session
@@ -60,14 +67,14 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def build(session: nox.Session) -> None:
     """Build wheel and sdist into dist."""
-    session.install("build")
+    install(session, "gates")
     session.run("python", "-m", "build", *session.posargs)
 
 
 @nox.session
 def pictures(session: nox.Session) -> None:
     """Draw the state machine anew, from the code."""
-    session.install("-e", ".")
+    install(session)
     session.run("python", "docs/states.py")
 
 
@@ -76,9 +83,7 @@ def pictures(session: nox.Session) -> None:
 def tests(session: nox.Session, maker: str) -> None:
     """Run the suite over one of the session makers that a host may set."""
     install(session, "test")
-    # each process brings up a PostgreSQL and a Redis of its own
-    spread = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")
-    session.run("pytest", "--maker", maker, *spread, *session.posargs, **PATIENT)
+    session.run("pytest", "--maker", maker, *SPREAD, *session.posargs, **PATIENT)
 
 
 @nox.session
@@ -169,8 +174,7 @@ def waiting(session: nox.Session) -> None:
 @nox.session
 def compat(session: nox.Session) -> None:
     """Run programs of 0.1.7 at our host, and ours at a host of 0.1.7."""
-    install(session, "test")
-    session.install("uv>=0.4")
+    install(session, "test", "gates")
     # an environment of its own: it is the same package
     old = Path(session.create_tmp()).resolve() / "old"
     uv = ("python", "-m", "uv")
@@ -178,9 +182,37 @@ def compat(session: nox.Session) -> None:
     python = str(old / ("Scripts" if os.name == "nt" else "bin") / "python")
     packages = ("zndraw-joblib==0.1.7", "aiosqlite", "uvicorn", "websockets")
     client = "python-socketio[client]"
-    session.run(*uv, "pip", "install", "-q", "--python", python, *packages, client)
+    into = ("pip", "install", "-q", "--python", python, "-c", LOCK)
+    session.run(*uv, *into, *packages, client)
     env = {"OLD_PYTHON": python}
     session.run("pytest", "tests/compat.py", *session.posargs, env=env, **PATIENT)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the suite on the newest of everything, whatever is locked."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "test"), "-e", ".")
+    session.run("pytest", *SPREAD, *session.posargs, **PATIENT)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Lock the newest version of all that is installed here."""
+    install(session, "gates")
+    groups = [g for g in PYPROJECT["dependency-groups"] if g not in UNLOCKED]
+    options = "--universal --python-version 3.11 --upgrade --all-extras --no-annotate"
+    session.run(
+        *f"python -m uv pip compile -q {options} pyproject.toml -o {LOCK}".split(),
+        *("--custom-compile-command", "nox -s lock"),
+        *(f"--group={group}" for group in groups),
+    )
+
+
+@nox.session
+def zndraw(session: nox.Session) -> None:
+    """Run a released ZnDraw, unchanged, and drive it with its own client."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "zndraw"), "-e", ".")
+    session.run("python", "tests/zndraw_host.py", **PATIENT)
 
 
 @nox.session

@@ -1,12 +1,15 @@
 """What is handed out: the wheel, the sdist, and what importing them costs."""
 
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from email import message_from_bytes
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -60,7 +63,8 @@ def test_the_sdist_holds_what_the_suite_needs(built: Path):
         top = path.name.removesuffix(".tar.gz") + "/"
         names = {member.name.removeprefix(top) for member in sdist.getmembers()}
     expected = tracked(
-        "zndraw_joblib", "tests", "docs", "*.md", "noxfile.py", "LICENSE"
+        *("zndraw_joblib", "tests", "docs"),
+        *("*.md", "noxfile.py", "constraints.txt", "LICENSE"),
     )
     assert expected <= names
     # a file of its own, and .gitignore, which the build backend takes along
@@ -79,6 +83,23 @@ def untracked() -> set[str]:
         check=True,
     )
     return set(ran.stdout.splitlines())
+
+
+def test_all_that_the_gates_install_is_locked():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["dependency-groups"]
+    groups.pop("zndraw")
+    wanted = [
+        *project["project"]["dependencies"],
+        *chain.from_iterable(project["project"]["optional-dependencies"].values()),
+        *(one for group in groups.values() for one in group if isinstance(one, str)),
+    ]
+    locked = {
+        line.partition("==")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    names = {re.match(r"[\w.-]+", one)[0].replace("_", "-") for one in wanted}
+    assert not names - locked, "nox -s lock"
 
 
 def test_a_worker_starts_faster_than_a_host(tmp_path: Path):
