@@ -90,6 +90,36 @@ async def test_registering_with_another_policy_updates_it(ada):
         assert policy.items() <= again.json().items(), "what is not said stays"
 
 
+@pytest.mark.parametrize("limit", ["timeout_seconds", "start_timeout_seconds"])
+async def test_a_limit_that_nothing_could_keep_is_refused(ada, limit):
+    for seconds in (0, -1, 0.001, "1", 1e300):
+        refused = await register(ada, **{limit: seconds})
+        (error,) = problem(refused, 422, "invalid-request")["errors"]
+        assert error["pointer"] == f"/body/{limit}"
+
+
+async def test_a_policy_is_set_by_those_who_serve_alone(ada, bob, admin, session_maker):
+    hers = await offer(ada, timeout_seconds=60)
+
+    async def ask(user, kept, seconds, **policy):
+        answer = await register(user, **policy)
+        assert answer.status_code == 200
+        told = answer.json()
+        assert (told["policy_kept"], told["timeout_seconds"]) == (kept, seconds)
+        return told["worker_id"]
+
+    # who joins another user's job may say what stands, and change nothing
+    his = await ask(bob, True, 60, timeout_seconds=1, max_attempts=9)
+    await ask(bob, False, 60, timeout_seconds=60, worker_id=his)
+    await ask(bob, False, 60, worker_id=his)
+    # nor may she, now that two serve it
+    await ask(ada, True, 60, timeout_seconds=50, worker_id=hers)
+    await ask(admin, False, 40, timeout_seconds=40)
+    theirs = (await ada.get("/workers")).json()["items"]
+    await silence(session_maker, *(w["id"] for w in theirs if w["id"] != his))
+    await ask(bob, False, 30, timeout_seconds=30, worker_id=his)
+
+
 async def test_what_a_room_does_not_see_is_not_there(ada, bob, admin):
     for user, name, room in (
         (ada, "Mine", "lab"),
@@ -148,22 +178,75 @@ async def test_a_malformed_name_is_no_jobs(ada, name):
     assert submitted.status_code in (404, 405)
 
 
-async def test_names_are_anything_that_can_be_shown(ada):
-    for name, in_path in (
+@pytest.mark.parametrize(
+    ("name", "in_path"),
+    [
         ("Rotate", "lab%3Amodifiers%3ARotate"),
         ("a/b c", "lab:modifiers:a/b%20c"),
+        ("/data/", "lab:modifiers:/data/"),
+        ("a//b", "lab:modifiers:a//b"),
+        ("a\\b", "lab:modifiers:a%5Cb"),
+        (".", "lab:modifiers:."),
+        ("tasks", "lab:modifiers:tasks"),
+        ("a/tasks/b", "lab:modifiers:a/tasks/b"),
+        ("info", "lab:modifiers:info"),
         ("50%", "lab:modifiers:50%25"),
+        ("%2Ftasks", "lab:modifiers:%252Ftasks"),
         ("旋转 🌀?#", "lab:modifiers:%E6%97%8B%E8%BD%AC%20%F0%9F%8C%80%3F%23"),
-        ("n" * 255, f"lab:modifiers:{'n' * 255}"),
+        ("👩\u200d🔬", "lab:modifiers:%F0%9F%91%A9%E2%80%8D%F0%9F%94%AC"),
+        ("Caf\xe9", "lab:modifiers:Cafe%CC%81"),
+        ("🧪" * 255, "lab:modifiers:" + "%F0%9F%A7%AA" * 255),
+    ],
+)
+async def test_what_is_registered_is_reached(ada, name, in_path):
+    worker = await offer(ada, name)
+    job = await ada.get(f"/rooms/lab/jobs/{in_path}")
+    assert job.json()["name"] == name
+    task = await submit(ada, in_path)
+    assert task["job_name"] == f"lab:modifiers:{name}"
+    assert [t["id"] for t in await claim(ada, worker)] == [task["id"]]
+    page = (await ada.get(f"/rooms/lab/jobs/{in_path}/tasks")).json()
+    assert [t["id"] for t in page["items"]] == [task["id"]]
+
+
+async def test_two_spellings_of_a_name_are_one(ada, bob):
+    """Composed and decomposed: whichever comes first, the other one finds it."""
+    composed, decomposed = "Caf\xe9", "Cafe\u0301"
+    made = (await register(ada, decomposed)).json()
+    again = await register(bob, composed)
+    assert (again.status_code, again.json()["id"]) == (200, made["id"])
+    assert made["full_name"] == f"lab:modifiers:{composed}"
+    for spelling in (composed, decomposed):
+        task = await submit(ada, f"lab:modifiers:{spelling}")
+        assert task["job_name"] == made["full_name"]
+
+
+async def test_what_could_not_be_reached_is_refused(ada, session_maker):
+    """Or told apart from others by eye. Names by their kind; rooms for everybody."""
+    long = "🧪" * 255
+    before = await stored(session_maker)
+    for kind, name in (
+        *(
+            ("jobs", n)
+            for n in ("x/tasks", "/tasks", "a/../b", "a/.", "..//..", "x/..")
+        ),
+        *(
+            ("jobs", n)
+            for n in ("a\u202eb", "a\u200bb", "\ufeffa", "a\u2028b", "\u2066a")
+        ),
+        *(("providers", n) for n in ("a/info", "/info", "../..", "a/./b", "", "a:b")),
     ):
-        worker = await offer(ada, name)
-        job = await ada.get(f"/rooms/lab/jobs/{in_path}")
-        assert job.json()["name"] == name
-        task = await submit(ada, in_path)
-        assert task["job_name"] == f"lab:modifiers:{name}"
-        assert [t["id"] for t in await claim(ada, worker)] == [task["id"]]
-        page = (await ada.get(f"/rooms/lab/jobs/{in_path}/tasks")).json()
-        assert [t["id"] for t in page["items"]] == [task["id"]]
+        body = {"category": "modifiers", "name": name, "schema": {}}
+        refused = await ada.put(f"/rooms/lab/{kind}", json=body)
+        (error,) = problem(refused, 422, "invalid-request")["errors"]
+        assert error["pointer"] == "/body/name", (kind, name)
+    body = {"category": long, "name": long, "schema": {}}
+    refused = await ada.put(f"/rooms/{long}/providers", json=body)
+    (error,) = problem(refused, 422, "invalid-request")["errors"]
+    assert "2560 bytes" in error["detail"]
+    for room in ("%2E", "%2E%2E", "a@b", "a:b", "%0A", "r" * 256):
+        problem(await register(ada, room=room), 400, "invalid-room-id")
+    assert await stored(session_maker) == before
 
 
 async def test_a_job_comes_back_with_another_schema(ada):

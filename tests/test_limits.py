@@ -1,7 +1,7 @@
 """What one user may take of a host, and how it is refused."""
 
 import pytest
-from steps import JOB, claim, offer, problem, register, submit
+from steps import JOB, claim, offer, problem, register, stored, submit
 
 from zndraw_joblib import submissions
 
@@ -24,6 +24,28 @@ async def test_how_many_workers_a_user_may_have(app, ada, bob):
     assert (await bob.post("/workers")).status_code == 201
     await ada.delete(f"/workers/{worker}")
     assert (await ada.post("/workers")).status_code == 201
+
+
+async def test_how_many_jobs_and_providers_a_user_may_have(
+    app, ada, bob, session_maker
+):
+    settings = app.state.joblib_settings
+    settings.max_jobs_per_user = settings.max_providers_per_user = 2
+    worker = await offer(ada, "A")
+    await offer(ada, "B", worker_id=worker)
+    before = await stored(session_maker)
+    refused(await register(ada, "C", worker_id=worker))
+    assert await stored(session_maker) == before
+    # what is there may be served by more of them, and others may offer it
+    assert (await register(ada, "B")).status_code == 200
+    assert (await register(bob, "C")).status_code == 201
+    body = {"category": "files", "schema": {}, "worker_id": worker}
+    answers = [
+        await ada.put("/rooms/lab/providers", json={"name": name, **body})
+        for name in ("a", "b", "b", "c")
+    ]
+    assert [answer.status_code for answer in answers] == [201, 201, 200, 429]
+    refused(answers[-1])
 
 
 async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob, monkeypatch):

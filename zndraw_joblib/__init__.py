@@ -31,6 +31,7 @@ _MODULE_OF = {
     "LeaveJobRoom": "events",
     "LeaveProviderRoom": "events",
     "MemoryResults": "results",
+    "NoWorkersAvailable": "exceptions",
     "ProblemException": "exceptions",
     "Provider": "provider",
     "ProviderNotFound": "exceptions",

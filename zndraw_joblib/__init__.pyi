@@ -33,6 +33,7 @@ from zndraw_joblib.exceptions import InvalidCategory as InvalidCategory
 from zndraw_joblib.exceptions import InvalidRoomId as InvalidRoomId
 from zndraw_joblib.exceptions import InvalidTaskTransition as InvalidTaskTransition
 from zndraw_joblib.exceptions import JobNotFound as JobNotFound
+from zndraw_joblib.exceptions import NoWorkersAvailable as NoWorkersAvailable
 from zndraw_joblib.exceptions import ProblemException as ProblemException
 from zndraw_joblib.exceptions import ProviderNotFound as ProviderNotFound
 from zndraw_joblib.exceptions import ProviderTimeoutError as ProviderTimeoutError

@@ -158,6 +158,13 @@ class JobNotFound(Problem):
     client_error = KeyError
 
 
+class NoWorkersAvailable(Problem):
+    """None of the job's workers is alive, and this host takes no tasks for later."""
+
+    title = "Conflict"
+    status = 409
+
+
 class WorkerNotFound(Problem):
     """There is no such worker."""
 

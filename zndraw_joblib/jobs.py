@@ -19,6 +19,7 @@ from sqlalchemy import (
     func,
     or_,
     select,
+    true,
     update,
 )
 
@@ -30,6 +31,7 @@ from uuid_utils.compat import uuid7
 
 from zndraw_joblib.exceptions import (
     JobNotFound,
+    NoWorkersAvailable,
     SchemaConflict,
 )
 from zndraw_joblib.models import (
@@ -38,12 +40,15 @@ from zndraw_joblib.models import (
     TASK,
     WORKER,
     alive_within,
+    number,
     queued,
     served_to,
 )
 from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.workers import Caller, check_length, check_quota
 
 
 class Registration(NamedTuple):
@@ -57,11 +62,14 @@ class Registration(NamedTuple):
         Whether it is new, or came back.
     joined : bool
         Whether the worker is one of its workers only now.
+    policy_kept : bool
+        Whether another policy was asked for, and the job's stays.
     """
 
     job_id: UUID
     created: bool
     joined: bool
+    policy_kept: bool
 
 
 def find(room: str, full_name: str) -> FullName:
@@ -122,7 +130,9 @@ async def register(
     name: FullName,
     schema: JsonObject,
     policy: dict[str, Any],
-    worker_id: UUID | None,
+    worker_id: UUID,
+    caller: Caller,
+    settings: JobLibSettings,
 ) -> Registration:
     """Make a job, bring it back, or find it there; link the worker to it.
 
@@ -135,15 +145,23 @@ async def register(
     schema : dict
         A JSON Schema, checked before.
     policy : dict
-        The fields of :class:`JobPolicy` that the request set; others stay.
-    worker_id : UUID or None
-        None for an ``@internal`` job.
+        The fields of :class:`JobPolicy` that the request set; others stay. All of them
+        stay while a live worker of another user serves the job, unless the caller is a
+        superuser.
+    worker_id : UUID
+        The caller's.
+    caller : Caller
+        Who registers.
+    settings : JobLibSettings
+        The host's.
 
     Raises
     ------
     ProblemException
-        ``schema-conflict``.
+        ``schema-conflict``, ``quota-exceeded``, or ``invalid-request`` when the name is
+        too long.
     """
+    check_length(name)
     new_id = uuid7()
     fresh = upsert(JOB).values(
         id=new_id,
@@ -162,27 +180,83 @@ async def register(
             where=JOB.c.deleted.is_(True),
         ).returning(JOB.c.id)
     )
-    job_id = arrived or await _join(session, name, schema, policy)
-    joined = worker_id is not None and await session.scalar(
+    job_id = arrived or await _same(session, name, schema)
+    kept = False
+    if policy and arrived is None:
+        kept = not await _set_policy(session, job_id, policy, caller, settings)
+    joined = await session.scalar(
         upsert(LINK)
         .values(worker_id=worker_id, job_id=job_id)
         .on_conflict_do_nothing()
         .returning(LINK.c.job_id)
     )
-    return Registration(job_id, arrived is not None, bool(joined))
+    if arrived is not None:
+        theirs = (
+            select(LINK.c.job_id)
+            .join(WORKER, WORKER.c.id == LINK.c.worker_id)
+            .where(WORKER.c.user_id == caller.id)
+            .distinct()
+        )
+        await check_quota(session, theirs, settings.max_jobs_per_user, "jobs")
+    return Registration(job_id, arrived is not None, bool(joined), kept)
 
 
-async def _join(
-    session: AsyncSession, name: FullName, schema: JsonObject, policy: dict[str, Any]
-) -> UUID:
+async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UUID:
     # the upsert locked the row: what is read here stands until the commit
     rows = await session.execute(select(JOB.c.id, JOB.c.schema).where(named(name)))
     job = rows.one()
     if json.dumps(job.schema, sort_keys=True) != json.dumps(schema, sort_keys=True):
         raise SchemaConflict.exception(f"job {name} exists with another schema")
-    if policy:
-        await session.execute(update(JOB).where(JOB.c.id == job.id).values(**policy))
     return UUID(str(job.id))
+
+
+async def _set_policy(
+    session: AsyncSession,
+    job_id: UUID,
+    policy: dict[str, Any],
+    caller: Caller,
+    settings: JobLibSettings,
+) -> bool:
+    """Set a job's policy where it is the caller's to set; return whether it is so now."""
+    others = (
+        exists()
+        .where(LINK.c.job_id == JOB.c.id, WORKER.c.id == LINK.c.worker_id)
+        .where(WORKER.c.user_id != caller.id)
+        .where(alive_within(settings.worker_timeout_seconds))
+    )
+    same = and_(*(JOB.c[field].is_not_distinct_from(policy[field]) for field in policy))
+    changed = await session.scalar(
+        update(JOB)
+        .where(
+            JOB.c.id == job_id, true() if caller.is_superuser else or_(same, ~others)
+        )
+        .values(**policy)
+        .returning(JOB.c.id)
+    )
+    return changed is not None
+
+
+async def check_workers(
+    session: AsyncSession, name: FullName, settings: JobLibSettings
+) -> None:
+    """Refuse what nobody would do now, where ``accept_without_workers`` is false.
+
+    Raises
+    ------
+    ProblemException
+        ``no-workers-available`` when none of the job's workers is alive.
+    """
+    if settings.accept_without_workers or name.room == INTERNAL_ROOM:
+        return
+    alive = (
+        select(LINK.c.job_id)
+        .join(WORKER, WORKER.c.id == LINK.c.worker_id)
+        .join(JOB, JOB.c.id == LINK.c.job_id)
+        .where(named(name), alive_within(settings.worker_timeout_seconds))
+        .limit(number(1))
+    )
+    if await session.scalar(alive) is None:
+        raise NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
 
 async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:
@@ -277,7 +351,7 @@ def _first(column: Any, waiting: ColumnElement[bool]) -> ColumnElement[Any]:
     return first.correlate(JOB).scalar_subquery()
 
 
-def _view(worker_timeout: float) -> Select[Any]:
+def _view(worker_timeout: float, *schema: ColumnElement[Any]) -> Select[Any]:
     links = (
         select(func.aggregate_strings(cast(LINK.c.worker_id, String), ","))
         .where(LINK.c.job_id == JOB.c.id)
@@ -295,7 +369,7 @@ def _view(worker_timeout: float) -> Select[Any]:
         JOB.c.room_id,
         JOB.c.category,
         JOB.c.name,
-        JOB.c.schema,
+        *schema,
         JOB.c.created_at,
         JOB.c.max_attempts,
         JOB.c.retry_delay_seconds,
@@ -316,11 +390,13 @@ async def read(
     session: AsyncSession,
     job_id: UUID,
     worker_timeout: float,
-    worker_id: UUID | None = None,
+    **registered: Any,
 ) -> JobResponse:
-    """Return a job; ``worker_id`` is the one that registered it just now."""
-    rows = await session.execute(_view(worker_timeout).where(JOB.c.id == job_id))
-    return JobResponse(**_fields(rows.one()), worker_id=worker_id)
+    """Return a job, with what is told of its registration just now."""
+    rows = await session.execute(
+        _view(worker_timeout, JOB.c.schema).where(JOB.c.id == job_id)
+    )
+    return JobResponse(**_fields(rows.one()), **registered)
 
 
 async def read_named(
@@ -335,7 +411,7 @@ async def read_named(
     """
     name = find(room, full_name)
     rows = await session.execute(
-        _view(worker_timeout).where(named(name), JOB.c.deleted.is_(False))
+        _view(worker_timeout, JOB.c.schema).where(named(name), JOB.c.deleted.is_(False))
     )
     return JobResponse(**_fields(found(rows.one_or_none(), room, full_name)))
 

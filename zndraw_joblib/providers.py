@@ -18,7 +18,7 @@ from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visibl
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.workers import Caller, RoomAccess
+from zndraw_joblib.workers import Caller, RoomAccess, check_length, check_quota
 
 _VIEW = (
     PROVIDER.c.id,
@@ -68,6 +68,7 @@ async def register(
     content_type: str,
     worker_id: UUID | None,
     caller: Caller,
+    settings: JobLibSettings,
 ) -> Registered:
     """Make a provider, or put this one in the place of the caller's earlier one.
 
@@ -77,8 +78,10 @@ async def register(
     Raises
     ------
     ProblemException
-        ``forbidden`` when the name is another user's.
+        ``forbidden`` when the name is another user's, ``invalid-request`` when it is
+        too long, ``quota-exceeded``.
     """
+    check_length(name)
     new_id = uuid7()
     fresh = upsert(PROVIDER).values(
         id=new_id,
@@ -104,7 +107,12 @@ async def register(
     row = registered.one_or_none()
     if row is None:
         raise Forbidden.exception(f"provider {name} belongs to another user")
-    return Registered(_view(row), created=row.id == new_id)
+    created = row.id == new_id
+    if created:
+        theirs = select(PROVIDER.c.id).where(PROVIDER.c.user_id == caller.id)
+        most = settings.max_providers_per_user
+        await check_quota(session, theirs, most, "providers")
+    return Registered(_view(row), created)
 
 
 async def install(

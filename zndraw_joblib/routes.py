@@ -210,9 +210,15 @@ async def register_job(
         include=body.model_fields_set & set(JobPolicy.model_fields)
     )
     name = FullName(room_id, body.category, body.name)
-    registered = await jobs.register(session, name, body.schema_, policy, worker_id)
+    registered = await jobs.register(
+        session, name, body.schema_, policy, worker_id, caller, settings
+    )
     job = await jobs.read(
-        session, registered.job_id, settings.worker_timeout_seconds, worker_id
+        session,
+        registered.job_id,
+        settings.worker_timeout_seconds,
+        worker_id=worker_id,
+        policy_kept=registered.policy_kept,
     )
     # a claim of this worker may wait for other jobs only
     context.outbox.ended.append(worker_key(worker_id))

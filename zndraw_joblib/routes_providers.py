@@ -115,6 +115,7 @@ async def register_provider(
         body.content_type,
         worker_id,
         caller,
+        settings,
     )
     context.outbox.providers_changed([room_id])
     await context.commit(session)

@@ -26,13 +26,21 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
     WorkerState,
 )
-from zndraw_joblib.names import MAX_LENGTH, UNPRINTABLE, check_name
+from zndraw_joblib.names import (
+    MAX_LENGTH,
+    UNPRINTABLE,
+    check_job_name,
+    check_name,
+    check_provider_name,
+)
 
 MAX_CLAIM = 32
 MAX_REPORTS = 32
 MAX_BATCH = 1000
 MAX_PAGE = 500
 MAX_INT = 2**63 - 1
+MAX_SECONDS = 10 * 365 * 86400
+MIN_LIMIT = 0.1
 
 Json = Any
 JsonObject = dict[str, Any]
@@ -99,17 +107,16 @@ def check_printable(text: str) -> str:
     return text
 
 
-Name = Annotated[
-    str,
-    AfterValidator(check_name),
-    Field(
-        json_schema_extra={
-            "minLength": 1,
-            "maxLength": MAX_LENGTH,
-            "pattern": "^[^:\\u0000-\\u001f\\u007f-\\u009f]+$",
-        }
-    ),
-]
+_Part = Field(
+    json_schema_extra={
+        "minLength": 1,
+        "maxLength": MAX_LENGTH,
+        "pattern": "^[^:\\u0000-\\u001f\\u007f-\\u009f]+$",
+    }
+)
+Name = Annotated[str, AfterValidator(check_name), _Part]
+JobName = Annotated[str, AfterValidator(check_job_name), _Part]
+ProviderName = Annotated[str, AfterValidator(check_provider_name), _Part]
 Message = Annotated[
     str, StringConstraints(max_length=1000), AfterValidator(check_printable)
 ]
@@ -134,7 +141,9 @@ def _number(value: Json) -> Json:
 
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
-Seconds = Annotated[Number, Field(ge=0, le=10 * 365 * 86400, allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+# less than the sweeper can tell apart, and tasks would be tried again for ever
+Limit = Annotated[Number, Field(ge=MIN_LIMIT, le=MAX_SECONDS, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Attempt = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 
@@ -194,13 +203,22 @@ class WorkerUpdateRequest(BaseModel):
     state: WorkerState | None = None
 
 
+class PolicyResponse(BaseModel):
+    """How a job's tasks are tried, as it stands."""
+
+    max_attempts: int = 1
+    retry_delay_seconds: float = 0
+    timeout_seconds: float | None = None
+    start_timeout_seconds: float | None = None
+
+
 class JobPolicy(BaseModel):
     """How a job's tasks are tried: all of it is optional, times in seconds."""
 
     max_attempts: Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
     retry_delay_seconds: Seconds = 0
-    timeout_seconds: Seconds | None = None
-    start_timeout_seconds: Seconds | None = None
+    timeout_seconds: Limit | None = None
+    start_timeout_seconds: Limit | None = None
 
 
 class JobRegisterRequest(JobPolicy):
@@ -209,7 +227,7 @@ class JobRegisterRequest(JobPolicy):
     model_config = ConfigDict(populate_by_name=True)
 
     category: Name
-    name: Name
+    name: JobName
     schema_: JsonObject = Field(default={}, alias="schema")
     worker_id: UUID | None = None
 
@@ -224,7 +242,7 @@ class JobSummary(BaseModel):
     workers_alive: int = 0
 
 
-class JobResponse(JobPolicy):
+class JobResponse(PolicyResponse):
     """A job."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -240,6 +258,11 @@ class JobResponse(JobPolicy):
     workers: list[UUID]
     workers_alive: int = 0
     worker_id: UUID | None = None
+    policy_kept: bool = Field(
+        default=False,
+        description="Whether another policy was asked for and this one stays, since live"
+        " workers of other users serve the job.",
+    )
 
 
 class JobStats(BaseModel):
@@ -425,7 +448,7 @@ class ProviderRegisterRequest(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
     category: Name
-    name: Name
+    name: ProviderName
     schema_: JsonObject = Field(default={}, alias="schema")
     content_type: MediaType = "application/json"
     worker_id: UUID | None = None

@@ -69,6 +69,23 @@ class JobLibSettings(BaseSettings):
     max_workers_per_user: PositiveInt = Field(
         default=10_000, description="Workers that one user may have (429 beyond)."
     )
+    max_jobs_per_user: PositiveInt = Field(
+        default=10_000,
+        description="Jobs that the workers of one user may serve (429 beyond, for a new"
+        " job).",
+    )
+    max_providers_per_user: PositiveInt = Field(
+        default=10_000, description="Providers of one user (429 beyond)."
+    )
+    max_internal_tasks_per_user: PositiveInt = Field(
+        default=10_000,
+        description="`@internal` tasks of one user that may be under way (429 beyond).",
+    )
+    accept_without_workers: bool = Field(
+        default=True,
+        description="Whether tasks are taken for jobs none of whose workers is alive"
+        " (else 409).",
+    )
     max_pending_tasks_per_user: PositiveInt = Field(
         default=2_000_000,
         description="Tasks of one user that may wait for a worker (429 beyond). It is"

@@ -25,7 +25,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib.exceptions import Forbidden, QuotaExceeded, WorkerNotFound
+from zndraw_joblib.exceptions import (
+    Forbidden,
+    InvalidRequest,
+    QuotaExceeded,
+    WorkerNotFound,
+)
 from zndraw_joblib.lifecycle import WorkerState
 from zndraw_joblib.models import (
     JOB,
@@ -193,6 +198,41 @@ async def mine(
     if touched.one_or_none() is None:
         raise WorkerNotFound.exception(f"you have no worker {worker_id}")
     return worker_id
+
+
+def check_length(name: FullName) -> None:
+    """Refuse a full name that is too long for an index.
+
+    Raises
+    ------
+    ProblemException
+        ``invalid-request``.
+    """
+    try:
+        name.bounded()
+    except ValueError as exc:
+        raise InvalidRequest.exception(
+            f"room, category and name {exc}",
+            errors=[{"pointer": "/body/name", "detail": str(exc)}],
+        ) from None
+
+
+async def check_quota(
+    session: AsyncSession, rows: Select[Any], most: int, what: str
+) -> None:
+    """Count what a user has, the new one included.
+
+    Raises
+    ------
+    ProblemException
+        ``quota-exceeded`` when there is more than ``most``.
+    """
+    some = rows.limit(number(most + 1)).subquery()
+    counted = await session.scalars(select(func.count()).select_from(some))
+    if counted.one() > most:
+        raise QuotaExceeded.exception(
+            f"{what} are limited to {most} for each user", headers={"Retry-After": "60"}
+        )
 
 
 def fresh(settings: JobLibSettings) -> float:
