@@ -49,6 +49,10 @@ class Echo:
         return {}
 
 
+async def run(extension: Any, payload: Any, room_id: str, task_id: str) -> None:
+    raise NotImplementedError
+
+
 async def test_internal_jobs_are_registered_with_a_session_factory(
     app, ada, session_maker
 ):
@@ -57,7 +61,7 @@ async def test_internal_jobs_are_registered_with_a_session_factory(
             app,
             InMemoryBroker(),
             extensions=[Echo],
-            executor=None,
+            executor=run,
             session_factory=session_maker,
         )
     assert "@internal:modifiers:Echo" in app.state.internal_registry
