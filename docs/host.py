@@ -22,7 +22,7 @@ import zndraw_auth as auth
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi_users.password import PasswordHelper
-from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor
+from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor, make_mint_token
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
@@ -116,6 +116,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         extensions=EXTENSIONS,
         executor=make_executor(http, state.auth_settings),
         session_maker=state.session_maker,
+        mint_token=make_mint_token(state.auth_settings),
     )
     await broker.startup()
     sweeper = asyncio.create_task(

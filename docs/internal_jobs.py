@@ -1,7 +1,7 @@
 """What the example host runs itself, as ``@internal``, in its own process or beside it.
 
-With Redis, TaskIQ workers run it: they need ``REDIS_URL``, ``HOST_URL`` and the host's
-``ZNDRAW_AUTH_SECRET_KEY``, and have neither app nor database::
+With Redis, TaskIQ workers run it: they need ``REDIS_URL`` and ``HOST_URL``, and have
+neither app nor database nor a secret: each message brings a token::
 
     taskiq worker --app-dir docs internal_jobs:worker_broker
 """
@@ -26,6 +26,8 @@ from zndraw_joblib import (
     InternalExecutor,
     register_internal_tasks,
 )
+from zndraw_joblib.exceptions import describe
+from zndraw_joblib.registry import MintToken
 
 #: Whom ``@internal`` tasks report as: a superuser whose password nobody knows.
 SERVICE_ID = uuid5(UUID(int=0), "zndraw-joblib:internal")
@@ -44,44 +46,81 @@ class Composition(Extension):
 EXTENSIONS = [Composition]
 
 
-def make_executor(http: httpx.AsyncClient, settings: AuthSettings) -> InternalExecutor:
+def make_mint_token(settings: AuthSettings) -> MintToken:
+    """Return what makes the token that goes with a task.
+
+    Parameters
+    ----------
+    settings : AuthSettings
+        The host's: their secret signs the token.
+    """
+    strategy = get_jwt_strategy(settings)
+    # as long as a task may wait in the broker, and then run
+    strategy.lifetime_seconds = 2 * 3600
+
+    async def mint_token(task: Any) -> str:
+        return await strategy.write_token(User(id=SERVICE_ID))
+
+    return mint_token
+
+
+def run(extension: type[Any], payload: dict[str, Any]) -> dict[str, Any]:
+    """Run a task, and return what is to be reported of it, whatever ends it."""
+    try:
+        return {"status": "completed", "result": extension(**payload).run(None)}
+    except BaseException as exc:
+        # sys.exit ends the task, not the process
+        return {"status": "failed", "error": describe(exc)}
+
+
+def make_executor(
+    http: httpx.AsyncClient, settings: AuthSettings | None = None
+) -> InternalExecutor:
     """Return what runs an ``@internal`` task and reports on it over REST.
 
     Parameters
     ----------
     http : httpx.AsyncClient
         A client of the host.
-    settings : AuthSettings
-        The host's: their secret signs the reports' tokens.
+    settings : AuthSettings, optional
+        The host's, in its own process, where a message may bring no token.
     """
-    strategy = get_jwt_strategy(settings)
+    mint_token = make_mint_token(settings) if settings else None
 
     async def execute(
-        extension: type[Any], payload: dict[str, Any], room_id: str, task_id: str
+        extension: type[Any],
+        payload: dict[str, Any],
+        room_id: str,
+        task_id: str,
+        *,
+        attempt: int | None,
+        token: str | None,
     ) -> None:
-        # one key a delivery: of two deliveries of one task, one may start it
-        delivery = str(uuid4())
+        if token is None and mint_token is not None:
+            token = await mint_token(None)
+        headers = {
+            "Authorization": f"Bearer {token}",
+            # one key a delivery: of two deliveries of one attempt, one may start it
+            "Idempotency-Key": str(uuid4()),
+        }
 
         async def report(**body: Any) -> httpx.Response:
-            token = await strategy.write_token(User(id=SERVICE_ID))
+            # the number of the attempt: what comes late is not taken for the next one's
+            body = {"attempt": attempt, **body}
             return await http.patch(
-                f"/v1/joblib/tasks/{task_id}",
-                json=body,
-                headers={
-                    "Authorization": f"Bearer {token}",
-                    "Idempotency-Key": delivery,
-                },
+                f"/v1/joblib/tasks/{task_id}", json=body, headers=headers
             )
 
         started = await report(status="running")
         if started.status_code == 409:
             return  # cancelled meanwhile, or delivered twice
         started.raise_for_status()
+        outcome = await asyncio.to_thread(run, extension, payload)
         try:
-            result = await asyncio.to_thread(extension(**payload).run, None)
-            (await report(status="completed", result=result)).raise_for_status()
-        except Exception as exc:
-            await report(status="failed", error=f"{type(exc).__name__}: {exc}")
+            (await report(**outcome)).raise_for_status()
+        except (TypeError, ValueError, httpx.HTTPStatusError) as exc:
+            # a result that can't be told
+            await report(status="failed", error=describe(exc))
 
     return execute
 
@@ -96,5 +135,5 @@ def worker_broker() -> AsyncBroker:
         retry=Retry(ConstantBackoff(1), retries=-1),
     )
     http = httpx.AsyncClient(base_url=os.environ["HOST_URL"])
-    register_internal_tasks(broker, EXTENSIONS, make_executor(http, AuthSettings()))
+    register_internal_tasks(broker, EXTENSIONS, make_executor(http))
     return broker

@@ -318,35 +318,34 @@ async def thumbnails(page: dict[str, Any], user: Any) -> list[dict[str, Any]]:
 
 THUMBNAILS = [
     {"status": "completed", "result": {"width": 7}, "error": None},
-    {"status": "failed", "result": None, "error": "no picture"},
+    {"status": "failed", "result": None, "error": "ValueError: no picture"},
 ]
 
 
 @pytest.fixture
-async def service(app, admin) -> AsyncIterator[httpx.AsyncClient]:
+async def service(app) -> AsyncIterator[httpx.AsyncClient]:
     """Yield the client that ``@internal`` tasks are reported with."""
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app),
-        base_url="http://host",
-        headers={"Authorization": f"Bearer {admin.token}"},
-    ) as http:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://host") as http:
         yield http
 
 
-async def test_internal_jobs_of_the_page_run(elsewhere, app, ada, service):
+async def test_internal_jobs_of_the_page_run(elsewhere, app, ada, admin, service):
     page = await pages.run(pages.DOCS / "internal-jobs.md")
-    broker = await page["register"](app, page["make_executor"](service))
+    mint_token = page["make_mint_token"](app.state.auth_settings, admin.id)
+    broker = await page["register"](app, page["make_executor"](service), mint_token)
     assert await thumbnails(page, ada) == THUMBNAILS
     await broker.shutdown()
 
 
 async def test_internal_jobs_of_the_page_run_beside_the_host(
-    elsewhere, app, session_maker, ada, service, redis_url
+    elsewhere, app, session_maker, ada, admin, service, redis_url
 ):
     page = await pages.run(pages.DOCS / "internal-jobs.md")
     sender = ListQueueBroker(redis_url)
+    mint_token = page["make_mint_token"](app.state.auth_settings, admin.id)
     await zndraw_joblib.register_internal_jobs(
-        app, sender, [page["Thumbnail"]], None, session_maker
+        app, sender, [page["Thumbnail"]], None, session_maker, mint_token
     )
     broker = page["worker_broker"](redis_url, service)
     await broker.startup()

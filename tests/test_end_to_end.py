@@ -10,7 +10,7 @@ import httpx
 import pytest
 from conftest import User
 from fastapi import FastAPI
-from internal_jobs import EXTENSIONS, Composition
+from internal_jobs import EXTENSIONS, Composition, make_mint_token
 from processes import (
     ADMIN,
     DOCS,
@@ -28,6 +28,7 @@ from processes import (
 )
 from sqlalchemy import func, select
 from taskiq_redis import ListQueueBroker
+from zndraw_auth import AuthSettings
 from zndraw_auth import User as UserRow
 
 from zndraw_joblib import JobLibSettings, register_internal_tasks, request_hash
@@ -193,10 +194,12 @@ async def test_what_is_delivered_twice_through_redis_runs_once(
         task_id = await submit(http, "office", COMPOSITION, symbols=symbols)
         await browser.hears("claimed")
         broker = ListQueueBroker(redis_url)
-        again = register_internal_tasks(broker, EXTENSIONS, None)
-        await again.send(
-            COMPOSITION, task_id=task_id, room_id="office", payload={"symbols": symbols}
+        settings = AuthSettings(secret_key=SECRET["ZNDRAW_AUTH_SECRET_KEY"])
+        again = register_internal_tasks(
+            broker, EXTENSIONS, None, mint_token=make_mint_token(settings)
         )
+        message = {"room_id": "office", "payload": {"symbols": symbols}}
+        await again.send(COMPOSITION, task_id=task_id, **message)
         await broker.shutdown()
         command = ("-m", "taskiq", "worker", "--workers=1", f"--app-dir={DOCS}")
         async with running(
@@ -205,9 +208,8 @@ async def test_what_is_delivered_twice_through_redis_runs_once(
             log=tmp_path / "taskiq.log",
             HOST_URL=host.url,
             REDIS_URL=redis_url,
-            # it has none
+            # it has neither database nor secret
             DATABASE_URL="none://",
-            **SECRET,
         ):
             await browser.hears("running", "completed")
             asked = f'PATCH /v1/joblib/tasks/{task_id} HTTP/1.1" '

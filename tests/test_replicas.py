@@ -31,7 +31,6 @@ from makers import SessionMaker, postgres_service
 from processes import (
     DOCS,
     HANG,
-    SECRET,
     Browser,
     Host,
     browsing,
@@ -114,9 +113,8 @@ async def house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House
                 log=directory / "taskiq.log",
                 HOST_URL=hosts[-1].url,
                 REDIS_URL=redis.url,
-                # it has none
+                # it has neither database nor secret
                 DATABASE_URL="none://",
-                **SECRET,
             ),
         ):
             yield House(hosts, postgres, redis, async_sessionmaker(engine))

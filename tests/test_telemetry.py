@@ -1,4 +1,4 @@
-"""What logs, traces and metrics tell, and that without OpenTelemetry nothing is asked."""
+"""What the log tells, and how a trace goes with a task: the recipe of docs/tracing.py."""
 
 import asyncio
 import logging
@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from sqlalchemy import update
 from steps import JOB, claim, execute, offer, read, report, silence, submit
 from taskiq import InMemoryBroker
+from tracing import TaskCounter, traced, traced_executor
 
 from zndraw_joblib import (
     Category,
@@ -130,50 +131,49 @@ class Outcome(Extension):
 async def test_a_trace_goes_from_the_submission_through_the_run(
     server: str, ada: User, spans: InMemorySpanExporter, measured: InMemoryMetricReader
 ):
-    inner = []
+    """And into what the run itself submits."""
+    inner, managers, counter = [], [], TaskCounter()
 
-    def execute(task: Any) -> None:
+    def execute(task: Any) -> Any:
         inner.append(trace.get_current_span().get_span_context())
-        task.extension.run(None)
+        if task.extension.good is None:
+            return managers[0].submit(Outcome(), "lab", job_room="lab")
+        return task.extension.run(None)
 
-    def work() -> tuple[str, str]:
+    def work() -> tuple[str, str, str]:
         login = {"user": ada.email, "password": PASSWORD}
-        with JobManager.connect(server, **login, execute=execute) as manager:
+        with JobManager.connect(server, **login, execute=traced(execute)) as manager:
+            managers.append(manager)
             manager.register(Outcome, room="lab")
             with trace.get_tracer("a notebook").start_as_current_span("a cell"):
-                good = manager.submit(Outcome(), "lab", job_room="lab")
-            bad = manager.submit(Outcome(good=False), "lab", job_room="lab")
-            manager.wait_all([good, bad], timeout=30)
-            return good, bad
+                many = [Outcome(good=None), Outcome(good=False)]
+                good, bad = manager.submit_many(many, "lab", job_room="lab")
+            within = manager.wait_all([good, bad], timeout=30)[0].result
+            manager.wait_all([within], timeout=30)
+            return good, bad, within
 
-    good, bad = await asyncio.to_thread(work)
-    by_task: dict[Any, list[ReadableSpan]] = {}
-    for span in spans.get_finished_spans():
-        by_task.setdefault(
-            (span.attributes or {}).get("messaging.message.id"), []
-        ).append(span)
-    (cell,) = (s for s in by_task[None] if s.name == "a cell")
-    sent = [s for s in by_task[None] if s.kind is trace.SpanKind.PRODUCER]
-    taken, run = by_task[good]
-    assert [s.name for s in (taken, run)] == [
-        "submit lab:modifiers:Outcome", "process lab:modifiers:Outcome",
-    ]  # fmt: skip
-    assert {s.context.trace_id for s in (cell, sent[0], taken, run)} == {
-        cell.context.trace_id
-    }
-    # FastAPI has spans of its own in between
-    above = {s.context.span_id: s.parent for s in spans.get_finished_spans()}
-    line, at = [], run.context
-    while at is not None:
-        line.append(at.span_id)
-        at = above[at.span_id]
-    ours = {s.context.span_id for s in (cell, sent[0], taken, run)}
-    assert [i for i in line if i in ours] == [
-        s.context.span_id for s in (run, taken, sent[0], cell)
-    ]
-    assert run.kind is trace.SpanKind.CONSUMER
-    assert run.context in inner
-    failed = by_task[bad][1]
+    changes = logging.getLogger("zndraw_joblib.telemetry")
+    changes.addHandler(counter)
+    changes.setLevel(logging.INFO)
+    try:
+        good, bad, within = await asyncio.to_thread(work)
+    finally:
+        changes.removeHandler(counter)
+        changes.setLevel(logging.NOTSET)
+
+    name = "process lab:modifiers:Outcome"
+    runs = {s.attributes["messaging.message.id"]: s for s in finished(spans, name)}
+    (cell,) = finished(spans, "a cell")
+    assert set(runs) == {good, bad, within}
+    assert {run.context.trace_id for run in runs.values()} == {cell.context.trace_id}
+    assert {run.kind for run in runs.values()} == {trace.SpanKind.CONSUMER}
+    assert sorted(s.context.span_id for s in runs.values()) == sorted(
+        context.span_id for context in inner
+    )
+    for task_id in (good, bad):
+        assert cell.context.span_id in ancestors(spans, runs[task_id])
+    assert runs[good].context.span_id in ancestors(spans, runs[within])
+    failed = runs[bad]
     assert failed.status.status_code is trace.StatusCode.ERROR
     assert [e.attributes["exception.message"] for e in failed.events] == ["as asked"]
     assert failed.attributes["zndraw_joblib.task.attempt"] == 1
@@ -184,44 +184,19 @@ async def test_a_trace_goes_from_the_submission_through_the_run(
         for scope in resource.scope_metrics
         for metric in scope.metrics
     }
-    count = {
-        name: sum(getattr(p, "value", 0) for p in ps) for name, ps in points.items()
+    counted = {
+        (p.attributes["event"], p.attributes.get("error.type")): p.value
+        for p in points["zndraw_joblib.task.changes"]
     }
-    assert count["messaging.client.sent.messages"] == 2
-    assert count["messaging.client.consumed.messages"] == 2
-    assert {
-        p.attributes["zndraw_joblib.task.status"]: p.value
-        for p in points["zndraw_joblib.tasks.ended"]
-    } == {"completed": 1, "failed": 1}
-    runs = points["messaging.process.duration"]
-    assert {p.attributes.get("error.type"): p.count for p in runs} == {
-        None: 1, "RuntimeError": 1,
+    assert counted.pop(("started", None)) == 3
+    counted.pop(("claimed", None), None)
+    assert counted == {
+        ("submitted", None): 3, ("completed", None): 2, ("failed", "user_error"): 1,
     }  # fmt: skip
-
-
-async def test_traces_of_a_batch_go_into_each_run(
-    server: str, ada: User, spans: InMemorySpanExporter
-):
-    def work() -> list[str]:
-        login = {"user": ada.email, "password": PASSWORD}
-        with JobManager.connect(
-            server, **login, execute=lambda task: None, concurrency=4
-        ) as manager:
-            manager.register(Outcome, room="lab")
-            with trace.get_tracer("a notebook").start_as_current_span("a cell"):
-                many = [Outcome() for _ in range(5)]
-                ids = manager.submit_many(many, "lab", job_room="lab")
-            manager.wait_all(ids, timeout=30)
-            return ids
-
-    ids = await asyncio.to_thread(work)
-    (cell,) = finished(spans, "a cell")
-    sent, taken = finished(spans, "submit lab:modifiers:Outcome", cell)
-    runs = finished(spans, "process lab:modifiers:Outcome", cell)
-    # both sides tell of a batch once, and each run goes on with what the host took
-    assert sent.context.span_id in ancestors(spans, taken)
-    assert {run.parent.span_id for run in runs} == {taken.context.span_id}
-    assert sorted(r.attributes["messaging.message.id"] for r in runs) == sorted(ids)
+    lasted = points["messaging.process.duration"]
+    assert {p.attributes.get("error.type"): p.count for p in lasted} == {
+        None: 2, "RuntimeError": 1,
+    }  # fmt: skip
 
 
 class Echo:
@@ -256,7 +231,8 @@ async def test_internal_tasks_go_on_with_the_trace(
 ):
     inner = []
 
-    async def executor(*args: Any) -> None:
+    @traced_executor
+    async def executor(*args: Any, attempt: int, token: str | None) -> None:
         inner.append(trace.get_current_span().get_span_context().span_id)
         raise RuntimeError("as asked")
 
@@ -271,13 +247,10 @@ async def test_internal_tasks_go_on_with_the_trace(
         f"/rooms/lab/{path}/{job}", json=body, headers={"traceparent": TRACEPARENT}
     )
     assert answer.status_code == 202, answer.text
-    (taken,) = finished(spans, f"submit {job}")
     runs = finished(spans, f"process {job}")
-    assert [f"{run.context.trace_id:032x}" for run in (taken, *runs)] == [TRACE] * (
-        1 + count
-    )
-    assert {run.parent.span_id for run in runs} == {taken.context.span_id}
+    assert [f"{run.context.trace_id:032x}" for run in runs] == [TRACE] * count
     assert [run.context.span_id for run in runs] == inner
+    assert [run.attributes["zndraw_joblib.task.attempt"] for run in runs] == [1] * count
     assert {run.kind for run in runs} == {trace.SpanKind.CONSUMER}
     assert {run.status.status_code for run in runs} == {trace.StatusCode.ERROR}
     # hosts' own tasks take exactly these arguments
@@ -297,7 +270,7 @@ async def test_a_broker_is_told_of_a_trace_without_opentelemetry(
     header: str | None,
     label: str | None,
 ):
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, "opentelemetry.propagate")
     carried = []
 
     async def executor(*args: Any) -> None:
@@ -374,7 +347,7 @@ async def test_a_request_may_bring_its_trace(
     ada: User, monkeypatch: pytest.MonkeyPatch, header: str | None, kept: str | None
 ):
     # as where it is not installed: the context is handed on all the same
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, "opentelemetry.propagate")
     worker = await offer(ada)
     headers = {} if header is None else {"traceparent": header}
     answer = await ada.post(f"/rooms/lab/tasks/{JOB}", json={}, headers=headers)
@@ -383,28 +356,34 @@ async def test_a_request_may_bring_its_trace(
     assert (await read(ada, answer.json()))["traceparent"] == task["traceparent"]
 
 
-def test_without_opentelemetry_nothing_is_imported():
+async def test_a_handler_that_raises_decides_nothing(ada: User, events: list[Any]):
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("the disk is full")
+
+    broken, changes = Broken(), logging.getLogger("zndraw_joblib.telemetry")
+    changes.addHandler(broken)
+    changes.setLevel(logging.DEBUG)
+    try:
+        worker = await offer(ada)
+        task = await submit(ada)
+        assert [t["id"] for t in await claim(ada, worker)] == [task["id"]]
+    finally:
+        changes.removeHandler(broken)
+        changes.setLevel(logging.NOTSET)
+    told = [e.data["status"] for e in events if e.event == "task_status_event"]
+    assert told == ["pending", "claimed"]
+
+
+def test_nothing_of_opentelemetry_is_imported():
     probe = """
 import sys
-from importlib.abc import MetaPathFinder
-
-asked = []
-
-class Blocked(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "opentelemetry":
-            asked.append(name)
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Blocked())
+sys.modules["opentelemetry"] = None
 import zndraw_joblib.client, zndraw_joblib.provider
 from zndraw_joblib import telemetry
 
 with telemetry.continuing({"traceparent": "%s"}):
-    carried = telemetry.submitting("a:b:c", "id")
-with telemetry.processing("a:b:c", "id", 1, carried):
-    pass
-print(asked, carried)
+    print(telemetry.carried())
 """
     ran = subprocess.run(
         [sys.executable, "-c", probe % TRACEPARENT],
@@ -412,49 +391,4 @@ print(asked, carried)
         text=True,
         timeout=60,
     )
-    assert (ran.returncode, ran.stdout) == (0, f"[] {TRACEPARENT}\n"), ran.stderr
-
-
-def test_with_the_api_alone_nothing_is_made():
-    probe = """
-from types import SimpleNamespace
-from opentelemetry import metrics, propagate, trace
-
-asked = []
-
-def spy(cls, name):
-    real = getattr(cls, name)
-    def note(self, *args, **kwargs):
-        asked.append(name)
-        return real(self, *args, **kwargs)
-    setattr(cls, name, note)
-
-# no provider is set: the API stands in with these
-spy(type(trace.get_tracer_provider()), "get_tracer")
-spy(type(metrics.get_meter_provider()), "get_meter")
-inject = propagate.inject
-propagate.inject = lambda *args, **kwargs: asked.append("inject")
-
-from zndraw_joblib import telemetry
-from zndraw_joblib.lifecycle import TaskStatus
-
-task = SimpleNamespace(id="id", job_name="a:b:c", room_id="a", worker_id=None, attempt=0,
-    status=TaskStatus.PENDING, error_type=None, progress=None, progress_message=None)
-with telemetry.continuing({"traceparent": "%s"}):
-    carried = telemetry.submitting("a:b:c", "id")
-telemetry.task_changed(task)
-with telemetry.processing("a:b:c", "id", 1, carried):
-    assert not trace.get_current_span().get_span_context().is_valid
-silent = list(asked)
-# the spies would have seen it
-trace.get_tracer("x"), metrics.get_meter("x")
-print(silent, asked, carried)
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", probe % TRACEPARENT],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    seen = f"[] ['get_tracer', 'get_meter'] {TRACEPARENT}\n"
-    assert (ran.returncode, ran.stdout) == (0, seen), ran.stderr
+    assert (ran.returncode, ran.stdout) == (0, f"{TRACEPARENT}\n"), ran.stderr

@@ -127,7 +127,11 @@ class Message(NamedTuple):
 
 def _declared(executor: Callable[..., Any], *names: str) -> frozenset[str]:
     """Return which of ``names`` an executor declares beside its four arguments."""
-    parameters = inspect.signature(executor).parameters.values()
+    try:
+        parameters = inspect.signature(executor).parameters.values()
+    except (TypeError, ValueError):
+        # none at all, where messages are only sent; or one that can't be inspected
+        return frozenset()
     positional = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD][:4]
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(
