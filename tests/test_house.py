@@ -33,13 +33,12 @@ FLOORS = [
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
-    "client_threads",
     "client_transport",
+    "client_connection",
     "client_tasks",
-    "client_sockets",
-    "client_submitting",
-    "client_registering",
-    "client_claiming",
+    "client_registrations",
+    "client_claims",
+    "client_hands",
     "client",
 ]
 #: beside it too, for one release: it looks at anything, and these look at it

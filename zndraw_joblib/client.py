@@ -1,56 +1,46 @@
-"""A worker: what a program registers with a host, and the threads that serve it.
+"""A worker: what a program registers with a host, submits to it and waits for.
 
-Three kinds of threads work side by side. The *claim* thread asks for as many tasks as
-there are free hands, and hands them over; each *task* thread starts, executes and
-reports one task at a time (its end through the *report* thread, which tells at once of
-all that ended meanwhile); the *heartbeat* thread tells the host that the worker lives
-and how far its tasks are, and learns from the answer which of them to stop.
-
-`JobManager` holds these threads and ends them. What they do one step at a time is in
-its bases: `Submitter` submits and waits, `Registrant` offers jobs and providers,
-`Claimant` claims and reports.
+`JobManager` is the face of what the modules beside it do: `transport` asks the host,
+`registrations` offers jobs and providers, `claims` takes and reports tasks, `hands` are
+the threads that run them, `pulse` is the one that tells that the worker lives, and
+`submissions` needs no worker at all.
 """
 
-import json
+import inspect
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar, overload
+from uuid import UUID
 
-from zndraw_joblib import telemetry
-from zndraw_joblib.client_claiming import Claimant
-from zndraw_joblib.client_registering import Source
-from zndraw_joblib.client_sockets import OwnSocket, Socket
+from zndraw_joblib.client_claims import LAST_RETRIES, Claims, Heartbeat, HeldTasks
+from zndraw_joblib.client_connection import HostApi, Socket
+from zndraw_joblib.client_hands import Hands, Pulse, Readers
+from zndraw_joblib.client_registrations import (
+    Life,
+    OfferedJob,
+    OfferedProvider,
+    Registrations,
+)
 from zndraw_joblib.client_tasks import (
     ClaimedTask,
-    Report,
+    Submissions,
     TaskCancelled,
     TaskFailed,
-    as_json,
 )
-from zndraw_joblib.client_threads import DaemonPool, Gatherer, Ticker
-from zndraw_joblib.client_transport import (
-    Api,
-    HostApi,
-    Unreachable,
-    path,
-)
+from zndraw_joblib.client_transport import Api, SafeLogger, Transport, path
 from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
-from zndraw_joblib.exceptions import (
-    PROBLEM_JSON,
-    ProviderExecutionFailed,
-    describe,
-    storable,
-)
-from zndraw_joblib.extension import Category, Extension
+from zndraw_joblib.extension import Category, Extension, as_json, category_of
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.provider import read_content
-from zndraw_joblib.schemas import MAX_CLAIM, TaskResponse
+from zndraw_joblib.names import GLOBAL_ROOM, FullName
+from zndraw_joblib.provider import Provider
+from zndraw_joblib.schemas import JobPolicy, TaskResponse
 
 __all__ = [
     "Category",
@@ -61,25 +51,21 @@ __all__ = [
     "TaskFailed",
 ]
 
-log = logging.getLogger(__name__)
+log = SafeLogger(logging.getLogger(__name__))
 
-# With tasks at hand: how long a cancel takes to arrive where no websocket brings it.
-BUSY_BEAT_SECONDS = 0.5
-PROVIDER_THREADS = 4
-# How long a claim may still be answered when the worker leaves. What it brings later
-# can't be handed back: it ends with the worker.
-LAST_CLAIM_SECONDS = 1.0
+E = TypeVar("E", bound=type[Extension])
+
 LAST_THREAD_SECONDS = 2.0
 LAST_REQUEST_SECONDS = 5.0
-LAST_RETRIES = 3
 AT_ONCE_SECONDS = 1.0
 
 
-class JobManager(Claimant):
+class JobManager:
     """A worker of a host.
 
     A mapping of the full names of its jobs to their classes, and a context manager
-    that ends with `disconnect`.
+    that ends with `disconnect`. Methods that ask the host raise `ConnectionError` when
+    it can't be reached, and `PermissionError` when it doesn't let this user.
 
     Parameters
     ----------
@@ -89,8 +75,8 @@ class JobManager(Claimant):
         Brings wake-ups and cancels at once, and the requests to providers.
     execute : callable, optional
         Given each claimed task, in a thread. What it returns becomes the task's
-        ``result``, what it raises its ``error``. Without it, tasks are for the program
-        to claim; see `listen`.
+        ``result``, what it raises its ``error``. Without it the program claims by
+        itself (see `listen`), or calls `wait`, which runs each task's extension.
     heartbeat_interval : float
         Seconds between two signs of life while there is nothing to do.
     polling_interval : float
@@ -106,9 +92,7 @@ class JobManager(Claimant):
 
     Examples
     --------
-    >>> def execute(task):
-    ...     return task.extension.run(None, **task.run_kwargs)
-    >>> with JobManager.connect(url, token=token, execute=execute) as manager:
+    >>> with JobManager.connect(url, token=token) as manager:
     ...     manager.register(Rotate)
     ...     manager.wait()
     """
@@ -126,33 +110,35 @@ class JobManager(Claimant):
         concurrency: int = 1,
         grace_seconds: float = 30.0,
     ) -> None:
-        super().__init__(
-            api,
-            polling_interval=polling_interval,
-            max_unreachable_seconds=max_unreachable_seconds,
-            max_startup_retries=max_startup_retries,
-        )
-        self.tsio = tsio
-        self.heartbeat_interval = heartbeat_interval
+        self.api = api
+        self.polling_interval = polling_interval
         self.concurrency = concurrency
         self.grace_seconds = grace_seconds
         self._execute = execute
         self._own_api: HostApi | None = None
-        self._own_socket: OwnSocket | None = None
-
-        self._slots = threading.Semaphore(concurrency)
-        #: claimed tasks whose end was not told yet, begun or not
-        self._in_hand: set[str] = set()
-        self._heart: Ticker | None = None
-        self._claimer: threading.Thread | None = None
-        self._runners: DaemonPool | None = None
-        self._reporter: Gatherer[tuple[ClaimedTask[Any], Report]] | None = None
-        self._readers: DaemonPool | None = None
-
+        self._life = Life(self._give_up)
+        self._held = HeldTasks()
+        self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
+        self._submissions = Submissions(self._transport, polling_interval)
+        self._registrations = Registrations(
+            self._transport, self._life, self._held.end_all
+        )
+        parts = (self._transport, self._registrations)
+        self._claims = Claims(*parts, self._life, self._held)
+        self._heartbeat = Heartbeat(*parts, self._held)
+        self._pulse = Pulse(
+            self._heartbeat,
+            self._registrations,
+            self._held,
+            self._life,
+            heartbeat_interval,
+        )
+        self._readers = Readers(*parts, self._life)
+        self._hands: Hands | None = None
         self._pid = os.getpid()
         self._leaving = threading.Lock()
         self._done = threading.Event()
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._signals = 0
         self._listen_to(Socket(tsio))
 
@@ -174,7 +160,7 @@ class JobManager(Claimant):
         Parameters
         ----------
         url : str
-            Where the host is.
+            Where the host is, with the path that it is served below, if any.
         token : str, optional
             A bearer token.
         user, password : str, optional
@@ -185,267 +171,440 @@ class JobManager(Claimant):
         Raises
         ------
         ValueError
-            When neither a token nor a user with a password is given.
+            When the address or the token can't be one, when neither a token nor a user
+            with a password is given, or when proxy or certificates that the environment
+            names can't be used.
         """
         api = HostApi(url, token=token, user=user, password=password)
         manager = cls(api, **options)
         manager._own_api = api
-        manager._own_socket = OwnSocket(api)
-        manager.tsio = manager._own_socket.tsio
-        manager._listen_to(manager._own_socket)
+        manager._listen_to(Socket(api=api))
         return manager
 
-    # --- threads ---
-
-    def _serve_jobs(self) -> None:
-        if self._execute is None or self._claimer is not None:
-            return
-        self._start_heart()
-        self._runners = DaemonPool(self.concurrency, "zndraw-task")
-        self._reporter = Gatherer(
-            self._tell_ends, lambda: len(self._in_hand), "zndraw-report"
-        )
-        self._claimer = threading.Thread(
-            target=self._claim_tasks, name="zndraw-claim", daemon=True
-        )
-        self._claimer.start()
-
-    def _serve_providers(self) -> None:
-        if self._readers is not None:
-            return
-        if self.tsio is None:
-            log.warning("without Socket.IO no request reaches a provider")
-        self._start_heart()
-        self._readers = DaemonPool(PROVIDER_THREADS, "zndraw-provider")
-
-    def _start_heart(self) -> None:
-        if self._heart is not None:
-            return
-        self._heart = Ticker(self._beat, "zndraw-heartbeat")
-        self._heart.start(self.heartbeat_interval)
-        if self._own_socket is not None:
-            self._own_socket.open()
-
-    def _beat(self) -> float:
-        try:
-            self._send_beat(stop=self._hopeless)
-        except Exception as exc:
-            if self._hopeless.is_set():
-                # the worker may have been deleted under this heartbeat
-                return self.heartbeat_interval
-            if not isinstance(exc, Unreachable | PermissionError):
-                raise
-            self._give_up(exc)
-        # of a host that doesn't count attempts a heartbeat learns nothing of tasks
-        busy = bool(self._held) and self._host_counts_attempts
-        return BUSY_BEAT_SECONDS if busy else self.heartbeat_interval
-
-    def _accept(self, claimed: TaskResponse) -> ClaimedTask[Any] | None:
-        task = super()._accept(claimed)
-        if task is not None and self._heart is not None and self._host_counts_attempts:
-            self._heart.hasten(BUSY_BEAT_SECONDS)
-        return task
-
-    def _claim_tasks(self) -> None:
-        """Claim for every free hand, until the worker leaves."""
-        assert self._runners is not None
-        while True:
-            free = self._wait_for_slots()
-            tasks: list[TaskResponse] = []
-            waited = False
-            # before the look at what ends the loop: who sets that, wakes it afterwards
-            self._wake.clear()
-            if self._stopping.is_set():
-                return
-            try:
-                if not self._draining:
-                    wait = self._transport.longest_wait
-                    tasks, waited = self._claim(
-                        free, wait, start=self._starts, stop=self._stopping
-                    )
-            except Exception as exc:
-                if self._stopping.is_set():
-                    if isinstance(exc, Unreachable):
-                        self._hand_back_unheard(free)
-                    return
-                if isinstance(exc, Unreachable | PermissionError):
-                    self._give_up(exc)
-                    return
-                log.exception("could not claim")
-            # before one of them ends, which may be at once: it is told with the others
-            self._in_hand.update(str(task.id) for task in tasks)
-            for task in tasks:
-                self._runners.submit(partial(self._run, task))
-            for _ in range(free - len(tasks)):
-                self._slots.release()
-            if not tasks and not waited:
-                self._wake.wait(self.polling_interval)
+    # --- what is offered ---
 
     @property
-    def _starts(self) -> bool:
-        """Whether tasks run from their claim on.
+    def worker_id(self) -> UUID | None:
+        """The worker's id; None before the first registration and after the end."""
+        return self._registrations.worker_id
 
-        A worker of one hand asks once more before it begins: a cancel may have come.
+    @property
+    def handlers(self) -> dict[str, Any]:
+        """What was given with each provider, by the provider's full name."""
+        providers = dict(self._registrations.providers)
+        return {name: provider.handler for name, provider in providers.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registrations.jobs
+
+    def __getitem__(self, name: str) -> type[Extension]:
+        return self._registrations.jobs[name].cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._registrations.jobs))
+
+    def __len__(self) -> int:
+        return len(self._registrations.jobs)
+
+    def get_run_kwargs(self, name: str) -> dict[str, Any]:
+        """Return what was given with a job, by the job's full name.
+
+        Raises
+        ------
+        KeyError
+            When no such job is registered here.
         """
-        return self.concurrency > 1
+        return self._registrations.jobs[name].run_kwargs
 
-    def _wait_for_slots(self) -> int:
-        self._slots.acquire()
-        free = 1
-        while free < MAX_CLAIM and self._slots.acquire(blocking=False):
-            free += 1
-        return free
+    def create_worker(self) -> UUID:
+        """Make the worker, if there is none yet, and return its id.
 
-    def _run(self, claimed: TaskResponse) -> None:
-        assert self._reporter is not None
-        task = end = None
-        try:
-            if self._stopping.is_set():
-                self._hand_back(claimed)
-            elif (task := self._accept(claimed)) is not None:
-                end = self._perform(task, claimed.status)
-        finally:
-            if task is not None and end is not None:
-                # the hand is free when the host knows
-                self._reporter.put((task, end))
-            else:
-                if task is not None:
-                    self._held.discard(task)
-                self._in_hand.discard(str(claimed.id))
-                self._slots.release()
+        Raises
+        ------
+        RuntimeError
+            After `disconnect`, and in a fork of the manager's process.
+        """
+        return self._registrations.create_worker()
 
-    def _tell_ends(self, ends: list[tuple[ClaimedTask[Any], Report]]) -> None:
-        try:
-            self._tell_all([report for _, report in ends])
-        finally:
-            for task, _ in ends:
-                self._held.discard(task)
-                self._in_hand.discard(task.task_id)
-            # all at once: so the next claim asks for as many
-            self._slots.release(len(ends))
+    @overload
+    def register(
+        self,
+        extension_class: E,
+        *,
+        room: str = ...,
+        run_kwargs: dict[str, Any] | None = ...,
+        policy: JobPolicy | None = ...,
+    ) -> E: ...
+    @overload
+    def register(
+        self,
+        extension_class: None = None,
+        *,
+        room: str = ...,
+        run_kwargs: dict[str, Any] | None = ...,
+        policy: JobPolicy | None = ...,
+    ) -> Callable[[E], E]: ...
+    def register(
+        self,
+        extension_class: Any = None,
+        *,
+        room: str = GLOBAL_ROOM,
+        run_kwargs: dict[str, Any] | None = None,
+        policy: JobPolicy | None = None,
+    ) -> Any:
+        """Offer a job; also as a decorator, with or without arguments.
 
-    def _hand_back(self, claimed: TaskResponse) -> None:
-        if "attempt" in claimed.model_fields_set:
-            self._tell(
-                Report(str(claimed.id), TaskStatus.PENDING, claimed.attempt),
-                retries=LAST_RETRIES,
+        With ``execute``, the first registration starts the threads that serve it.
+
+        Parameters
+        ----------
+        extension_class : type of Extension
+            The job. The same class, defined anew, takes the place of the earlier one.
+        room : str
+            Who sees it; ``@global``, for which the host wants a superuser, is everyone.
+        run_kwargs : dict, optional
+            Found again as ``run_kwargs`` of each of its tasks.
+        policy : JobPolicy, optional
+            How often and how long its tasks are tried.
+
+        Raises
+        ------
+        ValueError
+            When the host refuses category or name, when it or this worker knows another
+            job of this name, or when the schema is no JSON.
+        TypeError
+            When the class has no category.
+        RuntimeError
+            As for `create_worker`.
+        """
+        if extension_class is None:
+            return partial(
+                self.register, room=room, run_kwargs=run_kwargs, policy=policy
             )
+        name = FullName(room, category_of(extension_class), extension_class.__name__)
+        job = OfferedJob(extension_class, name, run_kwargs or {}, policy or JobPolicy())
+        self._registrations.add_job(job)
+        if self._execute is not None:
+            self._serve(self._execute)
+        return extension_class
 
-    def _hand_back_unheard(self, limit: int) -> None:
-        """Hand back what the last claim brought, if its answer got lost."""
-        try:
-            tasks, _ = self._claim(
-                limit, wait=0, start=self._starts, stop=self._stopping
-            )
-        except Exception as exc:
-            log.debug("the last claim stays without an answer: %s", exc)
-            return
-        for task in tasks:
-            self._hand_back(task)
+    def register_provider(
+        self, cls: type[Provider], *, name: str, handler: Any, room: str = GLOBAL_ROOM
+    ) -> UUID:
+        """Offer data that is read on demand, and return the provider's id.
 
-    def _perform(self, task: ClaimedTask[Any], status: TaskStatus) -> Report | None:
-        """Start a task, execute it, and return what is to be told of its end."""
-        assert self._execute is not None
-        report = partial(Report, task.task_id, attempt=task.attempt)
-        # a claim may have started it
-        if status is not TaskStatus.RUNNING and not self._tell(
-            report(status=TaskStatus.RUNNING)
-        ):
-            self._note("lost", task)
-            return None
-        self._note("started", task)
-        trace = (task.job_name, task.task_id, task.attempt, task.traceparent)
-        try:
-            with telemetry.processing(*trace):
-                result = as_json(self._execute(task))
-        except TaskCancelled:
-            # who cancelled it knows; a task that ends itself this way has to say so
-            self._note("cancelled", task)
-            return None if task.cancelled else report(status=TaskStatus.CANCELLED)
-        except BaseException as exc:
-            # SystemExit and the like end the task, not the thread
-            log.exception("task %s of %s failed", task.task_id, task.job_name)
-            self._note("failed", task)
-            return report(status=TaskStatus.FAILED, error=describe(exc))
-        self._note("completed", task)
-        return report(status=TaskStatus.COMPLETED, result=result)
+        Requests for it come over Socket.IO.
 
-    # --- Socket.IO ---
+        Parameters
+        ----------
+        cls : type of Provider
+            Its fields are the parameters of a request.
+        name : str
+            What it is called.
+        handler : object
+            Given to ``cls.read`` with each request.
+        room : str
+            Who sees it; ``@global``, for which the host wants a superuser, is everyone.
+
+        Raises
+        ------
+        ValueError, TypeError, RuntimeError
+            As for `register`.
+        """
+        provider = OfferedProvider(cls, FullName(room, category_of(cls), name), handler)
+        with self._registrations.lock:
+            self.create_worker()
+            self._readers.start()
+            self._pulse.start()
+            self._socket.open()
+            self._registrations.add_provider(provider)
+        assert provider.id is not None
+        return provider.id
+
+    def unregister_provider(self, full_name: str) -> None:
+        """Take back a provider.
+
+        Raises
+        ------
+        KeyError
+            When no such provider is registered here.
+        """
+        self._registrations.remove_provider(full_name)
+
+    # --- tasks to run, one by one ---
+
+    def claim(self) -> ClaimedTask[Any] | None:
+        """Return a task to run, or None when there is none.
+
+        One that doesn't fit its job, or whose job is not registered here, is failed.
+
+        Raises
+        ------
+        RuntimeError
+            As for `create_worker`.
+        """
+        return self._claims.claim_one(wait=0)[0]
+
+    def listen(
+        self, polling_interval: float = 2.0, stop_event: threading.Event | None = None
+    ) -> Iterator[ClaimedTask[Any]]:
+        """Yield tasks to run, as they come, until `disconnect`.
+
+        Parameters
+        ----------
+        polling_interval : float
+            Seconds after which ``stop_event`` is looked at.
+        stop_event : threading.Event, optional
+            Set: there are no further tasks.
+        """
+        stop = stop_event or threading.Event()
+        wait = min(int(polling_interval), self._transport.longest_wait)
+        while not stop.is_set() and not self._life.stopping.is_set():
+            self._life.wake.clear()
+            task, waited = self._claims.claim_one(wait)
+            if task is not None:
+                yield task
+            elif not waited:
+                self._life.wake.wait(polling_interval)
+
+    def start(self, task: ClaimedTask[Any]) -> None:
+        """Report that a task runs; ValueError when it is not this worker's any more."""
+        self._claims.report(task, TaskStatus.RUNNING)
+
+    def complete(self, task: ClaimedTask[Any], result: Any = None) -> None:
+        """Report that a task succeeded.
+
+        Parameters
+        ----------
+        task : ClaimedTask
+            The task.
+        result : JSON, optional
+            Kept with the task; Pydantic models and NumPy's arrays become JSON.
+
+        Raises
+        ------
+        ValueError
+            When the task is not this worker's any more, or the result can't be kept.
+        """
+        self._claims.report(task, TaskStatus.COMPLETED, result=as_json(result))
+
+    def fail(
+        self, task: ClaimedTask[Any], error: str, *, retryable: bool = True
+    ) -> None:
+        """Report that a task failed.
+
+        Parameters
+        ----------
+        task : ClaimedTask
+            The task.
+        error : str
+            Why.
+        retryable : bool
+            Whether another attempt may go better.
+
+        Raises
+        ------
+        ValueError
+            When it is not this worker's any more.
+        """
+        self._claims.report(task, TaskStatus.FAILED, error=error, retryable=retryable)
+
+    def fail_by_id(self, task_id: str, error: str) -> None:
+        """Report that a task failed, whatever its attempt.
+
+        Raises
+        ------
+        KeyError
+            When there is no such task.
+        ValueError
+            When it has ended.
+        """
+        self._claims.report_by_id(task_id, error)
+
+    def cancel(self, task: ClaimedTask[Any]) -> None:
+        """Report that nobody is to run a task; ValueError when it has ended."""
+        self._claims.report(task, TaskStatus.CANCELLED)
+
+    def heartbeat(self) -> None:
+        """Tell the host that the worker lives, and how far its tasks are.
+
+        Tasks that the host wants stopped are `ClaimedTask.cancelled` afterwards.
+        """
+        if self._heartbeat.send(retries=0):
+            self._registrations.put_again()
+
+    # --- tasks for others to run ---
+
+    def submit(
+        self,
+        extension: Extension,
+        room: str,
+        *,
+        job_room: str = GLOBAL_ROOM,
+        priority: int = 0,
+        delay_seconds: float = 0,
+        idempotency_key: str | None = None,
+    ) -> str:
+        """Submit a task, and return its id.
+
+        Parameters
+        ----------
+        extension : Extension
+            The job, with the parameters of this task.
+        room : str
+            The room to submit it in.
+        job_room : str
+            The room that the job is registered in.
+        priority : int
+            Tasks of a higher one are claimed first.
+        delay_seconds : float
+            How long no worker gets it.
+        idempotency_key : str, optional
+            A second submission under the same key makes no second task. By default one
+            is drawn, so that a submission whose answer got lost can be repeated.
+
+        Raises
+        ------
+        KeyError
+            When the room sees no such job.
+        ValueError
+            When the host refuses the parameters, or the worker would read others.
+        """
+        key = idempotency_key or uuid.uuid4().hex
+        options = {"priority": priority, "delay_seconds": delay_seconds}
+        return self._submissions.submit_one(extension, room, job_room, key, options)
+
+    def submit_many(
+        self,
+        extensions: Iterable[Extension],
+        room: str,
+        *,
+        job_room: str = GLOBAL_ROOM,
+        priority: int = 0,
+        delay_seconds: float = 0,
+        idempotency_key: str | None = None,
+    ) -> list[str]:
+        """Submit any number of tasks, up to a thousand in one request.
+
+        Parameters
+        ----------
+        extensions : iterable of Extension
+            The jobs, with the parameters of each task; best of one class after another.
+        room, job_room, priority, delay_seconds, idempotency_key
+            As for `submit`, for all of them.
+
+        Returns
+        -------
+        list of str
+            The tasks' ids, in the order of the extensions.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As for `submit`. Of those in one request all are refused; earlier requests
+            stand.
+        """
+        key = idempotency_key or uuid.uuid4().hex
+        options = {"priority": priority, "delay_seconds": delay_seconds}
+        return self._submissions.submit(extensions, room, job_room, key, options)
+
+    def wait_for(self, task_id: str, timeout: float | None = None) -> TaskResponse:
+        """Wait until a task is completed, and return it: its ``result`` among the rest.
+
+        Parameters
+        ----------
+        task_id : str
+            As `submit` returned it.
+        timeout : float, optional
+            Seconds; by default there is no limit.
+
+        Raises
+        ------
+        TaskFailed
+            When it ended as failed or cancelled.
+        TimeoutError
+            When it has not ended in time.
+        KeyError
+            When there is no such task.
+        """
+        task = self._submissions.wait_for(task_id, timeout)
+        if task.status != TaskStatus.COMPLETED:
+            raise TaskFailed(task)
+        return task
+
+    def wait_all(
+        self,
+        task_ids: Iterable[str],
+        timeout: float | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[TaskResponse]:
+        """Wait until all of these tasks have ended, whether well or not.
+
+        Parameters
+        ----------
+        task_ids : iterable of str
+            As `submit` returned them.
+        timeout : float, optional
+            Seconds for all of them together; by default there is no limit.
+        progress : bool
+            Show a progress bar; this needs tqdm.
+
+        Returns
+        -------
+        list of TaskResponse
+            In the order of the ids; ``status`` tells which are completed.
+
+        Raises
+        ------
+        TimeoutError, KeyError
+            As for `wait_for`.
+        """
+        return self._submissions.wait_all(list(task_ids), timeout, progress)
+
+    # --- threads and Socket.IO ---
+
+    def _serve(self, execute: Callable[[ClaimedTask[Any]], Any]) -> None:
+        with self._registrations.lock:
+            if self._hands is None and not self._life.stopping.is_set():
+                self._pulse.start()
+                self._socket.open()
+                self._hands = Hands(
+                    self._claims,
+                    self._pulse,
+                    self._life,
+                    execute,
+                    self.concurrency,
+                    self.polling_interval,
+                )
 
     def _listen_to(self, socket: Socket) -> None:
-        self._socket = socket
+        self._socket = self._registrations.socket = socket
+        self.tsio = socket.tsio
         socket.on("connect", self._on_connect)
         for event, handler in (
             (TaskAvailable, self._on_task_available),
             (TaskStatusEvent, self._on_task_status),
-            (ProviderRequest, self._on_provider_request),
+            (ProviderRequest, self._readers.request),
         ):
             socket.on(event.event_name, handler)
 
     def _on_connect(self) -> None:
-        if self._worker_id is not None:
-            self._join_rooms()
+        if self.worker_id is not None:
+            self._registrations.join_rooms()
 
     def _on_task_available(self, data: dict[str, Any]) -> None:
-        if data.get("job_name") in self._jobs:
-            self._wake.set()
+        if data.get("job_name") in self:
+            self._life.wake.set()
 
     def _on_task_status(self, data: dict[str, Any]) -> None:
         if data.get("status") == TaskStatus.CANCELLED:
-            self._held.cancel(data["id"], data.get("attempt"))
-
-    def _on_provider_request(self, data: dict[str, Any]) -> None:
-        source = self._sources.get(data["provider_name"])
-        if source is not None and self._readers is not None:
-            self._readers.submit(partial(self._read, source.name, data))
-
-    def _read(self, name: object, request: dict[str, Any]) -> None:
-        """Read from a provider for somebody, and send what was read, or why not."""
-        source = self._sources.get(str(name))
-        if source is None or self._stopping.is_set():
-            return
-        send = partial(self._send_result, source, request["request_id"])
-        try:
-            params = json.loads(request["params"])
-            content = read_content(source.cls, source.handler, params)
-        except BaseException as exc:
-            # SystemExit and the like end this request, not the thread
-            log.exception("provider %s could not be read", name)
-            error = describe(exc)
-        else:
-            refused = send(content, {"Content-Type": source.cls.content_type})
-            if not refused:
-                return
-            error = f"the host refused the result: {refused}"
-        problem = ProviderExecutionFailed.create(detail=storable(error))
-        send(
-            problem.model_dump_json(exclude_none=True).encode(),
-            {"Content-Type": PROBLEM_JSON, "X-Result-Status": "error"},
-        )
-
-    def _send_result(
-        self, source: Source, digest: str, content: bytes, headers: dict[str, str]
-    ) -> str:
-        """Answer a reader; return why the host doesn't want the answer, if it doesn't."""
-        try:
-            response = self._transport.send(
-                "post",
-                path("providers", source.id, "results"),
-                content=content,
-                headers={"X-Request-Hash": digest, **headers},
-                retries=LAST_RETRIES,
-                stop=self._stopping,
-            )
-        except Unreachable as exc:
-            # the reader is told of a timeout
-            log.warning("could not answer a reader of %s: %s", source.name, exc)
-            return ""
-        return "" if response.status_code < 400 else str(response.text[:1000])
+            self._held.end(data["id"], data.get("attempt"))
 
     # --- the end ---
 
     def wait(self) -> None:
-        """Block until `disconnect`, or in the main thread until SIGINT or SIGTERM.
+        """Serve until `disconnect`, or in the main thread until SIGINT or SIGTERM.
 
         The first signal lets running tasks finish, for at most ``grace_seconds``; a
         second one doesn't.
@@ -457,13 +616,17 @@ class JobManager(Claimant):
         PermissionError
             When the host refuses who asks.
         """
+        if self._execute is None and len(self):
+            self._serve(run_extension)
         if threading.current_thread() is threading.main_thread():
             with self._signals_handled():
                 self._wait_until_done()
         else:
             self._wait_until_done()
         if self._failure is not None:
-            raise self._failure
+            refused = isinstance(self._failure, PermissionError)
+            kind = PermissionError if refused else ConnectionError
+            raise kind(f"the worker gave up: {self._failure}") from None
 
     def disconnect(self) -> None:
         """End the worker: let tasks finish, delete it, and end its threads.
@@ -474,13 +637,13 @@ class JobManager(Claimant):
         if os.getpid() != self._pid:
             # a fork of this process, made by a task: the worker is not its own to end
             return
-        if threading.current_thread() in self._own_threads():
+        if threading.current_thread() in self._threads():
             # a task or provider wants it: it has to go on before this can be done
             self._in_thread(self.disconnect)
             return
         with self._leaving:
-            first = not self._stopping.is_set()
-            self._stopping.set()
+            first = not self._life.stopping.is_set()
+            self._life.stopping.set()
         if not first:
             self._wait_until_done()
             return
@@ -499,83 +662,62 @@ class JobManager(Claimant):
         self.disconnect()
 
     def _leave(self) -> None:
-        deadline = time.monotonic() + (0 if self._failure else self.grace_seconds)
-        self._wake.set()
-        self._slots.release()
-        if self._claimer is not None and self._failure is None:
-            self._finish_tasks(deadline)
-        self._hopeless.set()
-        self._lose_tasks()
+        self._life.wake.set()
+        if self._hands is not None and self._failure is None:
+            self._finish_tasks(self._hands)
+        self._life.hopeless.set()
+        self._held.end_all()
         # the lock: a registration under way is to be over
-        with self._lock:
-            for part in self._parts():
-                part.close()
-            self._leave_rooms()
-            if self._worker_id is not None:
-                retries = 0 if self._failure else LAST_RETRIES
-                self._delete_worker(
-                    self._worker_id, retries=retries, timeout=LAST_REQUEST_SECONDS
-                )
-            self._worker_id = None
-            self._jobs.clear()
-            self._sources.clear()
+        with self._registrations.lock:
+            for part in (self._pulse, self._hands, self._readers):
+                if part is not None:
+                    part.close()
+            retries = 0 if self._failure else LAST_RETRIES
+            self._registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
         deadline = time.monotonic() + LAST_THREAD_SECONDS
-        for thread in self._own_threads():
+        for thread in self._threads():
             thread.join(max(0.0, deadline - time.monotonic()))
-        if self._own_socket is not None:
-            self._own_socket.close()
         if self._own_api is not None:
+            self._socket.close()
             self._own_api.close()
 
-    def _finish_tasks(self, deadline: float) -> None:
+    def _finish_tasks(self, hands: Hands) -> None:
         """Take no more tasks, and let those at hand end."""
-        assert self._claimer is not None
-        assert self._runners is not None
-        assert self._reporter is not None
-        if self._worker_id is not None:
-            try:
-                # a claim that waits at the host gets nothing after this
-                self._transport.exchange(
-                    "patch",
-                    path("workers", self._worker_id),
-                    json={"state": WorkerState.DRAINING.value},
-                    timeout=LAST_REQUEST_SECONDS,
-                )
-            except Exception as exc:
-                log.warning("could not announce the end: %s", exc)
-        left = deadline - time.monotonic()
-        self._claimer.join(max(0.0, min(left, LAST_CLAIM_SECONDS)))
-        self._runners.close()
-        if not self._runners.join(deadline):
+        deadline = time.monotonic() + self.grace_seconds
+        try:
+            # a claim that waits at the host gets nothing after this
+            self._transport.exchange(
+                "patch",
+                path("workers", self.worker_id),
+                read=dict,
+                json={"state": WorkerState.DRAINING.value},
+                timeout=LAST_REQUEST_SECONDS,
+            )
+        except Exception as exc:
+            log.warning("could not announce the end: %s", exc)
+        if not hands.finish(deadline):
             log.warning("tasks still run after %s s of grace", self.grace_seconds)
-        self._reporter.close()
-        self._reporter.join(deadline)
 
     def _leave_at_once(self) -> None:
-        self._hopeless.set()
-        self._lose_tasks()
-        worker_id = self._worker_id
-        if worker_id is not None:
-            self._delete_worker(worker_id, timeout=AT_ONCE_SECONDS)
+        self._life.hopeless.set()
+        self._held.end_all()
+        if (worker_id := self.worker_id) is not None:
+            self._registrations.delete_worker(
+                worker_id, retries=0, timeout=AT_ONCE_SECONDS
+            )
         self._done.set()
 
-    def _give_up(self, exc: Exception) -> None:
+    def _give_up(self, exc: BaseException) -> None:
         with self._leaving:
-            if self._stopping.is_set():
+            if self._life.stopping.is_set():
                 return
-            self._failure = exc
+            self._failure = self._failure or exc
         log.error("giving up: %s", exc)
         self._in_thread(self.disconnect)
 
-    def _own_threads(self) -> list[threading.Thread]:
-        threads = [] if self._claimer is None else [self._claimer]
-        for part in self._parts():
-            threads += part.threads
-        return threads
-
-    def _parts(self) -> list[Any]:
-        parts = (self._heart, self._runners, self._reporter, self._readers)
-        return [part for part in parts if part is not None]
+    def _threads(self) -> list[threading.Thread]:
+        parts = (self._pulse, self._hands, self._readers)
+        return [t for part in parts if part is not None for t in part.threads]
 
     def _wait_until_done(self) -> None:
         # in turns: on Windows Ctrl-C does not interrupt a wait
@@ -606,3 +748,10 @@ class JobManager(Claimant):
 
     def _in_thread(self, call: Callable[[], None]) -> None:
         threading.Thread(target=call, name="zndraw-end", daemon=True).start()
+
+
+def run_extension(task: ClaimedTask[Any]) -> Any:
+    """Run a task's extension, given ``task`` if it asks for it by this name."""
+    run = task.extension.run
+    asked = {"task": task} if "task" in inspect.signature(run).parameters else {}
+    return run(None, **asked, **task.run_kwargs)

@@ -1,22 +1,37 @@
-"""The tasks that a worker's process has in its hands."""
+"""Tasks as who runs them and who submits them sees them."""
 
 import json
 import math
+import sys
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from importlib import import_module
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Generic, TypeVar
 
-import pydantic_core
-
-from zndraw_joblib.exceptions import storable
-from zndraw_joblib.extension import Extension
-from zndraw_joblib.lifecycle import TaskStatus
-from zndraw_joblib.names import UNPRINTABLE
-from zndraw_joblib.schemas import TaskResponse
+from zndraw_joblib import telemetry
+from zndraw_joblib.client_transport import (
+    CONNECT_SECONDS,
+    Answer,
+    Transport,
+    Unreachable,
+    has_waited,
+    path,
+    prefer,
+)
+from zndraw_joblib.exceptions import PayloadTooLarge
+from zndraw_joblib.extension import Extension, category_of, parameters_of
+from zndraw_joblib.lifecycle import TERMINAL
+from zndraw_joblib.names import UNPRINTABLE, FullName
+from zndraw_joblib.schemas import MAX_PAGE, TaskQueryResponse, TaskResponse
 
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
+# half of what a host takes that is left as it is
+BATCH_BYTES = 512 * 1024
 
 E = TypeVar("E", bound=Extension)
 
@@ -78,9 +93,10 @@ class ClaimedTask(Generic[E]):
         self.attempt = attempt
         self.traceparent = traceparent
         self._cancelled = threading.Event()
+        self._ended = False
         self._progress: tuple[float, str | None] | None = None
-        self._told: tuple[float, str | None] | None = None
-        self._told_at = 0.0
+        self._sent: tuple[float, str | None] | None = None
+        self._sent_at = 0.0
 
     def __repr__(self) -> str:
         return f"ClaimedTask({self.task_id!r}, {self.job_name!r}, {self.room_id!r})"
@@ -89,6 +105,11 @@ class ClaimedTask(Generic[E]):
     def cancelled(self) -> bool:
         """Whether there is no use in going on: nobody will take the result."""
         return self._cancelled.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the host has ended this attempt: there is nothing more to report."""
+        return self._ended
 
     def raise_if_cancelled(self) -> None:
         """Stop here when there is no use in going on.
@@ -115,152 +136,257 @@ class ClaimedTask(Generic[E]):
         self._progress = (float(fraction), message)
 
     def cancel(self) -> None:
-        """Make `cancelled` true."""
+        """Make `cancelled` true; a run that stops for it ends the task as cancelled."""
         self._cancelled.set()
 
+    def end(self) -> None:
+        """Make `ended` true, and `cancelled` with it."""
+        self._ended = True
+        self._cancelled.set()
 
-class Report(NamedTuple):
-    """What is told of a task.
+    def unsent_progress(self) -> dict[str, Any]:
+        """Return what a heartbeat is to tell; within the bounds that the host checks.
 
-    Attributes
-    ----------
-    task_id : str
-        The task.
-    status : TaskStatus
-        What becomes of it.
-    attempt : int or None
-        The attempt that it is told of; None where the host doesn't count them.
-    error : str or None
-        Why it failed.
-    retryable : bool
-        Whether another attempt may go better.
-    result : JSON
-        What it brought.
-    """
-
-    task_id: str
-    status: TaskStatus
-    attempt: int | None = None
-    error: str | None = None
-    retryable: bool = True
-    result: Any = None
-
-    def content(self) -> dict[str, Any]:
-        """Return the body of the request; what is not asked for is not said."""
-        body: dict[str, Any] = {"status": self.status.value}
-        if self.attempt is not None:
-            body["attempt"] = self.attempt
-        if self.error is not None:
-            body["error"] = storable(self.error)
-        if not self.retryable:
-            body["retryable"] = False
-        if self.result is not None:
-            body["result"] = self.result
-        return body
-
-
-class HeldTasks:
-    """The tasks in this process's hands, by id, for any thread."""
-
-    def __init__(self) -> None:
-        self._tasks: dict[str, ClaimedTask[Any]] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def add(self, task: ClaimedTask[Any]) -> None:
-        """Take a task in hand; an earlier attempt of it is over."""
-        with self._lock:
-            earlier = self._tasks.get(task.task_id)
-            self._tasks[task.task_id] = task
-        if earlier is not None:
-            earlier.cancel()
-
-    def discard(self, task: ClaimedTask[Any]) -> None:
-        """Let go of a task."""
-        with self._lock:
-            if self._tasks.get(task.task_id) is task:
-                del self._tasks[task.task_id]
-
-    def cancel(self, task_id: str, attempt: int | None) -> None:
-        """Stop a task, unless another attempt than this one is meant."""
-        with self._lock:
-            task = self._tasks.get(task_id)
-        if task is not None and attempt in (None, task.attempt):
-            task.cancel()
-
-    def all(self) -> list[ClaimedTask[Any]]:
-        """Return the tasks."""
-        with self._lock:
-            return list(self._tasks.values())
-
-
-class Beat:
-    """What one heartbeat says of the tasks at hand, and what becomes of its answer."""
-
-    def __init__(self, tasks: Iterable[ClaimedTask[Any]]) -> None:
-        # hosts that count no attempts have no use for the tasks in a heartbeat
-        self._tasks = [task for task in tasks if task.attempt is not None]
+        One value out of bounds, and the host would refuse the whole heartbeat.
+        """
+        progress = self._progress
         now = time.monotonic()
-        self._progress = {
-            task.task_id: task._progress
-            for task in self._tasks
-            if task._progress != task._told and now - task._told_at >= PROGRESS_SECONDS
-        }
-
-    def content(self) -> dict[str, Any]:
-        """Return the body of the request, as keyword arguments; at rest there is none."""
-        told = [
-            {"id": t.task_id, "attempt": t.attempt, **self._in_bounds(t)}
-            for t in self._tasks
-        ]
-        return {"json": {"tasks": told}} if told else {}
-
-    def answered(self, answer: dict[str, Any]) -> None:
-        """Stop the tasks that the host wants stopped or gave to others."""
-        stop = {*answer.get("cancelled", ()), *answer.get("lost", ())}
-        now = time.monotonic()
-        # these objects, not what is held under their ids by now
-        for task in self._tasks:
-            if task.task_id in self._progress:
-                task._told, task._told_at = self._progress[task.task_id], now
-            if task.task_id in stop:
-                task.cancel()
-
-    def _in_bounds(self, task: ClaimedTask[Any]) -> dict[str, Any]:
-        # one value out of bounds and the host would refuse the whole heartbeat
-        if (progress := self._progress.get(task.task_id)) is None:
+        if (
+            progress is None
+            or progress == self._sent
+            or now - self._sent_at < PROGRESS_SECONDS
+        ):
             return {}
+        self._sent, self._sent_at = progress, now
         fraction, message = progress
-        told: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if not math.isnan(fraction):
-            told["progress"] = min(max(fraction, 0.0), 1.0)
+            fields["progress"] = min(max(fraction, 0.0), 1.0)
         if message is not None:
-            told["message"] = UNPRINTABLE.sub(" ", str(message))[:MAX_MESSAGE]
-        return told
+            fields["message"] = UNPRINTABLE.sub(" ", str(message))[:MAX_MESSAGE]
+        return fields
 
 
-def as_json(result: Any) -> Any:
-    """Return a task's result in the types of JSON.
+class Submissions:
+    """Tasks that are submitted and waited for; it needs no worker."""
 
-    Raises
-    ------
-    ValueError
-        When it holds something that JSON has no notation for: NaN and Infinity, lone
-        surrogates, itself.
-    """
-    try:
-        plain = pydantic_core.to_jsonable_python(result, fallback=_unpack)
-        # as it will be sent
-        json.dumps(plain, allow_nan=False, ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise ValueError(f"the result can't be kept as JSON: {exc}") from exc
-    return plain
+    def __init__(self, transport: Transport, polling_interval: float) -> None:
+        self._transport = transport
+        self._polling_interval = polling_interval
+        self._host_takes_batches = True
+
+    def submit(
+        self,
+        extensions: Iterable[Extension],
+        room: str,
+        job_room: str,
+        key: str,
+        options: dict[str, Any],
+    ) -> list[str]:
+        """Submit tasks, as many of one job as the host takes in one request."""
+        # what is not asked for is not said: an older host does not know the words
+        options = {word: value for word, value in options.items() if value}
+        bodies = ((_job(e, job_room), _body(e, options)) for e in extensions)
+        ids: list[str] = []
+        number = 0
+        for job, alike in groupby(bodies, key=itemgetter(0)):
+            for batch in self._batches(body for _, body in alike):
+                ids += self._submit_batch(room, job, batch, f"{key}-{number}")
+                number += 1
+        return ids
+
+    def submit_one(
+        self,
+        extension: Extension,
+        room: str,
+        job_room: str,
+        key: str,
+        options: dict[str, Any],
+    ) -> str:
+        """Submit a task."""
+        options = {word: value for word, value in options.items() if value}
+        job = _job(extension, job_room)
+        return self._submit(room, job, _body(extension, options), key)
+
+    def _batches(self, bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
+        batch: list[bytes] = []
+        size = 0
+        for body in bodies:
+            # asked for when there are two
+            most = self._transport.limits.max_batch if batch else 1
+            if batch and (size + len(body) > BATCH_BYTES or len(batch) == most):
+                yield batch
+                batch, size = [], 0
+            batch.append(body)
+            size += len(body)
+        yield batch
+
+    def _submit_batch(
+        self, room: str, job: FullName, bodies: list[bytes], key: str
+    ) -> list[str]:
+        if not self._host_takes_batches:
+            return [
+                self._submit(room, job, body, f"{key}-{n}")
+                for n, body in enumerate(bodies)
+            ]
+
+        def read(answer: dict[str, Any]) -> list[str]:
+            ids = [str(task_id) for task_id in answer["ids"]]
+            if len(ids) != len(bodies):
+                raise ValueError("it tells of other tasks")
+            return ids
+
+        answer = self._transport.send(
+            "post",
+            path("rooms", room, "batches", job),
+            read=read,
+            optional=True,
+            content=b'{"tasks":[%s]}' % b",".join(bodies),
+            headers=_headers(job, key),
+        )
+        if answer.no_route:
+            self._host_takes_batches = False
+            return self._submit_batch(room, job, bodies, key)
+        if answer.is_problem(PayloadTooLarge) and len(bodies) > 1:
+            # this host takes less at once
+            half = len(bodies) // 2
+            return [
+                *self._submit_batch(room, job, bodies[:half], f"{key}a"),
+                *self._submit_batch(room, job, bodies[half:], f"{key}b"),
+            ]
+        ids: list[str] = self._transport.value(answer)
+        return ids
+
+    def _submit(self, room: str, job: FullName, body: bytes, key: str) -> str:
+        answer = self._transport.send(
+            "post",
+            path("rooms", room, "tasks", job),
+            read=lambda answer: str(answer["id"]),
+            content=body,
+            headers=_headers(job, key),
+        )
+        return str(self._transport.value(answer))
+
+    def wait_for(self, task_id: str, timeout: float | None) -> TaskResponse:
+        """Wait until a task has ended."""
+        return self._wait_for(task_id, _deadline(timeout))
+
+    def wait_all(
+        self, ids: list[str], timeout: float | None, progress: bool
+    ) -> list[TaskResponse]:
+        """Wait until all of these tasks have ended."""
+        deadline = _deadline(timeout)
+        bar: Any = nullcontext()
+        if progress:
+            # a service's process may have no stream to draw on
+            silent = getattr(sys.stderr, "closed", True)
+            tqdm = import_module("tqdm.auto").tqdm
+            bar = tqdm(total=len(ids), unit="task", disable=silent)
+        ended: dict[str, TaskResponse] = {}
+        with bar:
+            for first in range(0, len(ids), MAX_PAGE):
+                # duplicates apart, in their order
+                left = list(dict.fromkeys(ids[first : first + MAX_PAGE]))
+                while left := [task_id for task_id in left if task_id not in ended]:
+                    found = self._ended_of(left, deadline)
+                    ended |= found
+                    if progress:
+                        bar.update(len(found))
+        return [ended[task_id] for task_id in ids]
+
+    def _ended_of(self, ids: list[str], deadline: float) -> dict[str, TaskResponse]:
+        """Return those of the tasks that have ended, after a wait for all of them."""
+        if not self._host_takes_batches:
+            return {ids[0]: self._wait_for(ids[0], deadline)}
+
+        asked = time.monotonic()
+        answer = self._ask(
+            "post",
+            path("tasks", "query"),
+            deadline,
+            read=TaskQueryResponse.model_validate,
+            optional=True,
+            json={"ids": ids},
+        )
+        if answer.no_route:
+            self._host_takes_batches = False
+            return {}
+        found: TaskQueryResponse = self._transport.value(answer)
+        if found.missing:
+            raise KeyError(f"there is no task {found.missing[0]}")
+        tasks = found.tasks
+        ended = {
+            # what is too large for one answer to many has to be asked for by itself
+            str(task.id): self._wait_for(str(task.id), deadline)
+            if task.abridged
+            else task
+            for task in tasks
+            if task.status in TERMINAL
+        }
+        if len(ended) < len(tasks):
+            going = next(task for task in tasks if task.status not in TERMINAL)
+            self._pause(going, answer, asked, deadline)
+        return ended
+
+    def _wait_for(self, task_id: str, deadline: float) -> TaskResponse:
+        while True:
+            asked = time.monotonic()
+            answer = self._ask(
+                "get",
+                path("tasks", task_id),
+                deadline,
+                read=TaskResponse.model_validate,
+            )
+            task: TaskResponse = self._transport.value(answer)
+            if task.status in TERMINAL:
+                return task
+            self._pause(task, answer, asked, deadline)
+
+    def _ask(self, method: str, path: str, deadline: float, **content: Any) -> Answer:
+        """Ask for what is to be waited for, and let the host wait."""
+        left = max(0.0, deadline - time.monotonic())
+        wait = int(min(left, self._transport.longest_wait))
+        try:
+            return self._transport.send(
+                method,
+                path,
+                headers=prefer(wait),
+                timeout=wait + CONNECT_SECONDS,
+                patience=min(left, self._transport.patience),
+                **content,
+            )
+        except Unreachable as exc:
+            if time.monotonic() < deadline:
+                raise
+            raise TimeoutError(f"no answer to {path}: {exc}") from None
+
+    def _pause(
+        self, task: TaskResponse, answer: Answer, asked: float, deadline: float
+    ) -> None:
+        """Wait until it is worth to ask again for a task that goes on."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"task {task.id} is still {task.status.value}")
+        if not has_waited(answer, asked):
+            # less than a second is left, or the host does not wait
+            time.sleep(min(left, self._polling_interval))
 
 
-def _unpack(value: Any) -> Any:
-    # arrays and scalars of NumPy and what is like it
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON")
+def _job(extension: Extension, job_room: str) -> FullName:
+    return FullName(job_room, category_of(extension), type(extension).__name__)
+
+
+def _body(extension: Extension, options: dict[str, Any]) -> bytes:
+    body = {"payload": parameters_of(extension), **options}
+    return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+
+
+def _headers(job: FullName, key: str) -> dict[str, str]:
+    headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
+    if trace := telemetry.submitting(str(job)):
+        headers["traceparent"] = trace
+    return headers
+
+
+def _deadline(timeout: float | None) -> float:
+    return math.inf if timeout is None else time.monotonic() + timeout

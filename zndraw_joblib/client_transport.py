@@ -1,34 +1,101 @@
-"""How a worker's process talks to its host: requests that outlive a restart."""
+"""How a worker's process talks to its host: what counts as an answer, and what is repeated.
+
+Only what is recognizably the host's is taken for its verdict: a success that can be read,
+or a problem of its own (RFC 9457). All else comes from something in between, and the
+request is made again.
+"""
 
 import inspect
 import logging
 import math
+import os
 import random
 import threading
 import time
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import httpx
 
-from zndraw_joblib.exceptions import InternalJobNotConfigured, Problem
-
-log = logging.getLogger(__name__)
+from zndraw_joblib.exceptions import (
+    PROBLEM_JSON,
+    InternalJobNotConfigured,
+    InvalidRequest,
+    Problem,
+)
 
 PREFIX = "/v1/joblib"
+PROBLEMS = "/v1/problems/"
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 5.0
+# how long an answer may put off the next request
+LONGEST_RETRY_AFTER_SECONDS = 60.0
 CONNECT_SECONDS = 10.0
 # proxies commonly give up on an answer after 30 s, or after 60 s
 LONGEST_WAIT_SECONDS = 20
 # a client that can't be told to wait longer gives up after 5 s, if it is like httpx
 LONGEST_WAIT_OF_OTHERS_SECONDS = 3
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+# an answer that took less did not wait, whatever its headers say
+WAITED_SECONDS = 0.5
+#: What FastAPI answers where there is no such route.
+NO_ROUTE = {404: "Not Found", 405: "Method Not Allowed"}
+#: What goes wrong on the way, and what to do about it.
+HINTS = {
+    "CERTIFICATE_VERIFY_FAILED": "name the file of your own authority in SSL_CERT_FILE",
+    "Connection refused": "nothing listens there: is the port right?",
+    "actively refused": "nothing listens there: is the port right?",
+    "Name or service not known": "there is no host of this name",
+    "nodename nor servname": "there is no host of this name",
+    "name resolution": "there is no host of this name",
+    "getaddrinfo failed": "there is no host of this name",
+    "WRONG_VERSION_NUMBER": "that port speaks http, not https",
+}
+
+
+class SafeLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger that never raises: what is only told decides nothing."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Leave message and arguments as they are."""
+        return msg, kwargs
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log, and swallow what a handler or a closed stream raises."""
+        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+        with suppress(Exception):
+            super().log(level, msg, *args, **kwargs)
+
+
+log = SafeLogger(logging.getLogger(__name__))
 
 
 class Unreachable(ConnectionError):
-    """No answer came, or one that says to ask again later."""
+    """No answer came that is recognizably the host's.
+
+    Attributes
+    ----------
+    retry_after : float
+        Seconds after which to ask again, at the earliest.
+    """
+
+    def __init__(self, message: str, retry_after: float = 0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class SlowDown(Unreachable):
+    """The host is there, and asks for fewer requests (429)."""
+
+
+class LoginRefused(PermissionError):
+    """The host does not take this token, or this user and password (401)."""
 
 
 class Api(Protocol):
@@ -49,19 +116,79 @@ class Api(Protocol):
         """Raise KeyError, PermissionError or ValueError for a 4xx answer."""
 
 
+class Limits(NamedTuple):
+    """How much a host takes at once; what it is if it doesn't say."""
+
+    max_claim: int = 32
+    max_reports: int = 32
+    max_batch: int = 1000
+    max_heartbeat_tasks: int = 256
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the host answered.
+
+    Attributes
+    ----------
+    response : httpx.Response
+        As it came.
+    value : object
+        What was read from it, if it is a success.
+    problem : dict or None
+        The problem, if it is one.
+    """
+
+    response: Any
+    value: Any = None
+    problem: dict[str, Any] | None = None
+
+    def is_problem(self, problem: type[Problem]) -> bool:
+        """Return whether it is this kind of problem."""
+        return (self.problem or {}).get("type") == problem.type_uri()
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return int(self.response.status_code)
+
+    @property
+    def no_route(self) -> bool:
+        """Whether the host, an older one, has no such route."""
+        return self.problem == {}
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, in words."""
+        return str((self.problem or {}).get("detail", self.problem))[:1000]
+
+
 def path(*parts: object) -> str:
     """Return a path of the API, its parts percent-encoded."""
     return PREFIX + "".join("/" + quote(str(part), safe="@:") for part in parts)
 
 
-def is_problem(response: Any, problem: type[Problem]) -> bool:
-    """Return whether an answer is this kind of problem."""
-    if response.status_code != problem.status:
-        return False
-    try:
-        return bool(response.json()["type"] == problem.type_uri())
-    except (ValueError, KeyError, TypeError):
-        return False
+def prefer(wait: int) -> dict[str, str]:
+    """Return the header that asks a host to wait with its answer (RFC 7240)."""
+    return {"Prefer": f"wait={wait}"} if wait else {}
+
+
+def has_waited(answer: Answer, asked: float) -> bool:
+    """Return whether the host waited before it gave this answer.
+
+    Parameters
+    ----------
+    answer : Answer
+        The answer.
+    asked : float
+        When it was asked for, in the seconds of `time.monotonic`.
+    """
+    # the clock as well: a host that says so and yet answers at once would be asked
+    # without a pause
+    return (
+        "preference-applied" in answer.response.headers
+        and time.monotonic() - asked > WAITED_SECONDS
+    )
 
 
 class Transport:
@@ -73,13 +200,24 @@ class Transport:
         The host, and who asks.
     patience : float
         Seconds after which a request that was to be repeated is given up.
+    startup_retries : int
+        How often a request is repeated as long as the host never answered: a wrong
+        address is likelier then than a restart.
     """
 
-    def __init__(self, api: Api, patience: float) -> None:
+    def __init__(
+        self, api: Api, patience: float = 120.0, startup_retries: int = 5
+    ) -> None:
         self.api = api
         self.patience = patience
+        self.startup_retries = startup_retries
         #: whether the host ever answered
         self.reached = False
+        self._limits: Limits | None = None
+        self._away_since: float | None = None
+        self._away_told = False
+        self._pid = os.getpid()
+        self._http: Any = None
 
     @cached_property
     def can_wait(self) -> bool:
@@ -93,16 +231,31 @@ class Transport:
         """Seconds that the host may be asked to wait with its answer."""
         return LONGEST_WAIT_SECONDS if self.can_wait else LONGEST_WAIT_OF_OTHERS_SECONDS
 
+    @property
+    def limits(self) -> Limits:
+        """How much the host takes at once; asked for when it is first needed."""
+        if self._limits is None:
+            try:
+                answer = self.exchange(
+                    "get", path("limits"), read=_read_limits, optional=True
+                )
+            except (ConnectionError, PermissionError):
+                return Limits()
+            self._limits = answer.value or Limits()
+        return self._limits
+
     def exchange(
         self,
         method: str,
         path: str,
         *,
+        read: Callable[[Any], Any] | None = None,
         headers: dict[str, str] | None = None,
         timeout: float | None = None,
+        optional: bool = False,
         **content: Any,
-    ) -> Any:
-        """Send one request and return its answer, whatever its status.
+    ) -> Answer:
+        """Send one request and return the host's answer.
 
         Parameters
         ----------
@@ -110,62 +263,69 @@ class Transport:
             In lower case.
         path : str
             What follows the host's base URL.
+        read : callable, optional
+            Given the JSON of a success; what it returns is the answer's ``value``. An
+            answer for which it raises is not the host's. Without it, a success has no
+            content.
         headers : dict, optional
             Beside those that say who asks.
         timeout : float, optional
             Seconds that the answer may take; by default the client's own.
+        optional : bool
+            Whether older hosts have no such route; see `Answer.no_route`.
         **content
             ``json=`` or ``content=``.
 
         Raises
         ------
         Unreachable
-            When there is no answer, or it says that the host is not well.
+            When there is no answer of the host's, or it says that it is not well.
+        LoginRefused
+            When the host does not know who asks.
+        ValueError
+            When such a request can never be sent.
+        RuntimeError
+            When the client was made in another process, of which this is a fork.
         """
+        http = self._own_client()
         if timeout is not None and self.can_wait:
             limits = httpx.Timeout(min(timeout, CONNECT_SECONDS), read=timeout)
             content["extensions"] = {"timeout": limits.as_dict()}
         url = str(self.api.base_url).rstrip("/") + path
-        send = getattr(self.api.http, method)
-
-        def ask() -> Any:
-            who = self.api.get_headers()
-            return send(url, headers={**who, **(headers or {})}, **content)
-
-        try:
-            response = ask()
-            if response.status_code == 401:
-                # the token may have expired: its owner is asked for a new one, once
-                response = ask()
-        except (TypeError, ValueError, KeyError, PermissionError, RuntimeError):
-            # a mistake, a refusal or a client that is closed: no reason to ask again
-            raise
-        except Exception as exc:
-            # which exceptions say so depends on the client that the host chose
-            raise Unreachable(f"{method} {url}: {exc or type(exc).__name__}") from exc
-        if _is_transient(response):
-            raise Unreachable(f"{method} {url}: answered {response.status_code}")
+        for attempt in (0, 1):
+            response = self._ask(getattr(http, method), url, headers or {}, content)
+            if response.status_code != 401 or attempt:
+                break
+            # the token may have expired: its owner is asked for a new one, once
+        if optional and _has_no_route(response):
+            answer = Answer(response, problem={})
+        else:
+            answer = judge(response, read, url)
+        if self._away_since is not None:
+            away = time.monotonic() - self._away_since
+            log.info("the host is back after %.0f s", away)
+        self._away_since, self._away_told = None, False
         self.reached = True
-        return response
+        return answer
 
     def send(
         self,
         method: str,
         path: str,
         *,
-        retries: float = math.inf,
+        retries: float | None = None,
         patience: float | None = None,
         stop: threading.Event | None = None,
         **options: Any,
-    ) -> Any:
-        """Send a request until it is answered, with exponential backoff.
+    ) -> Answer:
+        """Send a request until the host answers, with exponential backoff.
 
         Parameters
         ----------
         method, path, **options
             As for `exchange`. The request must bear being repeated: its answer may
             have been lost on the way.
-        retries : float
+        retries : float, optional
             How often it is repeated at most.
         patience : float, optional
             Seconds after the first failure in which it is repeated; by default those
@@ -175,26 +335,95 @@ class Transport:
 
         Raises
         ------
-        Unreachable
-            When there is still no answer after ``retries``, ``patience`` or ``stop``.
+        Unreachable, LoginRefused
+            When there is no other answer after ``retries``, ``patience`` or ``stop``.
+        ValueError, RuntimeError
+            As for `exchange`.
         """
         stop = stop or threading.Event()
         attempt = 0
+        give_up = 0.0
         while True:
             try:
                 return self.exchange(method, path, **options)
-            except Unreachable as exc:
+            except (Unreachable, LoginRefused) as exc:
+                if isinstance(exc, LoginRefused) and not self.reached:
+                    # never taken yet: a typing error is likelier than a restart
+                    raise
                 if attempt == 0:
                     # not before: a request that waits may fail late
                     give_up = time.monotonic() + (
                         self.patience if patience is None else patience
                     )
-                    log.warning("%s", exc)
-                if attempt >= retries or time.monotonic() > give_up:
+                most = math.inf if self.reached else self.startup_retries
+                if attempt >= (most if retries is None else retries):
                     raise
-                if stop.wait(backoff(attempt)):
+                self._note_away(exc)
+                pause = max(backoff(attempt), getattr(exc, "retry_after", 0.0))
+                if time.monotonic() + pause > give_up or stop.wait(pause):
                     raise
                 attempt += 1
+
+    def value(self, answer: Answer) -> Any:
+        """Return what was read from an answer.
+
+        Raises
+        ------
+        KeyError, PermissionError, ValueError
+            When the answer is a problem.
+        """
+        if answer.problem is not None:
+            self.api.raise_for_status(answer.response)
+            raise ValueError(answer.reason)
+        return answer.value
+
+    def _own_client(self) -> Any:
+        """Return the client, if it is this process's own.
+
+        What was open at a fork is the parent's: over one connection, each would read
+        the other's answers.
+        """
+        http = self.api.http
+        if os.getpid() != self._pid and http is self._http:
+            raise RuntimeError(
+                "this process is a fork of the one that connected to the host: make a"
+                " client of its own in each process"
+            )
+        self._http, self._pid = http, os.getpid()
+        return http
+
+    def _ask(
+        self, send: Any, url: str, headers: dict[str, str], content: dict[str, Any]
+    ) -> Any:
+        who: dict[str, str] = {}
+        try:
+            who = self.api.get_headers()
+            return send(url, headers={**who, **headers}, **content)
+        except (KeyError, RuntimeError, Unreachable, LoginRefused):
+            raise
+        except PermissionError as exc:
+            raise LoginRefused(str(exc)) from None
+        except (
+            TypeError, ValueError, httpx.InvalidURL, httpx.UnsupportedProtocol,
+            httpx.LocalProtocolError,
+        ) as exc:  # fmt: skip
+            # it can never be sent: no reason to ask again
+            raise ValueError(f"{url} can't be asked: {_explain(exc, who)}") from None
+        except Exception as exc:
+            # which exceptions say so depends on the client that the host chose
+            raise Unreachable(f"no answer of {url}: {_explain(exc, who)}") from None
+
+    def _note_away(self, exc: Exception) -> None:
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+            log.warning("%s; trying again", exc)
+        away = now - self._away_since
+        late = away > self.patience / 10 and not isinstance(exc, SlowDown)
+        if late and not self._away_told:
+            self._away_told = True
+            told = "host away for %.0f s, giving up at %.0f s: %s"
+            log.warning(told, away, self.patience, exc)
 
 
 def backoff(attempt: int) -> float:
@@ -203,127 +432,96 @@ def backoff(attempt: int) -> float:
     return delay * random.uniform(0.5, 1)
 
 
-def _is_transient(response: Any) -> bool:
-    if response.status_code == 404:
-        # the host tells in JSON what it doesn't find; a proxy whose host is away doesn't
-        return "json" not in response.headers.get("content-type", "")
-    return response.status_code in TRANSIENT and not is_problem(
-        response, InternalJobNotConfigured
-    )
-
-
-class HostApi:
-    """A host, and a user of it: by a token, or by a name and a password.
-
-    Parameters
-    ----------
-    base_url : str
-        Where the host is.
-    token : str, optional
-        A bearer token.
-    user, password : str, optional
-        Used to log in, and to log in again when the token has expired.
+def judge(response: Any, read: Callable[[Any], Any] | None, url: str) -> Answer:
+    """Return what an answer says, if it is the host's own.
 
     Raises
     ------
-    ValueError
-        When neither a token nor a user with a password is given.
+    Unreachable, LoginRefused
+        When it isn't, or does not say that the request was judged.
     """
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        token: str | None = None,
-        user: str | None = None,
-        password: str | None = None,
-    ) -> None:
-        if token is None and (user is None or password is None):
-            raise ValueError("give a token, or a user and a password")
-        self.base_url = base_url.rstrip("/")
-        self.http = httpx.Client(
-            timeout=CONNECT_SECONDS,
-            event_hooks={"response": [self._forget_refused_token]},
-        )
-        self._credentials = (
-            None if user is None else {"username": user, "password": password}
-        )
-        self._token = token
-        self._lock = threading.RLock()
-
-    def get_headers(self) -> dict[str, str]:
-        """Return the ``Authorization`` header, after logging in if need be.
-
-        Raises
-        ------
-        PermissionError
-            When the host refuses user and password.
-        """
-        return {"Authorization": f"Bearer {self.token()}"}
-
-    def token(self) -> str:
-        """Return a token that the host has not refused yet.
-
-        Raises
-        ------
-        PermissionError
-            When the host refuses user and password.
-        """
-        with self._lock:
-            if self._token is None:
-                self._token = self._log_in()
-            return self._token
-
-    def raise_for_status(self, response: Any) -> None:
-        """Raise what a failed request means.
-
-        Raises
-        ------
-        KeyError
-            404.
-        PermissionError
-            401 and 403.
-        ValueError
-            Other 4xx.
-        ConnectionError
-            5xx.
-        """
-        if response.status_code >= 400:
-            _raise(response)
-
-    def close(self) -> None:
-        """Close the connections to the host."""
-        self.http.close()
-
-    def _log_in(self) -> str:
-        response = self.http.post(
-            f"{self.base_url}/auth/jwt/login", data=self._credentials
-        )
-        if response.status_code in (400, 401, 403, 422):
-            raise PermissionError(f"{self.base_url} refuses this user and password")
-        response.raise_for_status()
-        return str(response.json()["access_token"])
-
-    def _forget_refused_token(self, response: httpx.Response) -> None:
-        if response.status_code != 401 or self._credentials is None:
-            return
-        with self._lock:
-            # another thread may have logged in since this request was sent
-            if response.request.headers.get("Authorization") == f"Bearer {self._token}":
-                self._token = None
+    status = int(response.status_code)
+    body = json_of(response)
+    if 200 <= status < 300:
+        try:
+            if read is not None:
+                return Answer(response, read(body))
+            if status == 204:
+                return Answer(response)
+            raise ValueError(f"{status} instead of 204")
+        except Exception as exc:
+            why = f"{type(exc).__name__}: {exc}"[:200]
+            raise Unreachable(
+                f"{url}: what came can't be read as the host's answer ({why})"
+            ) from None
+    if status == 401 and isinstance(body, dict):
+        raise LoginRefused(f"{url}: the host refuses this login (401)")
+    if status == 429:
+        raise SlowDown(f"{url}: asks for fewer requests (429)", _retry_after(response))
+    if isinstance(body, dict):
+        if status == 422 and isinstance(body.get("detail"), list):
+            # FastAPI's own, of a host that has not registered the handler
+            return Answer(response, problem={**body, "type": InvalidRequest.type_uri()})
+        if is_verdict(response, body):
+            return Answer(response, problem=body)
+    if 300 <= status < 400:
+        told = f"leads elsewhere ({status}), to {response.headers.get('location')}:"
+        told += " connect to the address that the host has there"
+    else:
+        told = f"answered {status}, which isn't an answer of a host of zndraw-joblib"
+        if isinstance(body, dict) and "type" in body:
+            told = f"answered {status}: {body.get('detail')}"
+    raise Unreachable(f"{url} {told}", _retry_after(response))
 
 
-def _raise(response: Any) -> NoReturn:
-    status = response.status_code
+def is_verdict(response: Any, body: dict[str, Any]) -> bool:
+    """Return whether this is a problem of the host's, and not one that will pass."""
+    kind = str(body.get("type"))
+    return (
+        response.headers.get("content-type", "").startswith(PROBLEM_JSON)
+        and kind.startswith(PROBLEMS)
+        and body.get("status") == response.status_code
+        and (response.status_code < 500 or kind == InternalJobNotConfigured.type_uri())
+    )
+
+
+def _has_no_route(response: Any) -> bool:
+    said = NO_ROUTE.get(int(response.status_code))
+    return said is not None and json_of(response) == {"detail": said}
+
+
+def json_of(response: Any) -> Any:
+    """Return the JSON of an answer, or None if it is no JSON."""
+    if "json" not in response.headers.get("content-type", ""):
+        return None
     try:
-        problem = response.json()
-        detail = str(problem.get("detail") or problem.get("title"))
-    except (ValueError, AttributeError):
-        detail = f"answered {status}"
-    if status == 404:
-        raise KeyError(detail)
-    if status in (401, 403):
-        raise PermissionError(detail)
-    if status < 500:
-        raise ValueError(detail)
-    raise ConnectionError(detail)
+        return response.json()
+    except ValueError:
+        return None
+
+
+def _read_limits(told: dict[str, Any]) -> Limits:
+    known = {k: told[k] for k in Limits._fields if isinstance(told.get(k), int)}
+    return Limits(**{k: max(1, n) for k, n in known.items()})
+
+
+def _retry_after(response: Any) -> float:
+    given = response.headers.get("retry-after", "")
+    try:
+        seconds = float(given)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(given).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS)
+
+
+def _explain(exc: Exception, secret: dict[str, str]) -> str:
+    """Return what went wrong, without what must not be read in a log."""
+    text = str(exc) or type(exc).__name__
+    for value in secret.values():
+        for word in value.split():
+            text = text.replace(word, "***")
+    hints = [hint for sign, hint in HINTS.items() if sign in text]
+    return "; ".join([text, *hints[:1]])

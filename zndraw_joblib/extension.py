@@ -1,10 +1,16 @@
-"""What a worker's author subclasses to offer a job."""
+"""What a worker's author subclasses to offer a job, and how its values become JSON."""
 
+import json
+import math
+import numbers
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from pydantic import BaseModel
+import pydantic_core
+from pydantic import AliasChoices, BaseModel
+from pydantic.fields import FieldInfo
 
 
 class Category(StrEnum):
@@ -41,3 +47,206 @@ class Extension(BaseModel, ABC):
     @abstractmethod
     def run(self, vis: Any, **kwargs: Any) -> Any:
         """Do the work on ``vis``; ``kwargs`` are those given at registration."""
+
+
+def category_of(cls: Any) -> str:
+    """Return the category of an extension or provider as a plain string.
+
+    Raises
+    ------
+    TypeError
+        When it has none.
+    """
+    category = getattr(cls, "category", None)
+    if not isinstance(category, str):
+        raise TypeError(f"{cls} needs a ClassVar 'category'")
+    # an enum that is not a StrEnum says its name otherwise
+    return str.__str__(category)
+
+
+def schema_of(cls: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of an extension or provider.
+
+    Raises
+    ------
+    ValueError
+        When it holds what JSON has no notation for, an infinite default for example;
+        the message names class and field.
+    """
+    schema = cls.model_json_schema()
+    for where, wrong in _unfit(schema, cls.__name__):
+        where = where.replace(".properties.", ".")
+        raise ValueError(f"{where}: {wrong} can't be written in a JSON schema")
+    return schema
+
+
+# --- parameters ---
+
+
+def parameters_of(extension: BaseModel) -> dict[str, Any]:
+    """Return an extension's parameters as JSON that its class reads as the same.
+
+    What a model is dumped as need not be what it takes: aliases, excluded and computed
+    fields, secrets and serializers of its own may come between.
+
+    Raises
+    ------
+    ValueError
+        When the worker's class would read other parameters; the message names class and
+        field.
+    """
+    cls = type(extension)
+    try:
+        parameters = _dump(extension)
+        read = cls.model_validate_json(_encode(parameters))
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise ValueError(f"{_blame(extension)} can't be sent as JSON: {exc}") from None
+    for name in cls.model_fields:
+        if not _same(vars(extension).get(name), vars(read).get(name)):
+            raise ValueError(
+                f"{cls.__name__}.{name} would reach the worker as another value than"
+                " this one: what it is written as is not what it is read from"
+            )
+    if not _same(extension.model_extra, read.model_extra):
+        raise ValueError(f"the extra fields of {cls.__name__} change on their way")
+    return parameters
+
+
+def _dump(extension: BaseModel) -> dict[str, Any]:
+    options: dict[str, Any] = {"mode": "json", "by_alias": True, "round_trip": True}
+    dumped = extension.model_dump(**options, warnings=False)
+    for name, field in type(extension).model_fields.items():
+        written = field.serialization_alias or name
+        if written in dumped:
+            value = dumped.pop(written)
+        elif field.exclude:
+            value = pydantic_core.to_jsonable_python(
+                vars(extension).get(name), by_alias=True, round_trip=True
+            )
+        else:
+            # a serializer of the class leaves it out
+            continue
+        dumped[_key(name, field)] = value
+    return dumped
+
+
+def _key(name: str, field: FieldInfo) -> str:
+    """Return what a field is called in what its class reads, and in its schema."""
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        alias = next((a for a in alias.choices if isinstance(a, str)), None)
+    return alias if isinstance(alias, str) else name
+
+
+def _blame(extension: BaseModel) -> str:
+    """Return the class, and the first of its fields that can't be written."""
+    for name in type(extension).model_fields:
+        try:
+            _encode(extension.model_dump(mode="json", include={name}, warnings=False))
+        except (ValueError, TypeError, RecursionError):
+            return f"{type(extension).__name__}.{name}"
+    return type(extension).__name__
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two values mean the same to who computes with them."""
+    if isinstance(one, BaseModel):
+        return type(one) is type(other) and all(
+            _same(vars(one).get(name), vars(other).get(name))
+            for name in type(one).model_fields
+        )
+    if isinstance(one, dict) and isinstance(other, dict):
+        # in their order: it may matter
+        return list(one) == list(other) and all(
+            _same(value, other[key]) for key, value in one.items()
+        )
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if type(one) is type(other) and getattr(type(one), "__eq__", None) is object.__eq__:
+        # no value of its own to compare but what it is written as
+        return bool(
+            pydantic_core.to_json(one, fallback=vars)
+            == pydantic_core.to_json(other, fallback=vars)
+        )
+    equal = one == other
+    return bool(equal.all() if hasattr(equal, "all") else equal)
+
+
+# --- results ---
+
+
+def as_json(value: Any, what: str = "result") -> Any:
+    """Return a value in the types of JSON; NumPy's arrays and scalars are unpacked.
+
+    Parameters
+    ----------
+    value : object
+        What a task or a provider returned.
+    what : str
+        What it is called where it can't be kept.
+
+    Raises
+    ------
+    ValueError
+        When it holds something that JSON has no notation for: NaN and Infinity, lone
+        surrogates, keys that become the same text, itself. The message says where.
+    """
+    try:
+        _check_keys(value, what)
+        plain = pydantic_core.to_jsonable_python(value, fallback=unpack)
+        for where, wrong in _unfit(plain, what):
+            raise TypeError(f"{where} is {wrong}")
+        # as it will be sent
+        _encode(plain)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ValueError(f"the {what} can't be kept as JSON: {exc}") from exc
+    return plain
+
+
+def unpack(value: Any) -> Any:
+    """Return an array or scalar of NumPy, or what is like it, as Python's own."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"{type(value).__name__} is not JSON")
+    plain = value.tolist()
+    if type(plain) is not type(value):
+        kind = getattr(getattr(value, "dtype", None), "kind", "")
+        # nanoseconds would become a bare number
+        return str(value) if kind == "M" and isinstance(plain, int) else plain
+    # wider than Python's own numbers
+    if isinstance(plain, numbers.Real):
+        return float(plain)
+    if isinstance(plain, numbers.Complex):
+        return complex(plain)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _check_keys(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        keys = pydantic_core.to_jsonable_python(dict.fromkeys(value), fallback=unpack)
+        if len(keys) < len(value):
+            raise TypeError(f"two keys of {where} become the same text")
+        for key, item in value.items():
+            _check_keys(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, (dict, list, tuple)):
+                _check_keys(item, where)
+
+
+def _unfit(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Yield where something stands that JSON has no notation for, and what."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield where, str(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, (float, dict, list)):
+                yield from _unfit(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for n, item in enumerate(value):
+            if isinstance(item, (float, dict, list)):
+                yield from _unfit(item, f"{where}[{n}]")

@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 import pydantic_core
 from pydantic import BaseModel
 
+from zndraw_joblib.extension import unpack
+
 
 class Provider(BaseModel):
     """A source of data: its fields are the query's parameters.
@@ -31,7 +33,7 @@ class Provider(BaseModel):
         Returns
         -------
         bytes, str, or for JSON content types anything that JSON can hold
-            Bytes and strings are sent as they are.
+            Bytes and strings are sent as they are, NumPy's arrays as lists.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define read()")
 
@@ -46,7 +48,7 @@ def read_content(cls: type[Provider], handler: Any, params: dict[str, Any]) -> b
     TypeError
         When ``read`` returned something that its content type can't hold.
     """
-    result = cls.model_validate(params).read(handler)
+    result = cls.model_validate(_with_lists(cls, params)).read(handler)
     if isinstance(result, bytes | bytearray | memoryview):
         return bytes(result)
     if isinstance(result, str):
@@ -54,8 +56,31 @@ def read_content(cls: type[Provider], handler: Any, params: dict[str, Any]) -> b
     media_type = cls.content_type.partition(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
         # as JavaScript does: JSON knows no NaN, and a reader's parser would stop there
-        return pydantic_core.to_json(result, inf_nan_mode="null")
+        return pydantic_core.to_json(result, inf_nan_mode="null", fallback=unpack)
     raise TypeError(
         f"{cls.__name__}.read() returned {type(result).__name__}, "
         f"but {cls.content_type} needs bytes or str"
     )
+
+
+def _with_lists(cls: type[Provider], params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters, a list of one wherever a field takes only lists.
+
+    A query string can't tell a list of one element from the element.
+    """
+    schema = cls.model_json_schema()
+    fields, shared = schema.get("properties", {}), schema.get("$defs", {})
+
+    def takes_lists(field: dict[str, Any]) -> bool:
+        field = shared.get(field.get("$ref", "").rpartition("/")[2], field)
+        kinds = [k for k in field.get("anyOf", ()) if k.get("type") != "null"]
+        return field.get("type") == "array" or (
+            bool(kinds) and all(map(takes_lists, kinds))
+        )
+
+    return {
+        name: [value]
+        if not isinstance(value, list) and takes_lists(fields.get(name, {}))
+        else value
+        for name, value in params.items()
+    }
