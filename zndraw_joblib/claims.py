@@ -38,7 +38,6 @@ from zndraw_joblib.models import (
     one_of,
     queued,
 )
-from zndraw_joblib.names import FullName
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import VIEW, ahead, of_job, read_view
@@ -61,17 +60,14 @@ def _served(link: Any, named: bool) -> ColumnElement[bool]:
     )
 
 
-async def served(
-    session: AsyncSession, worker_id: UUID, jobs: Collection[str] | None = None
-) -> dict[UUID, str]:
-    """Return a worker's jobs, of these or of all, with their full names."""
+async def served(session: AsyncSession, worker_id: UUID) -> dict[UUID, str]:
+    """Return a worker's jobs, with their full names."""
     found = await session.execute(
-        select(JOB.c.id, JOB.c.room_id, JOB.c.category, JOB.c.name)
+        select(JOB.c.id, _FULL_NAME.label("full_name"))
         .join(LINK, LINK.c.job_id == JOB.c.id)
-        .where(_served(LINK.c, jobs is not None)),
-        {"worker": worker_id, "jobs": list(jobs or ())},
+        .where(LINK.c.worker_id == worker_id)
     )
-    return {job_id: str(FullName(*name)) for job_id, *name in found}
+    return {row.id: row.full_name for row in found}
 
 
 def _queue(task: Any, job_id: ColumnElement[UUID], *shown: Any) -> Select[Any]:

@@ -68,12 +68,15 @@ class Subscription(NamedTuple):
     worker_id : UUID, optional
         A worker that may get work.
     jobs : mapping of UUID to str
-        The jobs that this worker serves, and their full names.
+        The jobs that work is wanted of, and their full names.
+    serves : int
+        How many jobs this worker serves.
     """
 
     task_id: UUID | None = None
     worker_id: UUID | None = None
     jobs: Mapping[UUID, str] = {}
+    serves: int = 0
 
 
 @dataclass
@@ -202,10 +205,14 @@ async def for_ends(
 
 
 async def for_work(
-    poll: LongPoll, worker_id: UUID, look: Callable[[], Awaitable[Claim]]
+    poll: LongPoll,
+    worker_id: UUID,
+    jobs: Collection[str] | None,
+    look: Callable[[], Awaitable[Claim]],
 ) -> Claim:
     """Return what ``look`` claims once there is something, or when time is up.
 
+    It is woken for ``jobs`` of the worker's, or for all of them.
     Who hung up claims nothing: nobody would be told what.
     """
     deadline = anyio.current_time() + poll.seconds
@@ -219,7 +226,12 @@ async def for_work(
             if served is None:
                 async with poll.session_maker() as session:
                     served = await claims.served(session, worker_id)
-                waiter.listen(map(job_key, served.values()))
+                wanted = {
+                    job_id: name
+                    for job_id, name in served.items()
+                    if jobs is None or name in jobs
+                }
+                waiter.listen(map(job_key, wanted.values()))
             turns = waiter.turns
             claim = await look()
             if claim.done:
@@ -229,7 +241,8 @@ async def for_work(
             left = deadline - anyio.current_time()
             if claim.tasks or left <= 0:
                 return claim
-            with subscribed(poll, Subscription(None, worker_id, served)):
+            waits_for = Subscription(None, worker_id, wanted, len(served))
+            with subscribed(poll, waits_for):
                 if not await waiter.wait(left, poll.receive):
                     return claim
             if not waiter.turns:
@@ -369,7 +382,7 @@ async def _look(poll: LongPoll, beating: bool) -> None:
     waiters, waited_for = poll.waiters, list(poll.subscriptions.by_request.values())
     tasks = {s.task_id for s in waited_for if s.task_id is not None}
     jobs = {job_id: name for s in waited_for for job_id, name in s.jobs.items()}
-    served = {s.worker_id: len(s.jobs) for s in waited_for if s.worker_id is not None}
+    served = {s.worker_id: s.serves for s in waited_for if s.worker_id is not None}
     found: list[Any] = []
     if not (tasks or jobs or served):
         return

@@ -11,6 +11,7 @@ from zndraw_joblib import (
     jobs,
     routes_providers,
     routes_tasks,
+    schemas,
     validation,
     workers,
 )
@@ -45,6 +46,7 @@ from zndraw_joblib.schemas import (
     JobResponse,
     JobStats,
     JobSummary,
+    Limits,
     PaginatedResponse,
     WorkerResponse,
     WorkerSummary,
@@ -56,6 +58,25 @@ _KNOWN: Responses = {200: {"model": JobResponse, "description": "It was there al
 
 router = new_router()
 router.lifespan_context = lifespan
+
+
+@router.get("/limits", response_model=Limits)
+async def read_limits(request: Request, user: CurrentUser) -> Response:
+    """Tell what one request may ask for at most."""
+    settings = (await context_of(request, user)).settings
+    limits = Limits(
+        max_claim=schemas.MAX_CLAIM,
+        max_claim_jobs=schemas.MAX_CLAIM_JOBS,
+        max_reports=schemas.MAX_REPORTS,
+        max_batch=schemas.MAX_BATCH,
+        max_heartbeat_tasks=schemas.MAX_HEARTBEAT_TASKS,
+        max_page=schemas.MAX_PAGE,
+        max_payload_bytes=settings.max_payload_bytes,
+        max_result_bytes=settings.max_payload_bytes,
+        long_poll_max_wait_seconds=settings.long_poll_max_wait_seconds,
+        worker_timeout_seconds=settings.worker_timeout_seconds,
+    )
+    return json_response(limits)
 
 
 # --- workers ---
@@ -106,26 +127,14 @@ async def heartbeat(
     """Take a sign of life, with what the worker's tasks are at."""
     context = await context_of(request, user)
     beat = body or WorkerUpdateRequest()
-    standing = heartbeats.standing(worker_id, beat.tasks)
-    if beat.state is None:
-        worker = await workers.touch(session, worker_id, context.caller, *standing)
-    else:
-        worker = await workers.set_state(
-            session, worker_id, context.caller, beat.state, *standing
-        )
+    heard = await heartbeats.beat(
+        session, worker_id, context.caller, beat, context.settings
+    )
+    if beat.state is not None:
         context.outbox.ended.append(worker_key(worker_id))
-    heard = await heartbeats.beat(session, worker, beat.tasks, context.settings)
     context.outbox.tasks_changed(heard.progressed)
     await context.commit(session)
-    answer = HeartbeatResponse(
-        id=worker.id,
-        last_heartbeat=worker.last_heartbeat,
-        state=worker.state,
-        cancelled=heard.cancelled,
-        lost=heard.lost,
-        desired_state=worker.state,
-    )
-    return json_response(answer)
+    return json_response(heard.answer)
 
 
 @router.delete(

@@ -278,6 +278,7 @@ async def claim_tasks(
                 limit=body.max_tasks,
                 key=idempotency_key,
                 start=body.start,
+                jobs=body.jobs,
             )
             if not claim.repeated:
                 context.outbox.tasks_changed(claim.tasks)
@@ -286,7 +287,7 @@ async def claim_tasks(
 
     wait = _preferred(context)
     poll = context.long_poll(session_maker, wait)
-    claim = await long_polls.for_work(poll, body.worker_id, look)
+    claim = await long_polls.for_work(poll, body.worker_id, body.jobs, look)
     answer = TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
     return json_response(answer, headers=wait_headers(wait))
 

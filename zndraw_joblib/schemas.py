@@ -37,6 +37,8 @@ from zndraw_joblib.names import (
 MAX_CLAIM = 32
 MAX_REPORTS = 32
 MAX_BATCH = 1000
+MAX_HEARTBEAT_TASKS = 256
+MAX_CLAIM_JOBS = 256
 MAX_PAGE = 500
 MAX_INT = 2**63 - 1
 MAX_SECONDS = 10 * 365 * 86400
@@ -171,6 +173,31 @@ class HeartbeatResponse(WorkerResponse):
     cancelled: list[UUID] = []
     lost: list[UUID] = []
     desired_state: WorkerState = WorkerState.ACTIVE
+    jobs: int | None = Field(
+        default=None,
+        description="How many jobs the worker serves: of fewer than it registered the"
+        " host lost some.",
+    )
+    providers: int | None = Field(
+        default=None, description="How many providers the worker serves."
+    )
+
+
+class Limits(BaseModel):
+    """What one request may ask for at most, in this host."""
+
+    max_claim: int = Field(description="Tasks of a claim.")
+    max_claim_jobs: int = Field(description="Jobs that a claim names.")
+    max_reports: int = Field(description="Reports of a batch.")
+    max_batch: int = Field(description="Tasks of a submission.")
+    max_heartbeat_tasks: int = Field(description="Tasks of a heartbeat.")
+    max_page: int = Field(description="Entries of a page, and tasks of a query.")
+    max_payload_bytes: int = Field(description="Bytes of a JSON body.")
+    max_result_bytes: int = Field(description="Bytes of a report with its result.")
+    long_poll_max_wait_seconds: float
+    worker_timeout_seconds: float = Field(
+        description="Silence after which a worker counts as lost."
+    )
 
 
 class WorkerSummary(BaseModel):
@@ -199,7 +226,7 @@ class TaskHeartbeat(BaseModel):
 class WorkerUpdateRequest(BaseModel):
     """A heartbeat: all of it is optional."""
 
-    tasks: list[TaskHeartbeat] = Field(default=[], max_length=256)
+    tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
     state: WorkerState | None = None
 
 
@@ -375,6 +402,12 @@ class TaskClaimRequest(BaseModel):
     max_tasks: Integer = Field(default=1, ge=1, le=MAX_CLAIM)
     start: bool = Field(
         default=False, strict=True, description="The tasks are running at once."
+    )
+    jobs: list[Message] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_CLAIM_JOBS,
+        description="Full names: of the worker's jobs, these alone.",
     )
 
 

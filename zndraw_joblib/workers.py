@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    Boolean,
     ColumnElement,
     Float,
     Row,
@@ -19,11 +20,13 @@ from sqlalchemy import (
     insert,
     literal,
     literal_column,
+    or_,
     select,
     true,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib.exceptions import (
     Forbidden,
@@ -46,6 +49,9 @@ from zndraw_joblib.models import (
 from zndraw_joblib.names import FullName
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.settings import JobLibSettings
+
+# Ids that one statement names: PostgreSQL takes 32,767 parameters at most.
+CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,20 @@ async def create(
     return row
 
 
-_TOUCH = (
+_THEIRS = WORKER.c.user_id == bindparam("owner")
+TOUCHING = (
     update(WORKER)
-    .where(WORKER.c.id == bindparam("touched"), WORKER.c.user_id == bindparam("owner"))
-    .values(last_heartbeat=now())
+    .where(
+        WORKER.c.id == bindparam("touched"),
+        or_(_THEIRS, bindparam("commands", type_=Boolean())),
+    )
+    .values(
+        # a superuser's word is no heartbeat of another's worker
+        last_heartbeat=case((_THEIRS, now()), else_=WORKER.c.last_heartbeat),
+        state=func.coalesce(
+            bindparam("new_state", type_=WORKER.c.state.type), WORKER.c.state
+        ),
+    )
     .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
 )
 
@@ -132,9 +148,12 @@ async def touch(
     session: AsyncSession,
     worker_id: UUID,
     caller: Caller,
-    *beside: ColumnElement[Any],
+    statement: ReturningUpdate[Any] = TOUCHING,
+    *,
+    state: WorkerState | None = None,
+    **names: Any,
 ) -> Row[Any]:
-    """Record a sign of life; the worker's row stays locked until the commit.
+    """Record a heartbeat; the worker's row stays locked until the commit.
 
     Parameters
     ----------
@@ -143,24 +162,45 @@ async def touch(
     worker_id : UUID
         The worker.
     caller : Caller
-        Its owner.
-    *beside : ColumnElement
-        What else the row is to have.
+        Its owner; a superuser may set the state of another's.
+    statement : ReturningUpdate
+        :data:`TOUCHING`, with what else it is to return.
+    state : WorkerState, optional
+        What the worker is to be from now on.
+    **names : Any
+        Parameters of the statement.
 
     Raises
     ------
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    touched = await session.execute(
-        _TOUCH.returning(*beside) if beside else _TOUCH,
-        {"touched": worker_id, "owner": caller.id},
-    )
-    row = touched.one_or_none()
+    row = await _touch(session, worker_id, caller, statement, state, **names)
     if row is None:
         await _explain(session, worker_id)
         raise Forbidden.exception(f"worker {worker_id} belongs to another user")
     return row
+
+
+async def _touch(
+    session: AsyncSession,
+    worker_id: UUID,
+    caller: Caller,
+    statement: ReturningUpdate[Any] = TOUCHING,
+    state: WorkerState | None = None,
+    **names: Any,
+) -> Row[Any] | None:
+    touched = await session.execute(
+        statement,
+        {
+            "touched": worker_id,
+            "owner": caller.id,
+            "commands": caller.is_superuser and state is not None,
+            "new_state": state and state.value,
+            **names,
+        },
+    )
+    return touched.one_or_none()
 
 
 def checked(row: Row[Any] | None, worker_id: UUID, caller: Caller) -> Row[Any]:
@@ -194,8 +234,7 @@ async def mine(
     if worker_id is None:
         made: UUID = (await create(session, caller.id, settings)).id
         return made
-    touched = await session.execute(_TOUCH, {"touched": worker_id, "owner": caller.id})
-    if touched.one_or_none() is None:
+    if await _touch(session, worker_id, caller) is None:
         raise WorkerNotFound.exception(f"you have no worker {worker_id}")
     return worker_id
 
@@ -289,9 +328,26 @@ def heartbeat_due(worker_id: Any) -> ColumnElement[bool]:
     return one.scalar_subquery().label("heartbeat_due")
 
 
+_KEEPING_ALIVE = (
+    update(WORKER)
+    .where(
+        WORKER.c.id.in_(
+            select(WORKER.c.id)
+            .where(WORKER.c.id.in_(bindparam("workers", expanding=True)))
+            .order_by(WORKER.c.id)
+            .with_for_update(skip_locked=True)
+        )
+    )
+    .values({WORKER.c.last_heartbeat: now()})
+)
+
+
 async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> None:
-    """Record a sign of life of many workers; what is in use is left to the next one."""
-    await session.execute(_heard(WORKER.c.id.in_(worker_ids)))
+    """Record a heartbeat of many workers; what is in use is left to the next one."""
+    ids = list(worker_ids)
+    for start in range(0, len(ids), CHUNK):
+        chunk = ids[start : start + CHUNK]
+        await session.execute(_KEEPING_ALIVE, {"workers": chunk})
 
 
 async def keep_alive_at(
@@ -322,40 +378,6 @@ _AT_TASK = _heard(
     == select(TASK.c.worker_id).where(TASK.c.id == bindparam("task")).scalar_subquery(),
     silent(),
 )
-
-
-async def set_state(
-    session: AsyncSession,
-    worker_id: UUID,
-    caller: Caller,
-    state: WorkerState,
-    *beside: ColumnElement[Any],
-) -> Row[Any]:
-    """Drain a worker or set it to work again; a superuser's word is no sign of life.
-
-    Parameters are those of :func:`touch`, and the new state.
-
-    Raises
-    ------
-    ProblemException
-        ``worker-not-found``, or ``forbidden`` for another user's worker.
-    """
-    changed = await session.execute(
-        update(WORKER)
-        .where(WORKER.c.id == worker_id, _may_command(caller))
-        .values(
-            state=state.value,
-            last_heartbeat=case(
-                (WORKER.c.user_id == caller.id, now()), else_=WORKER.c.last_heartbeat
-            ),
-        )
-        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state, *beside)
-    )
-    row = changed.one_or_none()
-    if row is None:
-        await _explain(session, worker_id)
-        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
-    return row
 
 
 def _may_command(caller: Caller) -> ColumnElement[bool]:
