@@ -21,6 +21,7 @@ from zndraw_joblib.exceptions import describe
 from zndraw_joblib.names import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
 from zndraw_joblib.runtime import runtime_of
+from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import settings_of
 from zndraw_joblib.waiting import wakeups_of
 
@@ -333,35 +334,24 @@ async def register_internal_jobs(
         the commit; executors that declare ``token`` are given it.
     """
     extensions = list(extensions)
+    await ensure_internal_jobs(extensions, session_maker)
+    receiver = _job_receiver(_starting(app, session_maker, executor))
+    registry = _register(broker, extensions, executor, receiver, mint_token)
+    app.state.internal_registry = registry
+    return registry
+
+
+def _starting(app: FastAPI, session_maker: SessionMaker, executor: Any) -> Run:
+    """Return what starts a delivered attempt, runs it, and fails it if it raises."""
     execute = _runner(executor)
 
-    async def change(step: Callable[..., Awaitable[Any]], *what: Any) -> Any:
-        box, settings = Outbox(), settings_of(app)
-        async with session_maker() as session:
-            changed = await step(session, *what, settings)
-            await session.commit()
-            box.tasks_changed(changed)
-            tsio = getattr(app.state, "tsio", None)
-            transports = Transports(settings, tsio, wakeups=wakeups_of(app))
-            left = runtime_of(app).delivery.publish(box, transports)
-        if left is not None:
-            await left
-        return changed
-
-    async def fail(task: Any, error: str) -> None:
-        try:
-            # whatever cancels the executor does not leave its task running
-            with anyio.move_on_after(
-                settings_of(app).dispatch_timeout_seconds, shield=True
-            ):
-                await change(attempts.fail_internal, task.id, task.attempt, error)
-        except Exception:
-            # it stays running until the sweeper ends it
-            log.exception("task %s could not be failed", task.id)
-
     async def run(extension: Any, message: Message) -> None:
-        started = await change(
-            attempts.start_internal, UUID(message.task_id), message.attempt
+        started = await _change(
+            app,
+            session_maker,
+            attempts.start_internal,
+            UUID(message.task_id),
+            message.attempt,
         )
         if not started:
             log.info("task %s is not there to be started", message.task_id)
@@ -371,18 +361,49 @@ async def register_internal_jobs(
             with telemetry.continuing({"traceparent": task.traceparent or ""}):
                 await execute(extension, message._replace(attempt=task.attempt))
         except GeneratorExit:
+            # the event loop is gone: nothing can be awaited
             raise
         except BaseException as exc:
             error = describe(exc)
             if message.token:
                 error = error.replace(message.token, "[token]")
-            await fail(task, error)
+            await _fail(app, session_maker, task, error)
             raise
 
-    await ensure_internal_jobs(extensions, session_maker)
-    registry = _register(broker, extensions, executor, _job_receiver(run), mint_token)
-    app.state.internal_registry = registry
-    return registry
+    return run
+
+
+async def _fail(
+    app: FastAPI, session_maker: SessionMaker, task: TaskResponse, error: str
+) -> None:
+    seconds = settings_of(app).dispatch_timeout_seconds
+    try:
+        # whatever cancels the executor does not leave its task running
+        with anyio.move_on_after(seconds, shield=True):
+            ending = attempts.fail_internal
+            await _change(app, session_maker, ending, task.id, task.attempt, error)
+    except Exception:
+        # it stays running until the sweeper ends it
+        log.exception("task %s could not be failed", task.id)
+
+
+async def _change(
+    app: FastAPI,
+    session_maker: SessionMaker,
+    step: Callable[..., Awaitable[list[TaskResponse]]],
+    *arguments: Any,
+) -> list[TaskResponse]:
+    outbox, settings = Outbox(), settings_of(app)
+    async with session_maker() as session:
+        changed = await step(session, *arguments, settings)
+        await session.commit()
+        outbox.tasks_changed(changed)
+        tsio = getattr(app.state, "tsio", None)
+        transports = Transports(settings, tsio, wakeups=wakeups_of(app))
+        left = runtime_of(app).delivery.publish(outbox, transports)
+    if left is not None:
+        await left
+    return changed
 
 
 @deprecated.for_registry
