@@ -12,10 +12,26 @@ import pytest
 from conftest import PREFIX
 from fastapi import FastAPI
 from sqlalchemy import update
-from steps import execute, move, offer, submit
+from steps import (
+    claim,
+    execute,
+    move,
+    offer,
+    problem,
+    register,
+    report,
+    submit,
+)
 from zndraw_auth import User as UserRow
 
-from zndraw_joblib import get_room_access, request_hash
+from zndraw_joblib import (
+    Action,
+    expel,
+    get_room_access,
+    request_hash,
+    verify_writable_room,
+)
+from zndraw_joblib.exceptions import Forbidden
 from zndraw_joblib.workers import RoomAccess
 
 pytestmark = pytest.mark.makers("plain", "postgres")
@@ -255,3 +271,126 @@ async def test_the_table_is_what_the_routes_answer(users):
                 # it may have changed
                 scene = None
     assert observed == DOCUMENTED
+
+
+READING, SUBMITTING, REGISTERING = (
+    Action("read"),
+    Action("submit", "modifiers"),
+    Action("register", "modifiers"),
+)
+#: What the host is asked of each route in a room, before it is answered.
+ASKS = {
+    "GET /rooms/{room_id}/workers": READING,
+    "PUT /rooms/{room_id}/jobs": REGISTERING,
+    "GET /rooms/{room_id}/jobs": READING,
+    "GET /rooms/{room_id}/stats": READING,
+    "GET /rooms/{room_id}/jobs/{job_name}": READING,
+    "GET /rooms/{room_id}/jobs/{job_name}/tasks": READING,
+    "POST /rooms/{room_id}/tasks/{job_name}": SUBMITTING,
+    "POST /rooms/{room_id}/batches/{job_name}": SUBMITTING,
+    "GET /rooms/{room_id}/tasks": READING,
+    "GET /tasks/{task_id}": READING,
+    "POST /tasks/query": READING,
+    "POST /tasks/{task_id}/retry": SUBMITTING,
+    "PUT /rooms/{room_id}/providers": REGISTERING,
+    "GET /rooms/{room_id}/providers": READING,
+    "GET /rooms/{room_id}/providers/{provider_name}/info": READING,
+    "GET /rooms/{room_id}/providers/{provider_name}": READING,
+}
+
+
+async def test_the_host_is_told_what_it_is_asked_for(app, ada, bob, admin):
+    """Each route asks for its own action; refused, it is refused."""
+    scene = Scene("lab", {"owner": ada, "submitter": bob})
+    await scene.set_up()
+    await scene.bring_to("failed")
+    asked: list[tuple[str, Action]] = []
+    refused: set[Action] = set()
+
+    async def may(session: Any, caller: Any, room_id: str, action: Action) -> bool:
+        asked.append((room_id, action))
+        return action not in refused
+
+    async def room_access() -> RoomAccess:
+        return may
+
+    app.dependency_overrides[get_room_access] = room_access
+    for route, action in ASKS.items():
+        who = bob if "retry" in route else admin
+        ask = next(ask for (path, _), ask in ASKED.items() if path == route)
+        for refuses in (action, None):
+            refused.clear()
+            refused.update({refuses} if refuses else ())
+            asked.clear()
+            answer = await ask(scene, who)
+            assert set(asked) == {("lab", action)}, route
+            assert answer.is_success == (refuses is None), (route, answer.text)
+            assert answer.is_success or answer.status_code in (403, 404)
+
+
+async def test_who_lost_a_room_retries_nothing_there(app, ada, bob, admin):
+    """By the older overrides too; an archived room takes no retries either."""
+    worker = await offer(ada)
+    task = await submit(bob)
+    await move(ada, worker, task, "failed")
+    retry = f"/tasks/{task['id']}/retry"
+    closed, archived = {bob.id}, {"lab"}
+
+    async def may_enter(session: Any, caller: Any, room_id: str) -> bool:
+        return caller.id not in closed
+
+    async def room_access() -> RoomAccess:
+        return may_enter
+
+    async def writable(room_id: str) -> str:
+        if room_id in archived:
+            raise Forbidden.exception("archived")
+        return room_id
+
+    app.dependency_overrides[get_room_access] = room_access
+    app.dependency_overrides[verify_writable_room] = writable
+    assert (await bob.get(f"/tasks/{task['id']}")).json()["status"] == "failed"
+    problem(await bob.post(retry), 403, "forbidden")
+    closed.clear()
+    problem(await bob.post(retry), 403, "forbidden")
+    problem(await admin.post(retry), 403, "forbidden")
+    archived.clear()
+    assert (await bob.post(retry)).status_code == 202
+
+
+async def test_who_is_expelled_serves_nothing_there(
+    ada, bob, session_maker, tsio, events
+):
+    """What is elsewhere stays, and so does what others offer in the room."""
+    worker = await offer(bob)
+    await register(bob, "Alone", worker_id=worker)
+    await register(bob, room="attic", worker_id=worker)
+    other = await offer(ada)
+    files = {"category": "files", "schema": {}, "worker_id": worker}
+    for room in ("lab", "attic"):
+        await bob.put(f"/rooms/{room}/providers", json={"name": "his", **files})
+    held = await submit(ada)
+    (running,) = await claim(bob, worker, start=True)
+    assert running["id"] == held["id"]
+    waiting = await submit(ada)
+    elsewhere = await submit(ada, "attic:modifiers:Rotate", "attic")
+    withdrawn: list[str] = []
+
+    async def removed(names: Any) -> None:
+        withdrawn.extend(map(str, names))
+
+    events.clear()
+    assert await expel(session_maker, bob.id, "lab", None, tsio, removed) == 2
+    assert withdrawn == ["lab:files:his"]
+    assert {(e.event, e.room) for e in events} == {
+        ("jobs_invalidate", "room:lab"),
+        ("providers_invalidate", "room:lab"),
+    }
+    assert [t["id"] for t in await claim(bob, worker, max_tasks=9)] == [elsewhere["id"]]
+    assert (await report(bob, held, "completed")).status_code == 200
+    listed = (await ada.get("/rooms/lab/jobs")).json()["items"]
+    assert [(job["name"], job["workers"]) for job in listed] == [("Rotate", [other])]
+    assert [t["id"] for t in await claim(ada, other)] == [waiting["id"]]
+    assert (await ada.get("/rooms/lab/providers")).json()["total"] == 0
+    assert (await ada.get("/rooms/attic/providers")).json()["total"] == 1
+    assert await expel(session_maker, bob.id, "lab") == 0

@@ -6,6 +6,7 @@ from typing import Any
 # Names are handed on when they are first asked for: a worker's process imports the
 # client and must load neither the web framework nor the database toolkit for it.
 _MODULE_OF = {
+    "Action": "workers",
     "Category": "extension",
     "ClaimedTask": "client",
     "Emission": "events",
@@ -62,6 +63,7 @@ _MODULE_OF = {
     "cleanup_stuck_internal_tasks": "sweeper",
     "cleanup_worker": "sweeper",
     "emit": "events",
+    "expel": "sweeper",
     "ensure_internal_jobs": "registry",
     "ensure_internal_providers": "registry",
     "get_joblib_settings": "dependencies",

@@ -79,6 +79,7 @@ from zndraw_joblib.sweeper import (
     cleanup_stuck_internal_tasks as cleanup_stuck_internal_tasks,
 )
 from zndraw_joblib.sweeper import cleanup_worker as cleanup_worker
+from zndraw_joblib.sweeper import expel as expel
 from zndraw_joblib.sweeper import purge_jobs as purge_jobs
 from zndraw_joblib.sweeper import purge_tasks as purge_tasks
 from zndraw_joblib.sweeper import run_sweeper as run_sweeper
@@ -86,3 +87,4 @@ from zndraw_joblib.waiting import RedisWakeups as RedisWakeups
 from zndraw_joblib.waiting import Wakeups as Wakeups
 
 __all__: list[str]
+from zndraw_joblib.workers import Action as Action

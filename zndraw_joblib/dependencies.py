@@ -41,7 +41,7 @@ from zndraw_joblib.runtime import Runtime, runtime_of
 from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, check_printable
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.waiting import wakeups_of
-from zndraw_joblib.workers import Caller, RoomAccess
+from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
 
 # Longest `Prefer` that is read, in characters.
 _MAX_PREFER = 1000
@@ -82,17 +82,20 @@ async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
     return getattr(request.app.state, "on_providers_removed", None)
 
 
-async def _open_to_all(session: AsyncSession, caller: Caller, room_id: str) -> bool:
+async def _open_to_all(
+    session: AsyncSession, caller: Caller, room_id: str, action: Action
+) -> bool:
     return True
 
 
 async def get_room_access() -> RoomAccess:
-    """Return who may enter a room; a host with private rooms overrides this one.
+    """Return who may do what in a room; a host with private rooms overrides this one.
 
-    The returned ``async (session, caller, room_id) -> bool`` is asked by every route,
-    those addressed by a task's id included. It runs its statements on the session that
-    it is given and opens none of its own. The override itself is best a coroutine
-    function: FastAPI sends a plain one to a thread, with the session held.
+    The returned ``async (session, caller, room_id, action) -> bool`` is asked by every
+    route, those addressed by a task's id included, with an :class:`Action`; without the
+    last parameter it is asked all the same. It runs its statements on the session that it
+    is given and opens none of its own. The override itself is best a coroutine function:
+    FastAPI sends a plain one to a thread, with the session held.
     """
     return _open_to_all
 
@@ -266,9 +269,13 @@ def validate_room_id(room_id: str) -> str:
 
 
 async def enter(
-    session: AsyncSession, caller: Caller, room_id: str, may_enter: RoomAccess
+    session: AsyncSession,
+    caller: Caller,
+    room_id: str,
+    may_enter: RoomAccess,
+    action: Action = READ,
 ) -> None:
-    """Return if the caller may enter the room of the path.
+    """Return if the caller may do something in a room.
 
     Raises
     ------
@@ -276,8 +283,27 @@ async def enter(
         ``invalid-room-id``, ``forbidden``.
     """
     validate_room_id(room_id)
-    if not await may_enter(session, caller, room_id):
-        raise Forbidden.exception(f"room {room_id!r} is not open to you")
+    if not await permits(may_enter, session, caller, room_id, action):
+        said = "is not open to you" if action is READ else f"lets you not {action.kind}"
+        raise Forbidden.exception(f"room {room_id!r} {said}")
+
+
+async def check_writable(request: Request, room_id: str) -> None:
+    """Ask a host's ``verify_writable_room`` about a room that isn't in the path.
+
+    One that takes more than ``room_id`` and ``request`` can't be asked here; what
+    ``get_room_access`` returns is asked in any case.
+    """
+    overrides = getattr(request.app, "dependency_overrides", {})
+    verify = overrides.get(verify_writable_room)
+    if verify is None:
+        return
+    known = {"room_id": room_id, "request": request}
+    takes = inspect.signature(verify).parameters
+    if takes.keys() <= known.keys():
+        answer = verify(**{name: known[name] for name in takes})
+        if inspect.isawaitable(answer):
+            await answer
 
 
 class PageQuery(BaseModel):

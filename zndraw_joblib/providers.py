@@ -18,7 +18,7 @@ from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visibl
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.workers import Caller, RoomAccess, check_length, check_quota
+from zndraw_joblib.workers import Caller, RoomAccess, check_length, check_quota, permits
 
 _VIEW = (
     PROVIDER.c.id,
@@ -196,7 +196,7 @@ async def owned(
         )
     )
     row = found.one_or_none()
-    if row is None or not await may_enter(session, caller, row.room_id):
+    if row is None or not await permits(may_enter, session, caller, row.room_id):
         raise ProviderNotFound.exception(f"there is no provider {provider_id}")
     if not row.owned:
         raise Forbidden.exception(f"provider {provider_id} belongs to another user")

@@ -76,7 +76,7 @@ from zndraw_joblib.tasks import (
     read_view,
     seen,
 )
-from zndraw_joblib.workers import Caller, RoomAccess
+from zndraw_joblib.workers import Caller, RoomAccess, permits
 
 
 def _said(what: str, kind: TypeEngine[Any], count: int) -> ColumnElement[Any]:
@@ -372,7 +372,7 @@ async def report_many(
             row = standing.get(task_id)
             entitled = row and (row.entitled_to_cancel if cancel else row.entitled)
             if row is None or not (
-                entitled or await may_enter(session, caller, row.room_id)
+                entitled or await permits(may_enter, session, caller, row.room_id)
             ):
                 raise not_found(task_id)
             stands = _explain(row, bool(entitled), request, None)
@@ -464,7 +464,7 @@ async def _find(
     )
     row = found.one_or_none()
     if row is None or not (
-        row.entitled or await may_enter(session, caller, row.room_id)
+        row.entitled or await permits(may_enter, session, caller, row.room_id)
     ):
         raise not_found(task_id)
     return row

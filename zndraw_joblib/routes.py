@@ -206,7 +206,8 @@ async def register_job(
     """Offer a job, served by one of the caller's workers."""
     context = await context_of(request, user)
     caller, settings = context.caller, context.settings
-    await enter(session, caller, room_id, may_enter)
+    action = workers.Action("register", body.category)
+    await enter(session, caller, room_id, may_enter, action)
     if room_id in SPECIAL_ROOMS and not caller.is_superuser:
         raise Forbidden.exception(f"registering in {room_id} needs a superuser")
     if body.category not in settings.allowed_categories:

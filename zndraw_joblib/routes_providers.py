@@ -96,7 +96,8 @@ async def register_provider(
     """Offer data, served by one of the caller's workers."""
     context = await context_of(request, user)
     caller, settings = context.caller, context.settings
-    await enter(session, caller, room_id, may_enter)
+    action = workers.Action("register", body.category)
+    await enter(session, caller, room_id, may_enter, action)
     if room_id == INTERNAL_ROOM:
         raise Forbidden.exception("the server's own providers come from its code")
     if room_id == GLOBAL_ROOM and not caller.is_superuser:

@@ -25,6 +25,7 @@ from zndraw_joblib.dependencies import (
     Sessions,
     WaitingUser,
     Writable,
+    check_writable,
     context_of,
     enter,
     json_response,
@@ -64,6 +65,7 @@ from zndraw_joblib.schemas import (
     TaskSubmitRequest,
     TaskUpdateRequest,
 )
+from zndraw_joblib.workers import Action
 
 router = new_router()
 
@@ -105,7 +107,7 @@ async def submit_task(
     """Submit a task to a job that the room sees."""
     context = await context_of(request, user, session_maker)
     caller, settings = context.caller, context.settings
-    await enter(session, caller, room_id, may_enter)
+    await enter(session, caller, room_id, may_enter, _submitting(job_name))
 
     def check(target: submissions.Target) -> bool:
         _check_broker(context, target.name, [body], "/body")
@@ -152,7 +154,7 @@ async def submit_batch(
     """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
     context = await context_of(request, user, session_maker)
     caller, settings = context.caller, context.settings
-    await enter(session, caller, room_id, may_enter)
+    await enter(session, caller, room_id, may_enter, _submitting(job_name))
 
     def check(target: submissions.Target) -> bool:
         _check_broker(context, target.name, body.tasks, "/body/tasks/{}")
@@ -178,6 +180,11 @@ async def submit_batch(
         context.outbox.dispatch(batch.created)
     await context.commit(session)
     return json_response({"ids": batch.ids}, 202)
+
+
+def _submitting(job_name: str) -> Action:
+    # a malformed name is the business of those who look for the job
+    return Action("submit", job_name.split(":", 2)[1] if ":" in job_name else None)
 
 
 def _check_broker(
@@ -442,6 +449,10 @@ async def retry_task(
     task = await reports.retry(
         session, task_id, context.caller, may_enter, context.settings
     )
+    # its submitter reads it wherever it is, and retries it where they still may submit
+    submitting = _submitting(task.job_name)
+    await enter(session, context.caller, task.room_id, may_enter, submitting)
+    await check_writable(request, task.room_id)
     _check_broker(context, split_full_name(task.job_name), [], "")
     context.outbox.task_changed(task)
     context.outbox.dispatch([task])

@@ -296,6 +296,48 @@ async def cleanup_worker(
     return bool(removed.worker_ids)
 
 
+async def expel(
+    session_maker: SessionMaker,
+    user_id: UUID,
+    room_id: str,
+    settings: JobLibSettings | None = None,
+    tsio: Emitter | None = None,
+    on_providers_removed: ProvidersRemoved | None = None,
+) -> int:
+    """Take a user's offers out of a room that is no longer open to them.
+
+    Their workers no longer serve the room's jobs, so that no claim brings any of its
+    tasks, and their providers there are withdrawn. What they run already goes on, as
+    does what they submitted. Call it after the host's own rules have changed.
+
+    Parameters
+    ----------
+    session_maker : callable
+        Opens the session.
+    user_id : UUID
+        The user.
+    room_id : str
+        The room.
+    settings, tsio, on_providers_removed
+        Those of :func:`run_sweeper`.
+
+    Returns
+    -------
+    int
+        How many workers were unlinked and providers withdrawn.
+    """
+    sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
+    outbox = Outbox()
+    async with session_maker() as session:
+        removed = await workers.expel(session, user_id, room_id)
+        await jobs.delete_idle(session, JOB.c.id.in_(removed.job_ids))
+        await session.commit()
+    outbox.jobs_changed(removed.job_rooms)
+    outbox.providers_gone(removed.providers)
+    await deliver(outbox, sweep.transports)
+    return len(removed.worker_ids) + len(removed.providers)
+
+
 async def cleanup_overdue_attempts(
     session_maker: SessionMaker,
     settings: JobLibSettings | None = None,

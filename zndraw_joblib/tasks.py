@@ -39,7 +39,7 @@ from zndraw_joblib.models import (
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.workers import Caller, RoomAccess
+from zndraw_joblib.workers import Caller, RoomAccess, permits
 
 ahead = TASK.alias()
 
@@ -290,7 +290,7 @@ async def read(
     row = found.one_or_none()
     if row is None or not (
         caller.id in (row.created_by_id, row.holder_id)
-        or await may_enter(session, caller, row.room_id)
+        or await permits(may_enter, session, caller, row.room_id)
     ):
         raise not_found(task_id)
     return read_view(row)
@@ -316,7 +316,7 @@ async def readable(
     entered = {None} | {
         room
         for room in sorted(set(filter(None, rooms.values())))
-        if await may_enter(session, caller, room)
+        if await permits(may_enter, session, caller, room)
     }
     known = dict.fromkeys(task_id for task_id in task_ids if task_id in rooms)
     return [task_id for task_id in known if rooms[task_id] in entered]

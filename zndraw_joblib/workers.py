@@ -1,8 +1,9 @@
 """Workers: who they are, whether they live, and what goes when they go."""
 
+import inspect
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
@@ -65,8 +66,40 @@ class Caller:
     is_superuser: bool
 
 
-#: ``await may_enter(session, caller, room_id)``: whether a room is open to a user.
-RoomAccess = Callable[[AsyncSession, Caller, str], Awaitable[bool]]
+class Action(NamedTuple):
+    """What a user is about to do in a room.
+
+    Attributes
+    ----------
+    kind : {"read", "submit", "register"}
+        To retry a task is to submit it. Who withdraws something, or reports on a task,
+        does so as its owner.
+    category : str or None
+        Of the job or provider; None to read.
+    """
+
+    kind: Literal["read", "submit", "register"]
+    category: str | None = None
+
+
+READ = Action("read")
+
+#: ``await access(session, caller, room_id, action)``: whether a user may do that there.
+#: One without the last parameter is asked the same for every action.
+RoomAccess = Callable[..., Awaitable[bool]]
+
+
+async def permits(
+    access: RoomAccess,
+    session: AsyncSession,
+    caller: Caller,
+    room_id: str,
+    action: Action = READ,
+) -> bool:
+    """Ask the host whether a user may do something in a room."""
+    if len(inspect.signature(access).parameters) == 3:
+        return await access(session, caller, room_id)
+    return await access(session, caller, room_id, action)
 
 
 @dataclass
@@ -448,6 +481,35 @@ async def remove(session: AsyncSession, worker_ids: Sequence[UUID]) -> Removed:
         {row.job_id for row in served},
         {row.room_id for row in served},
         withdrawn,
+    )
+
+
+async def expel(session: AsyncSession, user_id: UUID, room_id: str) -> Removed:
+    """Unlink a user's workers from a room's jobs, and withdraw their providers there.
+
+    Returns
+    -------
+    Removed
+        Its ``worker_ids`` are those that were unlinked: they stay.
+    """
+    theirs = select(WORKER.c.id).where(WORKER.c.user_id == user_id)
+    here = select(JOB.c.id).where(JOB.c.room_id == room_id)
+    links = await session.execute(
+        delete(LINK)
+        .where(LINK.c.worker_id.in_(theirs), LINK.c.job_id.in_(here))
+        .returning(LINK.c.worker_id, LINK.c.job_id)
+    )
+    unlinked = links.all()
+    providers = await session.execute(
+        delete(PROVIDER)
+        .where(PROVIDER.c.user_id == user_id, PROVIDER.c.room_id == room_id)
+        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
+    )
+    return Removed(
+        list({link.worker_id for link in unlinked}),
+        {link.job_id for link in unlinked},
+        {room_id} if unlinked else set(),
+        [FullName(*row) for row in providers],
     )
 
 
