@@ -250,9 +250,8 @@ class Hands:
                 return None
         self._claims.note("started", task)
         ends: list[Report | None] = []
-        trace = (task.job_name, task.task_id, task.attempt, task.traceparent)
         try:
-            with telemetry.processing(*trace):
+            with telemetry.continuing({"traceparent": task.traceparent or ""}):
                 self._execute_into(ends, task)
         except BaseException as exc:
             if not ends:

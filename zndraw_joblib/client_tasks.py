@@ -383,7 +383,7 @@ def _body(extension: Extension, options: dict[str, Any]) -> bytes:
 
 def _headers(job: FullName, key: str) -> dict[str, str]:
     headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
-    if trace := telemetry.submitting(str(job)):
+    if trace := telemetry.carried():
         headers["traceparent"] = trace
     return headers
 

@@ -90,12 +90,3 @@ def task_changed(task: Any) -> None:
 def submitting(job_name: str, task_id: Any = None) -> str | None:
     """Return the trace that a submitted task carries."""
     return carried()
-
-
-@contextmanager
-def processing(
-    job_name: str, task_id: Any, attempt: int | None, traceparent: str | None
-) -> Iterator[None]:
-    """Run a task within its trace."""
-    with continuing({"traceparent": traceparent or ""}):
-        yield
