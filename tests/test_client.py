@@ -626,7 +626,7 @@ async def test_a_batch_is_cut_until_the_host_takes_it(
     assert (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"] == 20
     with pytest.raises(ValueError, match="limited to 4000"):
         await run_sync(lambda: manager.submit_many([Work(what="x" * 5000)], ROOM))
-    with pytest.raises(KeyError, match="sees no job"):
+    with pytest.raises(KeyError, match="job not found"):
         await run_sync(lambda: manager.submit_many(tasks, ROOM, job_room="else"))
 
 

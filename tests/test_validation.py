@@ -10,7 +10,12 @@ import pytest
 from pydantic import BaseModel, Field
 
 from zndraw_joblib.exceptions import ProblemException
-from zndraw_joblib.validation import DIALECTS, check_payloads, check_schema
+from zndraw_joblib.validation import (
+    DIALECTS,
+    check_payloads,
+    check_schema,
+    differences,
+)
 
 TYPES = ["object", "array", "string", "number", "integer", "boolean", "null"]
 SCALARS = [None, True, False, 0, 1, 2, -1, 0.0, 1.0, 0.5, 1e300, "", "a", "ab", "bb"]
@@ -281,3 +286,12 @@ def test_payloads_of_one_request_share_what_they_may_cost():
 def test_a_schema_that_can_not_be_followed_admits_unchecked(schema):
     payloads = {"/body/payload": {"a": "a", "b": [1]}}
     assert check_payloads(json.dumps(schema), payloads) is False
+
+
+def test_schemas_that_differ_are_told_apart_by_place():
+    one = {"properties": {"a": {"type": "number"}, "b": {}}, "title": "x"}
+    other = {"properties": {"a": {"type": "integer"}, "c/d": {}}, "title": "x"}
+    places = ["/properties/a/type", "/properties/b", "/properties/c~1d"]
+    assert list(differences(one, other)) == places
+    assert list(differences(one, dict(reversed(one.items())))) == []
+    assert list(differences({"const": 1}, {"const": True})) == ["/const"]

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 PROBLEM_JSON = "application/problem+json"
+#: Errors of one request that are told.
+MAX_ERRORS = 10
+#: Characters of a problem's ``detail``, which may repeat what was sent.
+MAX_DETAIL = 2000
 
 # of an error's text, and of a group's exceptions
 MAX_ERROR = 64 * 1024
@@ -83,7 +87,7 @@ class Problem:
             type=cls.type_uri(),
             title=cls.title,
             status=cls.status,
-            detail=cleandoc(cls.__doc__ or cls.title) if detail is None else detail,
+            detail=shortened(detail or cleandoc(cls.__doc__ or cls.title), MAX_DETAIL),
             instance=instance,
             **members,
         )
@@ -151,7 +155,7 @@ class Forbidden(Problem):
 
 
 class JobNotFound(Problem):
-    """There is no such job in this room."""
+    """Job not found: there is none of this name in this room."""
 
     title = "Not Found"
     status = 404
@@ -166,7 +170,7 @@ class NoWorkersAvailable(Problem):
 
 
 class WorkerNotFound(Problem):
-    """There is no such worker."""
+    """Worker not found."""
 
     title = "Not Found"
     status = 404
@@ -174,7 +178,7 @@ class WorkerNotFound(Problem):
 
 
 class TaskNotFound(Problem):
-    """There is no such task."""
+    """Task not found."""
 
     title = "Not Found"
     status = 404
@@ -182,7 +186,7 @@ class TaskNotFound(Problem):
 
 
 class ProviderNotFound(Problem):
-    """There is no such provider in this room."""
+    """Provider not found: there is none of this name in this room."""
 
     title = "Not Found"
     status = 404
@@ -190,7 +194,7 @@ class ProviderNotFound(Problem):
 
 
 class SchemaConflict(Problem):
-    """The job exists with another schema."""
+    """Schema mismatch: the job exists with another schema."""
 
     title = "Conflict"
     status = 409
@@ -315,8 +319,12 @@ def invalid_request(errors: list[Any]) -> ProblemException:
         As ``RequestValidationError.errors()`` returns them.
     """
     told = [
-        {"pointer": json_pointer(e["loc"]), "detail": e["msg"], "type": e["type"]}
-        for e in errors
+        {
+            "pointer": shortened(json_pointer(e["loc"])),
+            "detail": shortened(e["msg"]),
+            "type": e["type"],
+        }
+        for e in errors[:MAX_ERRORS]
     ]
     where = "; ".join(f"{e['pointer']}: {e['detail']}" for e in told[:3])
     return InvalidRequest.exception(detail=where, errors=told)
@@ -338,7 +346,7 @@ async def problem_exception_handler(request: "Request", exc: Exception) -> "Resp
         raise exc
     problem = exc.problem
     if problem.instance is None:
-        problem = problem.model_copy(update={"instance": request.url.path})
+        problem = problem.model_copy(update={"instance": shortened(request.url.path)})
     return Response(
         problem.model_dump_json(exclude_none=True),
         status_code=problem.status,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -30,6 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib.exceptions import (
+    MAX_ERRORS,
     JobNotFound,
     NoWorkersAvailable,
     SchemaConflict,
@@ -48,6 +50,7 @@ from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visibl
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject
 from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.validation import differences
 from zndraw_joblib.workers import Caller, check_length, check_quota
 
 
@@ -83,7 +86,7 @@ def find(room: str, full_name: str) -> FullName:
     try:
         name = split_full_name(full_name)
     except ValueError as exc:
-        raise JobNotFound.exception(str(exc)) from None
+        raise JobNotFound.exception(f"job not found: {exc}") from None
     if name.room not in visible_rooms(room):
         raise not_found(room, full_name)
     return name
@@ -91,7 +94,7 @@ def find(room: str, full_name: str) -> FullName:
 
 def not_found(room: str, full_name: str) -> Exception:
     """Return the problem that says that ``room`` sees no such job."""
-    return JobNotFound.exception(f"room {room!r} sees no job {full_name!r}")
+    return JobNotFound.exception(f"job not found: room {room!r} sees no {full_name!r}")
 
 
 def named(name: FullName) -> ColumnElement[bool]:
@@ -206,7 +209,11 @@ async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UU
     rows = await session.execute(select(JOB.c.id, JOB.c.schema).where(named(name)))
     job = rows.one()
     if json.dumps(job.schema, sort_keys=True) != json.dumps(schema, sort_keys=True):
-        raise SchemaConflict.exception(f"job {name} exists with another schema")
+        where = ", ".join(islice(differences(job.schema, schema), MAX_ERRORS))
+        raise SchemaConflict.exception(
+            f"schema mismatch: job {name} exists with another schema; they differ at"
+            f" {where}"
+        )
     return UUID(str(job.id))
 
 

@@ -150,13 +150,15 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
     try:
         name = split_full_name(full_name)
     except ValueError as exc:
-        raise ProviderNotFound.exception(str(exc)) from None
+        raise ProviderNotFound.exception(f"provider not found: {exc}") from None
     row = None
     if name.room in visible_rooms(room):
         found = await session.execute(select(*_VIEW).where(_named(name)))
         row = found.one_or_none()
     if row is None:
-        raise ProviderNotFound.exception(f"room {room!r} sees no provider {name}")
+        raise ProviderNotFound.exception(
+            f"provider not found: room {room!r} sees no {name}"
+        )
     return _view(row)
 
 
@@ -197,7 +199,7 @@ async def owned(
     )
     row = found.one_or_none()
     if row is None or not await permits(may_enter, session, caller, row.room_id):
-        raise ProviderNotFound.exception(f"there is no provider {provider_id}")
+        raise ProviderNotFound.exception(f"provider {provider_id} not found")
     if not row.owned:
         raise Forbidden.exception(f"provider {provider_id} belongs to another user")
     return _view(row)
@@ -224,5 +226,5 @@ async def remove(
     )
     row = removed.one_or_none()
     if row is None:
-        raise ProviderNotFound.exception(f"there is no provider {provider_id}")
+        raise ProviderNotFound.exception(f"provider {provider_id} not found")
     return FullName(*row)

@@ -534,7 +534,7 @@ async def retry(
         order_taken(rows[0].queue_order, task.priority)
         return again[0]
     if await session.scalar(select(of_job(JOB.c.deleted)).where(TASK.c.id == task_id)):
-        raise JobNotFound.exception("the task's job is gone")
+        raise JobNotFound.exception("job not found: the task's job is gone")
     raise InvalidTaskTransition.exception("only a terminal task can be tried again")
 
 

@@ -258,7 +258,7 @@ def born_claimed(redispatch_seconds: float | ColumnElement[float]) -> dict[Any, 
 
 def not_found(task_id: UUID) -> Exception:
     """Return the problem that says that there is no such task, for this caller."""
-    return TaskNotFound.exception(f"there is no task {task_id}")
+    return TaskNotFound.exception(f"task {task_id} not found")
 
 
 @lru_cache(maxsize=8)

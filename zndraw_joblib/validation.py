@@ -18,6 +18,7 @@ import jsonschema_rs
 from pydantic_core import from_json, to_json
 
 from zndraw_joblib.exceptions import (
+    MAX_ERRORS,
     InvalidSchema,
     PayloadMismatch,
     json_pointer,
@@ -30,12 +31,12 @@ MAX_SUBSCHEMAS = 5000
 MAX_PATTERNS = 100
 #: What all payloads of a request may cost together.
 MAX_STEPS = 50_000
-#: Payloads of a batch of which is told where they don't fit.
-MAX_ERRORS = 10
 #: How deep schemas may be nested while they are held against one payload.
 MAX_DEPTH = 150
 MAX_PATTERN_LENGTH = 250
 _PATTERN_BYTES = 8 * 1024
+# Draft-07's alternatives are all told, each with what it looked at: 5 ms a KiB.
+_MAX_EXPLAINED = 4096
 
 DIALECTS = (
     "https://json-schema.org/draft/2020-12/schema",
@@ -120,12 +121,16 @@ def check_schema(schema: JsonObject) -> None:
 
 
 def _require_schema(schema: JsonObject) -> None:
-    if len(to_json(schema)) > MAX_SCHEMA_BYTES:
+    size = len(to_json(schema))
+    if size > MAX_SCHEMA_BYTES:
         raise ValueError(f"a schema is limited to {MAX_SCHEMA_BYTES} bytes")
     written_in = schema.get("$schema", DIALECTS[0])
     if not isinstance(written_in, str) or written_in.rstrip("#") not in DIALECTS:
         raise ValueError(f"the dialects taken here are {' and '.join(DIALECTS)}")
-    jsonschema_rs.meta.validate(schema)
+    if not jsonschema_rs.meta.is_valid(schema):
+        if written_in != DIALECTS[0] and size > _MAX_EXPLAINED:
+            raise ValueError("it does not fit its meta-schema")
+        jsonschema_rs.meta.validate(schema)
     check = _Check(schema)
     parts = list(_subschemas(schema))
     patterns = [part["pattern"] for part in parts if "pattern" in part]
@@ -156,6 +161,19 @@ def _subschemas(root: JsonObject) -> Iterator[JsonObject]:
                     waiting += value.values()
                 elif keyword in _OTHER_PARTS:
                     waiting.append(value)
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Yield the JSON pointers of the places where two schemas differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            below = where + json_pointer([key])
+            if key in one and key in other:
+                yield from differences(one[key], other[key], below)
+            else:
+                yield shortened(below)
+    elif to_json(one) != to_json(other):
+        yield shortened(where or "/")
 
 
 def check_payloads(schema: str, payloads: Mapping[str, JsonObject]) -> bool:

@@ -245,7 +245,7 @@ def checked(row: Row[Any] | None, worker_id: UUID, caller: Caller) -> Row[Any]:
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
     if row is None:
-        raise WorkerNotFound.exception(f"there is no worker {worker_id}")
+        raise WorkerNotFound.exception(f"worker {worker_id} not found")
     if row.user_id != caller.id:
         raise Forbidden.exception(f"worker {worker_id} belongs to another user")
     return row
@@ -268,7 +268,7 @@ async def mine(
         made: UUID = (await create(session, caller.id, settings)).id
         return made
     if await _touch(session, worker_id, caller) is None:
-        raise WorkerNotFound.exception(f"you have no worker {worker_id}")
+        raise WorkerNotFound.exception(f"worker {worker_id} not found among yours")
     return worker_id
 
 
@@ -420,7 +420,7 @@ def _may_command(caller: Caller) -> ColumnElement[bool]:
 async def _explain(session: AsyncSession, worker_id: UUID) -> None:
     known = await session.scalar(select(WORKER.c.id).where(WORKER.c.id == worker_id))
     if known is None:
-        raise WorkerNotFound.exception(f"there is no worker {worker_id}")
+        raise WorkerNotFound.exception(f"worker {worker_id} not found")
 
 
 async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Removed:
