@@ -205,7 +205,7 @@ REQUESTS = {
     "a fraction's exponent": body('{"payload": {"a": [' + ",".join(["1e400"] * 100_000) + "]}}"),
     "large integers": body('{"payload": {"a": [' + ",".join([str(2**63 - 1)] * 45_000) + "]}}", 202),
     "suspicious numbers": body('{"payload": {"a": [1e100' + ",0" * 500_000 + "]}}", 202),
-    "suspicious lists": body('{"payload": {"a": [1e100' + ",[]" * 340_000 + "]}}", 202),
+    "suspicious lists": body('{"payload": {"a": [1e100' + ",[]" * 150_000 + "]}}", 202),
     "suspicious keys": body('{"payload": {"a":1e100' + "".join(f',"{n}":0' for n in range(80_000)) + "}}", 202),
     "escapes": body('{"payload": {"a": "' + "\\u00e9" * 170_000 + '"}}', 202),
     "many keys": body(json.dumps({"payload": {f"{n}": 0 for n in range(80_000)}}), 202),
