@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 #: imports go down; on a floor they go leftward
 FLOORS = [
-    ["names", "lifecycle", "settings", "exceptions"],
+    ["lifecycle", "settings", "exceptions"],
     ["schemas", "validation", "extension", "provider"],
     ["telemetry", "events", "waiting", "results"],
     ["models", "paging", "migration"],

@@ -25,7 +25,7 @@ from zndraw_joblib import (
     router,
 )
 from zndraw_joblib.dependencies import get_room_access
-from zndraw_joblib.names import FullName
+from zndraw_joblib.lifecycle import FullName
 from zndraw_joblib.settings import JobLibSettings
 
 FILES = {"category": "filesystem", "name": "files", "schema": {"type": "object"}}

@@ -29,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib.lifecycle import (
+    INTERNAL_ROOM,
     INTERNAL_TIMEOUT_ERROR,
     TIMEOUT_ERROR,
     WORKER_LOST_ERROR,
@@ -49,7 +50,6 @@ from zndraw_joblib.models import (
     rechecked,
     seconds_between,
 )
-from zndraw_joblib.names import INTERNAL_ROOM
 from zndraw_joblib.schemas import MAX_INT, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (

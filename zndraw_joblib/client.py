@@ -37,8 +37,7 @@ from zndraw_joblib.client_tasks import (
 from zndraw_joblib.client_transport import Api, SafeLogger, Transport, path
 from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
 from zndraw_joblib.extension import Category, Extension, as_json, category_of
-from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.names import GLOBAL_ROOM, FullName
+from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus, WorkerState
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy, TaskResponse
 
@@ -281,7 +280,7 @@ class JobManager:
             return partial(
                 self.register, room=room, run_kwargs=run_kwargs, policy=policy
             )
-        name = FullName(room, category_of(extension_class), extension_class.__name__)
+        name = FullName.of(room, category_of(extension_class), extension_class.__name__)
         job = OfferedJob(extension_class, name, run_kwargs or {}, policy or JobPolicy())
         self._registrations.add_job(job)
         if self._execute is not None:
@@ -311,7 +310,9 @@ class JobManager:
         ValueError, TypeError, RuntimeError
             As for `register`.
         """
-        provider = OfferedProvider(cls, FullName(room, category_of(cls), name), handler)
+        provider = OfferedProvider(
+            cls, FullName.of(room, category_of(cls), name), handler
+        )
         with self._registrations.lock:
             self.create_worker()
             self._readers.start()

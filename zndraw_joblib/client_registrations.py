@@ -20,7 +20,7 @@ from zndraw_joblib.events import (
 )
 from zndraw_joblib.exceptions import WorkerNotFound
 from zndraw_joblib.extension import Extension, schema_of
-from zndraw_joblib.names import FullName
+from zndraw_joblib.lifecycle import FullName
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy
 

@@ -24,8 +24,7 @@ from zndraw_joblib.client_transport import (
 )
 from zndraw_joblib.exceptions import PayloadTooLarge
 from zndraw_joblib.extension import Extension, category_of, parameters_of
-from zndraw_joblib.lifecycle import TERMINAL
-from zndraw_joblib.names import UNPRINTABLE, FullName
+from zndraw_joblib.lifecycle import TERMINAL, UNPRINTABLE, FullName, check_room
 from zndraw_joblib.schemas import MAX_PAGE, TaskQueryResponse, TaskResponse
 
 MAX_MESSAGE = 1000
@@ -238,7 +237,7 @@ class Submissions:
 
         answer = self._transport.send(
             "post",
-            path("rooms", room, "batches", job),
+            path("rooms", check_room(room), "batches", job),
             read=read,
             optional=True,
             content=b'{"tasks":[%s]}' % b",".join(bodies),
@@ -260,7 +259,7 @@ class Submissions:
     def _submit(self, room: str, job: FullName, body: bytes, key: str) -> str:
         answer = self._transport.send(
             "post",
-            path("rooms", room, "tasks", job),
+            path("rooms", check_room(room), "tasks", job),
             read=lambda answer: str(answer["id"]),
             content=body,
             headers=_headers(job, key),
@@ -373,7 +372,7 @@ class Submissions:
 
 
 def _job(extension: Extension, job_room: str) -> FullName:
-    return FullName(job_room, category_of(extension), type(extension).__name__)
+    return FullName.of(job_room, category_of(extension), type(extension).__name__)
 
 
 def _body(extension: Extension, options: dict[str, Any]) -> bytes:

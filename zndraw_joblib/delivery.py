@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, telemetry
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, TaskView, emit
-from zndraw_joblib.names import FullName
+from zndraw_joblib.lifecycle import FullName
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.waiting import Waiters, Wakeups
 

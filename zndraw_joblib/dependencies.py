@@ -32,8 +32,8 @@ from zndraw_joblib.delivery import ProvidersRemoved, SessionMaker, Transports
 from zndraw_joblib.deprecated import __getattr__ as __getattr__
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
+from zndraw_joblib.lifecycle import check_room
 from zndraw_joblib.long_polls import LongPoll
-from zndraw_joblib.names import check_room
 from zndraw_joblib.paging import Cursor, Listing, Page
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of

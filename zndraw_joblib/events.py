@@ -12,8 +12,13 @@ from uuid import UUID
 import anyio
 from pydantic import BaseModel, ConfigDict
 
-from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name
+from zndraw_joblib.lifecycle import (
+    INTERNAL_ROOM,
+    TERMINAL,
+    FullName,
+    TaskStatus,
+    split_full_name,
+)
 
 log = logging.getLogger(__name__)
 

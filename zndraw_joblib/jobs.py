@@ -36,6 +36,12 @@ from zndraw_joblib.exceptions import (
     NoWorkersAvailable,
     SchemaConflict,
 )
+from zndraw_joblib.lifecycle import (
+    INTERNAL_ROOM,
+    FullName,
+    split_full_name,
+    visible_rooms,
+)
 from zndraw_joblib.models import (
     JOB,
     LINK,
@@ -46,7 +52,6 @@ from zndraw_joblib.models import (
     queued,
     served_to,
 )
-from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject
 from zndraw_joblib.settings import JobLibSettings

@@ -1,5 +1,7 @@
-"""The life of a task: its states, and which may follow which."""
+"""What both sides of the wire agree on: states of tasks, full names, rooms."""
 
+import re
+import unicodedata
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -106,3 +108,165 @@ MAX_PRIORITY = 1000
 WORKER_LOST_ERROR = "Worker disconnected"
 TIMEOUT_ERROR = "Ran longer than the job allows"
 INTERNAL_TIMEOUT_ERROR = "Internal task timed out"
+
+GLOBAL_ROOM = "@global"
+INTERNAL_ROOM = "@internal"
+SPECIAL_ROOMS = frozenset({GLOBAL_ROOM, INTERNAL_ROOM})
+
+MAX_LENGTH = 255
+#: Of a full name in UTF-8: a row of an index of PostgreSQL has 2704 bytes at most.
+MAX_BYTES = 2560
+
+# Controls and lone surrogates can't be shown, logged or (NUL, surrogates) stored.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# What has no shape of its own, or turns others around. The joiners are part of words and
+# of emoji.
+_UNSEEN = frozenset({"Cf", "Zl", "Zp"})
+_JOINERS = "\u200c\u200d"
+# Parts of a path that clients resolve before they send it.
+_DOTS = frozenset({".", ".."})
+
+
+class FullName(NamedTuple):
+    """What a job or provider is called: ``room:category:name``."""
+
+    room: str
+    category: str
+    name: str
+
+    def __str__(self) -> str:
+        return ":".join(self)
+
+    @classmethod
+    def of(cls, room: str, category: str, name: str) -> "FullName":
+        """Return a full name as it is stored, from its parts as they were given.
+
+        Raises
+        ------
+        ValueError
+            When one of them can't be one, or all of them are too long together.
+        """
+        try:
+            return cls(
+                check_room(room), check_name(category), check_name(name)
+            ).bounded()
+        except ValueError as exc:
+            raise ValueError(
+                f"{room}:{category}:{name} can't be a name: {exc}"
+            ) from None
+
+    def bounded(self) -> "FullName":
+        """Return the name itself, if it isn't too long for an index.
+
+        Raises
+        ------
+        ValueError
+            When it has more than 2560 bytes in UTF-8.
+        """
+        if len(str(self).encode()) > MAX_BYTES:
+            raise ValueError(f"must have at most {MAX_BYTES} bytes together, in UTF-8")
+        return self
+
+
+def split_full_name(full_name: str) -> FullName:
+    """Split a full name at its first two colons.
+
+    Raises
+    ------
+    ValueError
+        When there are fewer than two colons, or control characters.
+    """
+    parts = full_name.split(":", 2)
+    if len(parts) != 3 or UNPRINTABLE.search(full_name):
+        raise ValueError(f"{full_name!r} is not of the form room:category:name")
+    room, *names = parts
+    return FullName(room, *(unicodedata.normalize("NFC", name) for name in names))
+
+
+def _check_part(part: str) -> None:
+    if not 0 < len(part) <= MAX_LENGTH:
+        raise ValueError(f"must have 1 to {MAX_LENGTH} characters")
+    if ":" in part:
+        raise ValueError("must not contain a colon")
+    if UNPRINTABLE.search(part):
+        raise ValueError("must not contain control characters or lone surrogates")
+
+
+def check_name(name: str) -> str:
+    """Return ``name``, in its composed form (NFC), if it can be part of a full name.
+
+    Of two spellings of one name one is stored, and both find it.
+
+    Raises
+    ------
+    ValueError
+        When it is empty, longer than 255 characters, holds a colon or a control
+        character, or ``/`` with ``.`` or ``..`` behind it, which a client would resolve
+        as it resolves paths.
+    """
+    # normalizing what can't be encoded makes nothing of it
+    name = unicodedata.normalize("NFC", name)
+    _check_part(name)
+    if _DOTS.intersection(name.split("/")[1:]):
+        raise ValueError("must not contain '/.' or '/..' as part of a path")
+    return name
+
+
+def check_job_name(name: str) -> str:
+    """Return ``name``, in its composed form (NFC), if a job can be called so.
+
+    Raises
+    ------
+    ValueError
+        As :func:`check_name`; and when it ends in ``/tasks``, which is the path of a
+        job's tasks, or holds characters that can't be seen.
+    """
+    name = check_name(name)
+    if name.endswith("/tasks"):
+        raise ValueError("must not end in '/tasks'")
+    if any(unicodedata.category(c) in _UNSEEN and c not in _JOINERS for c in name):
+        raise ValueError("must not contain invisible characters")
+    return name
+
+
+def check_provider_name(name: str) -> str:
+    """Return ``name``, in its composed form (NFC), if a provider can be called so.
+
+    Raises
+    ------
+    ValueError
+        As :func:`check_name`; and when it ends in ``/info``, which is the path of what
+        is known of a provider.
+    """
+    name = check_name(name)
+    if name.endswith("/info"):
+        raise ValueError("must not end in '/info'")
+    return name
+
+
+def check_room(room: str) -> str:
+    """Return ``room`` if it is ``@global``, ``@internal`` or an ordinary room id.
+
+    Rooms are the host's: they are taken as they are written.
+
+    Raises
+    ------
+    ValueError
+        When it is none of them: empty, ``.``, ``..``, longer than 255 characters, or
+        holding ``@``, ``:``, ``/`` or a control character.
+    """
+    if room in SPECIAL_ROOMS:
+        return room
+    if "@" in room:
+        raise ValueError("must not contain '@'")
+    if "/" in room or room in _DOTS:
+        raise ValueError(
+            "must not be '.' or '..', or contain '/': no URL would reach it"
+        )
+    _check_part(room)
+    return room
+
+
+def visible_rooms(room: str) -> tuple[str, ...]:
+    """Return the rooms whose jobs and providers ``room`` sees, itself first."""
+    return (room,) if room in SPECIAL_ROOMS else (room, GLOBAL_ROOM, INTERNAL_ROOM)

@@ -44,8 +44,13 @@ from sqlalchemy.sql.functions import FunctionElement
 from uuid_utils.compat import uuid7
 from zndraw_auth import Base
 
-from zndraw_joblib.lifecycle import HELD, TaskStatus, WorkerState
-from zndraw_joblib.names import FullName, visible_rooms
+from zndraw_joblib.lifecycle import (
+    HELD,
+    FullName,
+    TaskStatus,
+    WorkerState,
+    visible_rooms,
+)
 
 T = TypeVar("T")
 

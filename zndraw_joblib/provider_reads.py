@@ -34,7 +34,7 @@ from zndraw_joblib.exceptions import (
     ServerBusy,
     ServiceUnavailable,
 )
-from zndraw_joblib.names import INTERNAL_ROOM
+from zndraw_joblib.lifecycle import INTERNAL_ROOM
 from zndraw_joblib.results import ResultBackend
 from zndraw_joblib.schemas import ProviderResponse, parse_json
 from zndraw_joblib.settings import JobLibSettings

@@ -18,7 +18,7 @@ from zndraw_joblib import attempts, deprecated, jobs, telemetry
 from zndraw_joblib.delivery import SessionMaker, Transports
 from zndraw_joblib.events import Outbox
 from zndraw_joblib.exceptions import describe
-from zndraw_joblib.names import INTERNAL_ROOM, FullName
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
 from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.schemas import TaskResponse

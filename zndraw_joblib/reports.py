@@ -42,6 +42,7 @@ from zndraw_joblib.exceptions import (
 )
 from zndraw_joblib.lifecycle import (
     HELD,
+    INTERNAL_ROOM,
     REPORTABLE,
     TERMINAL,
     ErrorType,
@@ -56,7 +57,6 @@ from zndraw_joblib.models import (
     rechecked,
     returned,
 )
-from zndraw_joblib.names import INTERNAL_ROOM
 from zndraw_joblib.schemas import (
     TaskResponse,
     TaskUpdateRequest,

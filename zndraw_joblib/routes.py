@@ -36,7 +36,7 @@ from zndraw_joblib.exceptions import (
     SchemaConflict,
     WorkerNotFound,
 )
-from zndraw_joblib.names import SPECIAL_ROOMS, FullName
+from zndraw_joblib.lifecycle import SPECIAL_ROOMS, FullName
 from zndraw_joblib.problem_route import BODY, ROOM, Responses, new_router, problems
 from zndraw_joblib.runtime import lifespan
 from zndraw_joblib.schemas import (

@@ -41,7 +41,7 @@ from zndraw_joblib.exceptions import (
     ServiceUnavailable,
     WorkerNotFound,
 )
-from zndraw_joblib.names import GLOBAL_ROOM, INTERNAL_ROOM, FullName
+from zndraw_joblib.lifecycle import GLOBAL_ROOM, INTERNAL_ROOM, FullName
 from zndraw_joblib.problem_route import (
     ANYTHING,
     BODY,

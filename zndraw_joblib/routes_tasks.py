@@ -47,8 +47,7 @@ from zndraw_joblib.exceptions import (
     TaskNotFound,
     WorkerNotFound,
 )
-from zndraw_joblib.lifecycle import TaskStatus
-from zndraw_joblib.names import INTERNAL_ROOM, FullName, split_full_name
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, TaskStatus, split_full_name
 from zndraw_joblib.problem_route import BODY, ROOM, WAITING, WAITS, new_router, problems
 from zndraw_joblib.schemas import (
     PaginatedResponse,

@@ -21,14 +21,12 @@ from pydantic import (
 from zndraw_joblib.exceptions import ProblemDetail
 from zndraw_joblib.lifecycle import (
     MAX_ATTEMPTS,
+    MAX_LENGTH,
     MAX_PRIORITY,
+    UNPRINTABLE,
     ErrorType,
     TaskStatus,
     WorkerState,
-)
-from zndraw_joblib.names import (
-    MAX_LENGTH,
-    UNPRINTABLE,
     check_job_name,
     check_name,
     check_provider_name,

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Row, Select, and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib.lifecycle import TaskStatus
+from zndraw_joblib.lifecycle import FullName, TaskStatus
 from zndraw_joblib.models import (
     JOB,
     LINK,
@@ -22,7 +22,6 @@ from zndraw_joblib.models import (
     queued,
     served_to,
 )
-from zndraw_joblib.names import FullName
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobStats
 from zndraw_joblib.settings import JobLibSettings, get_settings

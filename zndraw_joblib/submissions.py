@@ -34,7 +34,7 @@ from zndraw_joblib.exceptions import (
     ProblemException,
     QuotaExceeded,
 )
-from zndraw_joblib.lifecycle import TaskStatus
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, TaskStatus
 from zndraw_joblib.models import (
     JOB,
     TASK,
@@ -43,7 +43,6 @@ from zndraw_joblib.models import (
     number,
     queued,
 )
-from zndraw_joblib.names import INTERNAL_ROOM, FullName
 from zndraw_joblib.schemas import (
     TaskResponse,
     TaskSubmitRequest,

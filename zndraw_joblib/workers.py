@@ -35,7 +35,7 @@ from zndraw_joblib.exceptions import (
     QuotaExceeded,
     WorkerNotFound,
 )
-from zndraw_joblib.lifecycle import WorkerState
+from zndraw_joblib.lifecycle import FullName, WorkerState
 from zndraw_joblib.models import (
     JOB,
     LINK,
@@ -47,7 +47,6 @@ from zndraw_joblib.models import (
     number,
     served_to,
 )
-from zndraw_joblib.names import FullName
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.settings import JobLibSettings
 
