@@ -13,6 +13,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import httpx
 import monitoring
@@ -155,11 +156,14 @@ def create_app() -> FastAPI:
     base_maker = async_sessionmaker(state.engine)
     state.session_maker = base_maker
     if database_url.startswith("sqlite"):
-        state.db_lock = asyncio.Lock()
+        # made where it is used: a lock belongs to one event loop, and people's tests run
+        # one app in several
+        locks: WeakKeyDictionary[Any, asyncio.Lock] = WeakKeyDictionary()
 
         @asynccontextmanager
         async def locked_maker() -> AsyncIterator[AsyncSession]:
-            async with app.state.db_lock:
+            loop = asyncio.get_running_loop()
+            async with locks.setdefault(loop, asyncio.Lock()):
                 async with base_maker() as session:
                     yield session
 

@@ -92,6 +92,13 @@ async def upload(
     )
 
 
+async def ask(user: User, full_name: str = FULL_NAME) -> None:
+    """Have a provider asked, and don't wait: what nobody asked for is not kept."""
+    path = f"/rooms/lab/providers/{full_name}"
+    answer = await user.get(path, headers={"Prefer": "wait=0"})
+    problem(answer, 504, "provider-timeout")
+
+
 async def until(condition: Callable[[], Any]) -> None:
     with anyio.fail_after(HANG):
         while not condition():
@@ -148,6 +155,8 @@ async def test_what_was_answered_since_the_look_is_not_asked_for(
     acquire = results.near.acquire_inflight
 
     async def late(key: str, ttl: float) -> bool:
+        results.near.acquire_inflight = acquire
+        assert await acquire(key, ttl)
         await upload(ada, provider, b"1")
         return await acquire(key, ttl)
 
@@ -166,6 +175,7 @@ async def test_what_was_answered_since_the_look_is_not_asked_for(
 async def test_a_result_is_answered_as_it_was_uploaded(ada, bob, results):
     data = bytes(range(256)) * 5000
     provider = await offer(ada, content_type='text/x-Y; charset="latin 1"')
+    await ask(bob)
     await upload(ada, provider, data)
     answer = await bob.get(READ, headers={"Prefer": "wait=99"})
     assert answer.content == data
@@ -174,6 +184,7 @@ async def test_a_result_is_answered_as_it_was_uploaded(ada, bob, results):
     # cut to what the host allows
     assert answer.headers["Preference-Applied"] == f"wait={HANG}"
     empty = await offer(ada, name="empty")
+    await ask(bob, "lab:filesystem:empty")
     assert (await upload(ada, empty, b"")).status_code == 204
     answer = await bob.get("/rooms/lab/providers/lab:filesystem:empty")
     assert (answer.status_code, answer.content) == (200, b"")
@@ -398,7 +409,9 @@ async def test_how_many_requests_a_provider_gets(app, ada, bob, provider, result
 async def test_nobody_is_answered_with_anothers_result(
     ada, bob, admin, provider, events, results
 ):
+    await ask(bob)
     assert (await upload(ada, provider, b"ada's")).status_code == 204
+    events.clear()
     await ada.delete(f"/providers/{provider['id']}")
     bobs = await offer(bob)
     async with reading(results, ada) as answers:
@@ -442,13 +455,16 @@ async def test_a_result_that_is_stored_late_is_not_its_successors(
         await store(key, data, ttl)
 
     results.near.store = slow
+    await ask(ada)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(upload, ada, provider, b"ada's")
         await began.wait()
         await ada.delete(f"/providers/{provider['id']}")
         bobs = await offer(bob)
+        await ask(bob)
         await upload(bob, bobs, b"bob's")
         goes_on.set()
+    events.clear()
     async with reading(results, ada) as answers:
         assert len(requests(events)) == 1
         await upload(bob, bobs, b"bob's")
@@ -458,7 +474,9 @@ async def test_a_result_that_is_stored_late_is_not_its_successors(
 async def test_bytes_of_one_type_are_not_answered_as_another(
     ada, bob, provider, events, results
 ):
+    await ask(bob)
     await upload(ada, provider, b"[]")
+    events.clear()
     changed = await offer(ada, content_type="text/html")
     async with reading(results, bob) as answers:
         assert len(requests(events)) == 1
@@ -466,7 +484,7 @@ async def test_bytes_of_one_type_are_not_answered_as_another(
     assert answers[0].headers["Content-Type"] == "text/html"
 
 
-async def test_hosts_read_put_and_ask_by_the_keys_of_the_contract(
+async def test_hosts_read_and_ask_by_the_keys_of_the_contract(
     ada, bob, provider, events, results
 ):
     result = f"provider-result:{FULL_NAME}:{DIGEST}"
@@ -485,10 +503,45 @@ async def test_hosts_read_put_and_ask_by_the_keys_of_the_contract(
     assert answers[0].content == b"uploaded"
     assert await results.get(result) == b"uploaded"
     assert await results.acquire_inflight(inflight, HANG)
-    other = hashlib.sha256(b'{"a":"1"}').hexdigest()
-    await results.store(f"provider-result:{FULL_NAME}:{other}", b"put", HANG)
-    assert (await bob.get(READ + "?a=1")).content == b"put"
-    assert not requests(events)
+
+
+async def test_what_nobody_asked_for_takes_nobodys_place(app, ada, bob, provider):
+    app.state.result_backend = MemoryResults(2000)
+    await ask(bob)
+    await upload(ada, provider, b"asked for")
+    flood = await offer(ada, name="flood")
+    for n in range(30):
+        for content, status in ((b"", "ok"), (500 * b"x", "ok"), (b"x", "error")):
+            answer = await upload(
+                ada, flood, content, f"{n:064x}", **{"X-Result-Status": status}
+            )
+            assert answer.status_code == 204
+    assert (await bob.get(READ)).content == b"asked for"
+    # nor does the second answer to one request
+    await upload(ada, provider, b"and again")
+    assert (await bob.get(READ)).content == b"asked for"
+
+
+@pytest.mark.parametrize("gone", ["result", "origin", "outcome", "asked"])
+async def test_what_a_full_cache_lets_go_is_asked_for_again(
+    ada, bob, provider, events, results, gone
+):
+    """And is never answered with what another provider left."""
+    forget = results.near.delete
+    if gone == "asked":
+        # told already, as far as the reader knows
+        await ask(bob)
+        await upload(ada, provider, b"first")
+        for key in [key for key in results.near._kept if "origin" in key]:
+            await forget(key)
+    events.clear()
+    async with reading(results, bob) as answers:
+        await upload(ada, provider, b"1")
+        for key in [key for key in results.near._kept if f"-{gone}:" in key]:
+            await forget(key)
+        await until(lambda: answers or len(requests(events)) > 1)
+        await upload(ada, provider, b"1")
+    assert answers[0].content == b"1"
 
 
 # --- limits ---

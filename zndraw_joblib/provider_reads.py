@@ -3,10 +3,10 @@
 What the result backend holds of a request, each under a key of its own:
 
 ========  =======================================================================
-result    the bytes as uploaded; hosts read them, and may put some there
-origin    which provider uploaded them
+result    the bytes as uploaded; hosts read them
+origin    which provider uploaded them; a result without it is nobody's
 inflight  a mark: the request is in flight; hosts set and respect it
-asked     whom it is in flight to
+asked     whom it went to; what nobody was asked for is not kept
 outcome   for some seconds: that there is a result, or why there is none
 ========  =======================================================================
 """
@@ -14,8 +14,9 @@ outcome   for some seconds: that there is a result, or why there is none
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 from uuid import UUID
@@ -58,9 +59,17 @@ class InFlight:
 
     def __init__(self) -> None:
         self._by_provider: dict[UUID, dict[str, asyncio.TimerHandle]] = {}
+        self._sending: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return sum(map(len, self._by_provider.values()))
+
+    async def send(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Send a request to its end, whoever gives up: others count on it."""
+        task = asyncio.create_task(sending)
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+        await asyncio.shield(task)
 
     def add(self, provider_id: UUID, digest: str, seconds: float, most: int) -> bool:
         """Count a request for so many seconds; False when its provider has ``most``."""
@@ -88,29 +97,6 @@ class InFlight:
             self.remove(provider_id, digest)
 
 
-def result_key(full_name: str, digest: str) -> str:
-    """Return the key of a result; hosts rely on it."""
-    return f"provider-result:{full_name}:{digest}"
-
-
-def inflight_key(full_name: str, digest: str) -> str:
-    """Return the key of the mark that a request is in flight; hosts rely on it."""
-    return f"provider-inflight:{full_name}:{digest}"
-
-
-def _origin_key(full_name: str, digest: str) -> str:
-    return f"provider-origin:{full_name}:{digest}"
-
-
-def _asked_key(full_name: str, digest: str) -> str:
-    return f"provider-asked:{full_name}:{digest}"
-
-
-def _outcome_key(provider: ProviderResponse, digest: str) -> str:
-    # by id: what becomes of another provider's request wakes nobody here
-    return f"provider-outcome:{provider.id}:{digest}"
-
-
 @asynccontextmanager
 async def reachable(seconds: float) -> AsyncIterator[None]:
     """Turn a result backend that fails, or takes longer, into 503."""
@@ -126,83 +112,173 @@ async def reachable(seconds: float) -> AsyncIterator[None]:
         ) from exc
 
 
-async def cached(
-    provider: ProviderResponse, digest: str, results: ResultBackend
-) -> bytes | None:
-    """Return a result that this very provider uploaded, or that the host put there."""
-    data = await results.get(result_key(provider.full_name, digest))
-    if data is None:
+@dataclass(frozen=True)
+class Read:
+    """What one set of parameters is to be read from a provider, and where answers wait.
+
+    Attributes
+    ----------
+    provider : ProviderResponse
+        Who is asked.
+    digest : str
+        The hash of the parameters.
+    results : ResultBackend
+        The host's.
+    settings : JobLibSettings
+        The host's.
+    in_flight : InFlight
+        The requests of this process that have no answers.
+    """
+
+    provider: ProviderResponse
+    digest: str
+    results: ResultBackend
+    settings: JobLibSettings
+    in_flight: InFlight
+
+    def key(self, kind: str) -> str:
+        """Return the result backend's key of one part of what is held of the read."""
+        return f"provider-{kind}:{self.provider.full_name}:{self.digest}"
+
+    @property
+    def outcome_key(self) -> str:
+        """The key of the outcome."""
+        # by id: what becomes of another provider's request wakes nobody here
+        return f"provider-outcome:{self.provider.id}:{self.digest}"
+
+    @property
+    def origin(self) -> bytes:
+        """What is kept with a result, to tell whose it is."""
+        # bytes of one content type are not answered as another
+        return f"{self.provider.id} {self.provider.content_type}".encode()
+
+    @property
+    def whom(self) -> str:
+        """Who is asked: another worker may take the provider over."""
+        return f"{self.provider.id} {self.provider.worker_id}"
+
+
+async def cached(read: Read) -> bytes | None:
+    """Return a result that this very provider uploaded.
+
+    One whose origin isn't known, since a full cache let it go, is nobody's.
+    """
+    data = await read.results.get(read.key("result"))
+    if data is None or await read.results.get(read.key("origin")) != read.origin:
         return None
-    origin = await results.get(_origin_key(provider.full_name, digest))
-    return data if origin in (None, _identity(provider)) else None
+    return data
 
 
-def _identity(provider: ProviderResponse) -> bytes:
-    # bytes of one content type are not answered as another
-    return f"{provider.id} {provider.content_type}".encode()
+async def fetch(
+    read: Read, send: Callable[[], Awaitable[None]], seconds: float
+) -> bytes:
+    """Request an answer, unless it is requested already, and return it when it comes.
+
+    Parameters
+    ----------
+    read : Read
+        What is read.
+    send : coroutine function
+        Sends the request to its provider.
+    seconds : float
+        Longest wait.
+
+    Raises
+    ------
+    ProblemException
+        ``provider-timeout``, or what the provider says went wrong.
+    """
+    deadline = anyio.current_time() + seconds
+    while True:
+        await read.in_flight.send(_request(read, send))
+        outcome: bytes | None = None
+        while outcome is None and (left := deadline - anyio.current_time()) > 0:
+            # in turns: what is not told is found
+            turn = min(left, read.settings.recheck_seconds)
+            outcome = await read.results.wait_for_key(read.outcome_key, turn)
+            if outcome is not None and outcome.startswith(_FAILED):
+                read.in_flight.remove(read.provider.id, read.digest)
+                raise _failure(outcome.removeprefix(_FAILED))
+            data = await cached(read)
+            if data is not None:
+                read.in_flight.remove(read.provider.id, read.digest)
+                return data
+        if outcome is None:
+            raise ProviderTimeout.exception(
+                f"provider {read.provider.full_name} did not answer"
+                f" within {seconds:g} s",
+                headers=_AGAIN,
+            )
+        # the result has gone already
+        await read.results.delete(read.outcome_key)
 
 
-async def ask(
-    provider: ProviderResponse,
-    digest: str,
-    results: ResultBackend,
-    settings: JobLibSettings,
-    send: Callable[[], Awaitable[None]],
-    in_flight: InFlight,
-) -> None:
+async def _request(read: Read, send: Callable[[], Awaitable[None]]) -> None:
     """Send a request to its provider, unless it is in flight.
 
     If it can't be sent, all who wait for its outcome are told.
     """
-    if not await _mark(
-        provider, digest, results, _whole(settings.provider_inflight_ttl_seconds)
-    ):
+    settings = read.settings
+    if not await _mark(read):
         return
-    if await cached(provider, digest, results) is not None:
+    if await cached(read) is not None:
         # answered since the reader looked
-        await _settle(provider, digest, _ANSWERED, results, in_flight)
+        await _settle(read, _ANSWERED)
         return
     sent = False
     problem = ServiceUnavailable.create("the request can't be sent to its provider")
+    ttl, most = (
+        settings.provider_inflight_ttl_seconds,
+        settings.max_requests_per_provider,
+    )
     try:
-        most, ttl = (
-            settings.max_requests_per_provider,
-            settings.provider_inflight_ttl_seconds,
-        )
-        if not in_flight.add(provider.id, digest, ttl, most):
+        if not read.in_flight.add(read.provider.id, read.digest, ttl, most):
             problem = ServerBusy.create("too many requests wait for this provider")
             return
         with anyio.fail_after(settings.dispatch_timeout_seconds):
             await send()
         sent = True
     except Exception:
-        log.exception("request for %s did not leave", provider.full_name)
+        log.exception("request for %s did not leave", read.provider.full_name)
     finally:
         if not sent:
             outcome = _FAILED + problem.model_dump_json().encode()
             # also when this reader is cancelled: others wait for it
             patience = settings.dispatch_timeout_seconds
             with anyio.move_on_after(patience, shield=True), suppress(Exception):
-                await _settle(provider, digest, outcome, results, in_flight)
+                await _settle(read, outcome)
 
 
-async def _mark(
-    provider: ProviderResponse, digest: str, results: ResultBackend, ttl: float
-) -> bool:
+async def _mark(read: Read) -> bool:
     """Mark a request as in flight to this provider; tell whether it was not."""
-    mark = inflight_key(provider.full_name, digest)
-    asked_key = _asked_key(provider.full_name, digest)
-    whom = f"{provider.id} {provider.worker_id}"
+    results, settings = read.results, read.settings
+    ttl = _whole(settings.provider_inflight_ttl_seconds)
+    mark = read.key("inflight")
     if not await results.acquire_inflight(mark, ttl):
-        if await results.get(asked_key) in (None, whom.encode()):
+        if await results.get(read.key("asked")) in (None, read.whom.encode()):
             return False
         # it went to a worker that has gone since: one reader takes it over
-        if not await results.acquire_inflight(f"{mark}:{whom}", ttl):
+        if not await results.acquire_inflight(f"{mark}:{read.whom}", ttl):
             return False
     # that of an earlier request; first, since others begin to wait for this one's
-    await results.delete(_outcome_key(provider, digest))
-    await results.store(asked_key, whom.encode(), ttl)
+    await results.delete(read.outcome_key)
+    # longer than the mark: an answer may be late, and is welcome
+    late = ttl + _whole(settings.provider_result_ttl_seconds)
+    await results.store(read.key("asked"), read.whom.encode(), late)
     return True
+
+
+async def _is_asked_for(read: Read) -> bool:
+    """Tell whether this provider was sent such a request, by this host or by others."""
+    asked = await read.results.get(read.key("asked"))
+    if asked is not None:
+        return asked.split()[0] == str(read.provider.id).encode()
+    mark = read.key("inflight")
+    if not await read.results.acquire_inflight(mark, 1):
+        # a host that asked by itself
+        return True
+    await read.results.release_inflight(mark)
+    return False
 
 
 def _whole(seconds: float) -> int:
@@ -210,20 +286,13 @@ def _whole(seconds: float) -> int:
     return math.ceil(seconds)
 
 
-async def _settle(
-    provider: ProviderResponse,
-    digest: str,
-    outcome: bytes,
-    results: ResultBackend,
-    in_flight: InFlight,
-) -> None:
+async def _settle(read: Read, outcome: bytes) -> None:
     """End a request: those who wait are told, and the next reader asks again."""
-    in_flight.remove(provider.id, digest)
-    key = _outcome_key(provider, digest)
-    await results.store(key, outcome, _OUTCOME_SECONDS)
-    await results.delete(_asked_key(provider.full_name, digest))
-    await results.release_inflight(inflight_key(provider.full_name, digest))
-    await results.notify_key(key)
+    read.in_flight.remove(read.provider.id, read.digest)
+    await read.results.store(read.outcome_key, outcome, _OUTCOME_SECONDS)
+    await read.results.delete(read.key("asked"))
+    await read.results.release_inflight(read.key("inflight"))
+    await read.results.notify_key(read.outcome_key)
 
 
 def sender(
@@ -270,50 +339,14 @@ def sender(
     return dispatch
 
 
-async def wait(
-    provider: ProviderResponse,
-    digest: str,
-    results: ResultBackend,
-    seconds: float,
-    settings: JobLibSettings,
-    in_flight: InFlight,
-) -> bytes:
-    """Return the answer when it comes.
-
-    Raises
-    ------
-    ProblemException
-        ``provider-timeout``, or what the provider says went wrong.
-    """
-    deadline = anyio.current_time() + seconds
-    key = _outcome_key(provider, digest)
-    while (left := deadline - anyio.current_time()) > 0:
-        # in turns, so that a result that the host put there is noticed
-        outcome = await results.wait_for_key(key, min(left, settings.recheck_seconds))
-        if outcome is not None and outcome.startswith(_FAILED):
-            in_flight.remove(provider.id, digest)
-            raise _told(outcome.removeprefix(_FAILED))
-        data = await cached(provider, digest, results)
-        if data is not None:
-            in_flight.remove(provider.id, digest)
-            return data
-        if outcome is not None:
-            # the result has gone already: without this the next turn would not wait
-            await results.delete(key)
-    raise ProviderTimeout.exception(
-        f"provider {provider.full_name} did not answer within {seconds:g} s",
-        headers=_AGAIN,
-    )
-
-
-def _told(body: bytes) -> ProblemException:
+def _failure(body: bytes) -> ProblemException:
     """Return the problem that a provider uploaded, made whole where it is none."""
     problem = ProviderExecutionFailed.create()
     try:
-        told = parse_json(body)
-        if not isinstance(told, dict):
+        uploaded = parse_json(body)
+        if not isinstance(uploaded, dict):
             raise ValueError("not a problem")
-        problem = ProblemDetail.model_validate({**problem.model_dump(), **told})
+        problem = ProblemDetail.model_validate({**problem.model_dump(), **uploaded})
     except ValueError:
         problem.detail = body.decode(errors="replace") or problem.detail
     if not 400 <= problem.status <= 599:
@@ -341,30 +374,32 @@ async def take(
     return taken.getvalue()
 
 
-async def answer(
-    provider: ProviderResponse,
-    digest: str,
-    data: bytes,
-    failed: bool,
-    results: ResultBackend,
-    settings: JobLibSettings,
-    in_flight: InFlight,
-) -> None:
-    """Give an upload to the readers that wait; keep it, unless it is a failure."""
+async def accept(read: Read, data: bytes, failed: bool) -> bool:
+    """Give an upload to the readers that wait; keep it, unless it is a failure.
+
+    What nobody asked for is dropped: it would take the place of others' results.
+
+    Returns
+    -------
+    bool
+        Whether there is a result to be read.
+    """
+    if not await _is_asked_for(read):
+        log.debug("%s was not asked for", read.key("result"))
+        return False
     if failed:
-        await _settle(provider, digest, _FAILED + data, results, in_flight)
-        return
-    key = result_key(provider.full_name, digest)
-    origin_key = _origin_key(provider.full_name, digest)
-    ttl = _whole(settings.provider_result_ttl_seconds)
-    # First whose it is, and for longer: a result alone would pass for the host's. And
-    # again: a former provider's late upload, between the two, is not this one's.
-    await results.store(origin_key, _identity(provider), ttl + 60)
-    await results.store(key, data, ttl)
-    await results.store(origin_key, _identity(provider), ttl + 60)
-    await _settle(provider, digest, _ANSWERED, results, in_flight)
+        await _settle(read, _FAILED + data)
+        return False
+    results, ttl = read.results, _whole(read.settings.provider_result_ttl_seconds)
+    # First whose it is, and again: a former provider's late upload, between the two, is
+    # not this one's.
+    await results.store(read.key("origin"), read.origin, ttl + 60)
+    await results.store(read.key("result"), data, ttl)
+    await results.store(read.key("origin"), read.origin, ttl + 60)
+    await _settle(read, _ANSWERED)
     # hosts that wait for it themselves
-    await results.notify_key(key)
+    await results.notify_key(read.key("result"))
+    return True
 
 
 async def pieces(data: bytes) -> AsyncIterator[bytes]:

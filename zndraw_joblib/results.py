@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
 import anyio
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024
+
+# What an entry in memory takes beside its bytes.
+_ENTRY_BYTES = 300
 
 _CHANNEL = "zndraw-joblib:results"
 # How long a connection that nobody waits on is kept for the next one.
@@ -78,13 +83,14 @@ class MemoryResults:
         """Keep ``data`` under ``key`` for ``ttl`` seconds, if it fits at all."""
         self._forget(key)
         self._purge()
-        if len(data) > self._max_bytes:
+        size = len(data) + _ENTRY_BYTES
+        if size > self._max_bytes:
             log.warning("%s is too large to be kept: %d bytes", key, len(data))
             return
-        while self._bytes + len(data) > self._max_bytes:
+        while self._bytes + size > self._max_bytes:
             self._forget(next(iter(self._kept)))
         self._kept[key] = (data, time.monotonic() + ttl)
-        self._bytes += len(data)
+        self._bytes += size
 
     async def get(self, key: str) -> bytes | None:
         """Return what is kept under ``key``."""
@@ -123,8 +129,9 @@ class MemoryResults:
         self._waiters.wake_all(_wake_up(key))
 
     def _forget(self, key: str) -> None:
-        data, _ = self._kept.pop(key, (b"", 0.0))
-        self._bytes -= len(data)
+        if key in self._kept:
+            data, _ = self._kept.pop(key)
+            self._bytes -= len(data) + _ENTRY_BYTES
 
     def _purge(self) -> None:
         now = time.monotonic()
@@ -153,14 +160,15 @@ class RedisResults:
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
         self._looks: dict[str, asyncio.Task[bytes | None]] = {}
-        self._acquiring: dict[str, asyncio.Future[Any]] = {}
+        self._acquiring: dict[str, tuple[str, asyncio.Future[bool]]] = {}
         self._waiting = 0
         self._waiters = Waiters()
         self._listener: asyncio.Task[None] | None = None
 
     async def store(self, key: str, data: bytes, ttl: float) -> None:
         """Keep ``data`` under ``key`` for ``ttl`` seconds."""
-        await self._redis.set(key, data, px=_milliseconds(ttl))
+        ttl_ms = _milliseconds(ttl)
+        await self._again(lambda: self._redis.set(key, data, px=ttl_ms))
 
     async def get(self, key: str) -> bytes | None:
         """Return what is kept under ``key``."""
@@ -174,29 +182,45 @@ class RedisResults:
         return await asyncio.shield(self._looks[key])
 
     async def _look(self, key: str) -> bytes | None:
-        data = await self._redis.get(key)
+        data = await self._again(lambda: self._redis.get(key))
         return data.encode() if isinstance(data, str) else data
 
     async def delete(self, key: str) -> None:
         """Forget ``key``."""
-        await self._redis.delete(key)
+        await self._again(lambda: self._redis.delete(key))
 
     async def acquire_inflight(self, key: str, ttl: float) -> bool:
         """Mark ``key`` for ``ttl`` seconds; tell whether nobody had."""
-        if key in self._acquiring:
-            await asyncio.wait([self._acquiring[key]])
-            # whether that one got it or not, this one does not
-            return False
-        mark = self._redis.set(key, b"1", nx=True, px=_milliseconds(ttl))
-        self._acquiring[key] = asyncio.ensure_future(mark)
+        mine = uuid4().hex
+        while key in self._acquiring:
+            other, acquiring = self._acquiring[key]
+            await asyncio.wait([acquiring])
+            if not acquiring.cancelled():
+                # whether that one got it or not, this one does not
+                return False
+            # it may have got it, and told nobody
+            mine = other
+        acquiring = asyncio.ensure_future(self._acquire(key, mine, _milliseconds(ttl)))
+        self._acquiring[key] = mine, acquiring
+        acquiring.add_done_callback(lambda _: self._acquiring.pop(key))
         try:
-            return bool(await self._acquiring[key])
-        finally:
-            del self._acquiring[key]
+            return await acquiring
+        except asyncio.CancelledError:
+            if not acquiring.cancelled() and acquiring.result():
+                await self.release_inflight(key)
+            raise
+
+    async def _acquire(self, key: str, mine: str, ttl: int) -> bool:
+        async def acquire() -> bool:
+            if await self._redis.set(key, mine, nx=True, px=ttl):
+                return True
+            return await self._redis.get(key) in (mine, mine.encode())
+
+        return bool(await self._again(acquire))
 
     async def release_inflight(self, key: str) -> None:
         """Take the mark of ``key`` away."""
-        await self._redis.delete(key)
+        await self._again(lambda: self._redis.delete(key))
 
     async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
         """Return what is kept under ``key`` as soon as there is something."""
@@ -204,21 +228,37 @@ class RedisResults:
         self._waiting += 1
         try:
             with self._waiters.waiting_for([_wake_up(key), _ANY]) as waiter:
-                if self._listener is None or self._listener.done():
-                    self._listener = asyncio.create_task(self._listen())
-                while (data := await self.get(key)) is None:
+                while True:
+                    # also after a connection was lost meanwhile
+                    self._begin_to_listen()
+                    data = await self.get(key)
                     left = deadline - anyio.current_time()
-                    if left <= 0:
-                        return None
+                    if data is not None or left <= 0:
+                        return data
                     await waiter.wait(left)
-            return data
         finally:
             self._waiting -= 1
+
+    def _begin_to_listen(self) -> None:
+        loop, listener = asyncio.get_running_loop(), self._listener
+        if listener is None or listener.done() or listener.get_loop() is not loop:
+            self._listener = loop.create_task(self._listen())
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
         self._waiters.wake_all(_wake_up(key))
-        await self._redis.publish(_CHANNEL, key.encode())
+        await self._again(lambda: self._redis.publish(_CHANNEL, key.encode()))
+
+    async def _again(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        """Run a command, once more if its connection was lost."""
+        try:
+            return await command()
+        except Exception as exc:
+            if not _connection_lost(exc):
+                raise
+        # the idle ones are as old: each of them would fail the next command
+        await self._redis.connection_pool.disconnect(inuse_connections=False)
+        return await command()
 
     async def _listen(self) -> None:
         """Wake who waits in this process, until nobody has for some seconds."""
@@ -238,6 +278,14 @@ class RedisResults:
             log.warning("wake-ups are not heard: %r", exc)
             # who looks again finds out what is wrong
             self._waiters.wake_all(_ANY)
+
+
+def _connection_lost(exc: Exception) -> bool:
+    # not imported before there is a Redis
+    from redis.exceptions import ConnectionError as Lost
+
+    # a pool without a free connection has lost none
+    return isinstance(exc, Lost) and type(exc).__name__ != "MaxConnectionsError"
 
 
 def _wake_up(key: str) -> str:

@@ -204,25 +204,16 @@ async def read_provider(
     wait = preferred_wait(preferences, settings.provider_long_poll_max_seconds)
     seconds = settings.provider_long_poll_default_seconds if wait is None else wait
     patience = seconds + 2 * settings.dispatch_timeout_seconds
+    wanted = provider_reads.Read(
+        provider, digest, results, settings, context.runtime.reads
+    )
     async with provider_reads.reachable(patience):
-        data = await provider_reads.cached(provider, digest, results)
+        data = await provider_reads.cached(wanted)
         if data is None:
-            in_flight = context.runtime.reads
             send = provider_reads.sender(provider, params, digest, tsio, registry)
-            await provider_reads.ask(
-                provider, digest, results, settings, send, in_flight
-            )
-            answer = partial(
-                provider_reads.wait,
-                provider,
-                digest,
-                results,
-                seconds,
-                settings,
-                in_flight,
-            )
+            fetch = partial(provider_reads.fetch, wanted, send, seconds)
             poll = context.long_poll(session_maker, seconds)
-            data = await long_polls.for_answer(poll, provider.full_name, answer)
+            data = await long_polls.for_answer(poll, provider.full_name, fetch)
     if data is None:
         # it is gone, or the server stops
         await look()
@@ -272,12 +263,13 @@ async def upload_result(
     digest = x_request_hash.lower()
     # again: it may have gone while the body came in
     provider = await look()
+    answered = provider_reads.Read(
+        provider, digest, results, settings, context.runtime.reads
+    )
     # no reader waits longer
     async with provider_reads.reachable(settings.provider_long_poll_max_seconds):
-        await provider_reads.answer(
-            provider, digest, data, failed, results, settings, context.runtime.reads
-        )
-    if not failed:
+        kept = await provider_reads.accept(answered, data, failed)
+    if kept:
         context.outbox.result_ready(provider.full_name, digest, provider.room_id)
         context.publish()
 
