@@ -601,3 +601,18 @@ async def test_the_broker_is_given_a_while_and_no_more(
     assert {beat.status_code for beat in beats} == {200}
     failed = await read(ada, task)
     assert (failed["status"], failed["error_type"]) == ("failed", "dispatch")
+
+
+async def test_how_many_tasks_of_a_user_may_be_under_way(ada, bob, app, broker):
+    app.state.joblib_settings.max_internal_tasks_per_user = 2
+    for _ in range(2):
+        task = await submit(ada, ECHO)
+    for refused in (
+        await ada.post(f"/rooms/lab/tasks/{ECHO}", json={}),
+        await ada.post(f"/rooms/lab/batches/{ECHO}", json={"tasks": [{}]}),
+    ):
+        problem(refused, 429, "quota-exceeded")
+    await submit(bob, ECHO)
+    await report(ada, task, "cancelled")
+    await submit(ada, ECHO)
+    problem(await ada.post(f"/tasks/{task['id']}/retry"), 429, "quota-exceeded")

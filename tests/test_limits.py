@@ -1,7 +1,16 @@
 """What one user may take of a host, and how it is refused."""
 
 import pytest
-from steps import JOB, claim, offer, problem, register, stored, submit
+from steps import (
+    JOB,
+    claim,
+    offer,
+    problem,
+    register,
+    silence,
+    stored,
+    submit,
+)
 
 from zndraw_joblib import submissions
 
@@ -46,6 +55,27 @@ async def test_how_many_jobs_and_providers_a_user_may_have(
     ]
     assert [answer.status_code for answer in answers] == [201, 201, 200, 429]
     refused(answers[-1])
+
+
+async def test_a_host_may_take_no_tasks_for_nobody(app, ada, session_maker):
+    """However they come: one, many, or again."""
+    worker, tasks = await offer(ada), f"/rooms/lab/tasks/{JOB}"
+    ended = await submit(ada)
+    await ada.patch(f"/tasks/{ended['id']}", json={"status": "cancelled"})
+    ways = (
+        (tasks, {}),
+        (f"/rooms/lab/batches/{JOB}", {"tasks": [{}, {}]}),
+        (f"/tasks/{ended['id']}/retry", None),
+    )
+    app.state.joblib_settings.accept_without_workers = False
+    await silence(session_maker, worker)
+    before = await stored(session_maker)
+    for way, body in ways:
+        problem(await ada.post(way, json=body), 409, "no-workers-available")
+    assert await stored(session_maker) == before
+    await ada.patch(f"/workers/{worker}")
+    for way, body in ways:
+        assert (await ada.post(way, json=body)).status_code == 202
 
 
 async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob, monkeypatch):

@@ -48,6 +48,7 @@ from zndraw_joblib.models import (
     TASK,
     WORKER,
     alive_within,
+    held,
     number,
     queued,
     served_to,
@@ -248,27 +249,34 @@ async def _set_policy(
     return changed is not None
 
 
-async def check_workers(
-    session: AsyncSession, name: FullName, settings: JobLibSettings
+async def admit(
+    session: AsyncSession, name: FullName, caller: Caller, settings: JobLibSettings
 ) -> None:
-    """Refuse what nobody would do now, where ``accept_without_workers`` is false.
+    """Refuse tasks of a job, the new ones inserted, that the host takes none of.
 
     Raises
     ------
     ProblemException
-        ``no-workers-available`` when none of the job's workers is alive.
+        ``no-workers-available`` when none of the job's workers is alive and
+        ``accept_without_workers`` is false; ``quota-exceeded`` when too many
+        ``@internal`` tasks of this user are under way.
     """
-    if settings.accept_without_workers or name.room == INTERNAL_ROOM:
-        return
-    alive = (
-        select(LINK.c.job_id)
-        .join(WORKER, WORKER.c.id == LINK.c.worker_id)
-        .join(JOB, JOB.c.id == LINK.c.job_id)
-        .where(named(name), alive_within(settings.worker_timeout_seconds))
-        .limit(number(1))
-    )
-    if await session.scalar(alive) is None:
-        raise NoWorkersAvailable.exception(f"no worker of {name} is alive")
+    if name.room == INTERNAL_ROOM:
+        theirs = select(TASK.c.id).where(
+            held(), TASK.c.worker_id.is_(None), TASK.c.created_by_id == caller.id
+        )
+        most = settings.max_internal_tasks_per_user
+        await check_quota(session, theirs, most, "@internal tasks")
+    elif not settings.accept_without_workers:
+        alive = (
+            select(LINK.c.job_id)
+            .join(WORKER, WORKER.c.id == LINK.c.worker_id)
+            .join(JOB, JOB.c.id == LINK.c.job_id)
+            .where(named(name), alive_within(settings.worker_timeout_seconds))
+            .limit(number(1))
+        )
+        if await session.scalar(alive) is None:
+            raise NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
 
 async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:

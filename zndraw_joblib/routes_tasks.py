@@ -41,6 +41,7 @@ from zndraw_joblib.exceptions import (
     InvalidTaskTransition,
     JobNotFound,
     LeaseLost,
+    NoWorkersAvailable,
     PayloadMismatch,
     ProblemException,
     QuotaExceeded,
@@ -75,6 +76,7 @@ SUBMITTING = problems(
     PayloadMismatch,
     IdempotencyKeyReused,
     InternalJobNotConfigured,
+    NoWorkersAvailable,
     QuotaExceeded,
 )
 
@@ -124,6 +126,8 @@ async def submit_task(
     )
     task = submitted.task
     if submitted.created:
+        name = split_full_name(task.job_name)
+        await jobs.admit(session, name, caller, settings)
         await submissions.check_quota(session, caller, settings)
         context.outbox.task_changed(task)
         context.outbox.dispatch([task])
@@ -174,6 +178,8 @@ async def submit_batch(
         idempotency_key=idempotency_key,
     )
     if batch.created:
+        name = split_full_name(batch.created[0].job_name)
+        await jobs.admit(session, name, caller, settings)
         await submissions.check_quota(session, caller, settings, len(batch.created))
         context.outbox.tasks_changed(batch.created)
         context.outbox.dispatch(batch.created)
@@ -433,6 +439,8 @@ async def report_task(
         Forbidden,
         InvalidTaskTransition,
         InternalJobNotConfigured,
+        NoWorkersAvailable,
+        QuotaExceeded,
     ),
 )
 async def retry_task(
@@ -452,7 +460,9 @@ async def retry_task(
     submitting = _submitting(task.job_name)
     await enter(session, context.caller, task.room_id, may_enter, submitting)
     await check_writable(request, task.room_id)
-    _check_broker(context, split_full_name(task.job_name), [], "")
+    name = split_full_name(task.job_name)
+    await jobs.admit(session, name, context.caller, context.settings)
+    _check_broker(context, name, [], "")
     context.outbox.task_changed(task)
     context.outbox.dispatch([task])
     await context.commit(session)
