@@ -90,6 +90,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the session maker that the host sets (default: plain)",
     )
     parser.addoption(
+        "--renew", action="store_true", help="write docs/statements.md anew"
+    )
+    parser.addoption(
         "--seconds",
         type=float,
         default=4,

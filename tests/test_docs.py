@@ -38,7 +38,17 @@ from zndraw_joblib.workers import Caller
 pytestmark = pytest.mark.makers("plain")
 
 #: what a block may be; of others nobody would know whether they are true
-KINDS = {"python", "sh", "json", "ini", "mermaid", "text", "{toctree}", "{include}"}
+KINDS = {
+    "python",
+    "sh",
+    "sql",
+    "json",
+    "ini",
+    "mermaid",
+    "text",
+    "{toctree}",
+    "{include}",
+}
 
 
 TUTORIAL = pages.DOCS / "tutorial.md"
