@@ -29,6 +29,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 from taskiq import InMemoryBroker
 from taskiq_redis import ListQueueBroker
 from zndraw_auth.users import get_jwt_strategy
@@ -93,7 +94,8 @@ async def prepare_database(state: Any) -> None:
             # of replicas that start together, one at a time
             await connection.execute(text("SELECT pg_advisory_xact_lock(20260210)"))
         await connection.run_sync(auth.Base.metadata.create_all)
-        async with AsyncSession(connection) as session:
+        # of the kind that every release of auth can use
+        async with SQLModelSession(connection) as session:
             await auth.ensure_default_admin(session, state.auth_settings)
             await session.merge(service)
             await session.commit()

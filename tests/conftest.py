@@ -55,6 +55,7 @@ from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 from zndraw_auth import (
     AuthSettings,
     Base,
@@ -339,12 +340,11 @@ async def bob(register: Callable[[str], Awaitable[User]]) -> User:
 
 
 @pytest.fixture
-async def admin(
-    app: FastAPI, client: httpx.AsyncClient, session_maker: makers.SessionMaker
-) -> User:
+async def admin(app: FastAPI, client: httpx.AsyncClient, engine: AsyncEngine) -> User:
     """Return the superuser that auth makes from its settings."""
     email = AUTH_SETTINGS.default_admin_email
-    async with session_maker() as session:
+    # of the kind that every release of auth can use
+    async with SQLModelSession(engine) as session:
         # there already, so that auth promotes it and makes no expensive hash
         session.add(UserRow(email=email, hashed_password=CHEAP.hash(PASSWORD)))
         await session.commit()

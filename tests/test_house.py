@@ -127,12 +127,31 @@ def asks_for_the_database(node: ast.AST) -> bool:
     return False
 
 
-RULES: list[Rule] = [provides_sessions, locks, sleeps, asks_for_the_database]
+def makes_sessions_warn(node: ast.AST) -> bool:
+    """SQLModel's sessions warn of what goes through their own `execute`."""
+    match node:
+        case ast.Attribute(
+            attr="execute" | "scalars" | "stream" | "stream_scalars" | "query",
+            value=value,
+        ):
+            return "session" in name_of(value).lower()
+    return False
+
+
+RULES: list[Rule] = [
+    provides_sessions,
+    locks,
+    sleeps,
+    asks_for_the_database,
+    makes_sessions_warn,
+]
 
 #: where a rule does not hold: the worker's side has threads, the sweeper has an interval
 EXEMPT = {
     "locks": {*CLIENT},
     "sleeps": {*CLIENT, "sweeper._forever"},
+    # SQLAlchemy's own method, whatever the session's class
+    "makes_sessions_warn": {"models.execute"},
 }
 
 #: what each rule must catch; a gate that lets everything through would never be noticed
@@ -145,6 +164,10 @@ CAUGHT = {
         "from zndraw_joblib.dependencies import SessionDep",
     ],
     "locks": ["lock = asyncio.Lock()", "from threading import Semaphore"],
+    "makes_sessions_warn": [
+        "rows = await session.execute(statement)",
+        "ids = (await session.scalars(statement)).all()",
+    ],
     "sleeps": ["await asyncio.sleep(1)", "time.sleep(1)", "await sleep(0.1)"],
     "asks_for_the_database": [
         "if session.bind.dialect.name == 'x': ...",

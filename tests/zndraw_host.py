@@ -28,7 +28,7 @@ from zndraw_joblib import Category, Extension
 
 HANG = 180
 ADMIN = {"user": "admin@example.org", "password": secrets.token_urlsafe()}
-ROOM, MOUNTED = "lab", "archive"
+ROOM, MOUNTED = "office", "archive"
 
 
 class Grow(Extension):

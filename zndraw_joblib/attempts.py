@@ -41,6 +41,7 @@ from zndraw_joblib.models import (
     TASK,
     WORKER,
     due,
+    execute,
     held,
     in_states,
     noise,
@@ -143,8 +144,9 @@ async def fail(
     """
     longest_backoff = settings.retry_delay_max_seconds
     values = failed(error, told(error, error_type), error_type, longest_backoff, true())
-    ended = await session.execute(
-        update(TASK).where(rechecked(held()), chosen).values(values).returning(*VIEW)
+    ended = await execute(
+        session,
+        update(TASK).where(rechecked(held()), chosen).values(values).returning(*VIEW),
     )
     return await read_changed(session, ended.all(), settings)
 
@@ -173,7 +175,7 @@ async def lose(
 ) -> list[TaskResponse]:
     """End the attempts of workers that are lost: all, or at most ``limit`` of them."""
     losing = _losing(limit, settings.retry_delay_max_seconds)
-    ended = await session.execute(losing, {"lost": worker_ids})
+    ended = await execute(session, losing, {"lost": worker_ids})
     return await read_changed(session, ended.all(), settings)
 
 
@@ -232,11 +234,12 @@ async def release_unstarted(
     session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskResponse]:
     """Put the chosen tasks back in the queue; no attempt is lost."""
-    released = await session.execute(
+    released = await execute(
+        session,
         update(TASK)
         .where(TASK.c.id.in_(chosen))
         .values(back_in_queue())
-        .returning(*VIEW)
+        .returning(*VIEW),
     )
     return await read_changed(session, released.all(), settings)
 
@@ -256,15 +259,18 @@ async def correct_moments(session: AsyncSession) -> int:
         since = func.coalesce(*began, TASK.c.created_at)
         moments = (TASK.c.created_at, TASK.c.claimed_at, TASK.c.started_at)
         shifted = case((column.is_not(None), now(seconds_between(since, column))))
-        written = await session.scalars(
-            update(TASK)
-            .where(ahead, since > now(1))
-            .values(
-                {m: case((m > now(), now()), else_=m) for m in moments}
-                | {column: shifted}
+        written = (
+            await execute(
+                session,
+                update(TASK)
+                .where(ahead, since > now(1))
+                .values(
+                    {m: case((m > now(), now()), else_=m) for m in moments}
+                    | {column: shifted}
+                )
+                .returning(TASK.c.id),
             )
-            .returning(TASK.c.id)
-        )
+        ).scalars()
         corrected += len(written.all())
     return corrected
 
@@ -277,7 +283,8 @@ async def start_internal(
     A message of an earlier attempt starts nothing. One that names none is of a release
     that sent none.
     """
-    started = await session.execute(
+    started = await execute(
+        session,
         update(TASK)
         .where(
             TASK.c.id == task_id,
@@ -292,7 +299,7 @@ async def start_internal(
                 TASK.c.deadline_at: None,
             }
         )
-        .returning(*VIEW)
+        .returning(*VIEW),
     )
     return await read_changed(session, started.all(), settings)
 
@@ -306,7 +313,8 @@ async def confirm_internal_start(
     first that says so is that executor. Whoever comes later has to show the same key.
     """
     same = TASK.c.claim_key.is_(None)
-    confirmed = await session.execute(
+    confirmed = await execute(
+        session,
         update(TASK)
         .where(
             *_attempts_of([(task_id, attempt)]),
@@ -315,7 +323,7 @@ async def confirm_internal_start(
         )
         # nobody sees it: it is no change
         .values({TASK.c.claim_key: key or NO_KEY, TASK.c.revision: TASK.c.revision})
-        .returning(TASK.c.id)
+        .returning(TASK.c.id),
     )
     return confirmed.first() is not None
 
@@ -368,7 +376,8 @@ async def postpone(
 
     An earlier message of theirs may still be queued.
     """
-    await session.execute(
+    await execute(
+        session,
         update(TASK)
         .where(
             *_attempts_of(chosen),
@@ -380,7 +389,7 @@ async def postpone(
                 TASK.c.dispatches: TASK.c.dispatches - 1,
                 TASK.c.deadline_at: now(settings.internal_redispatch_seconds),
             }
-        )
+        ),
     )
 
 
@@ -406,11 +415,12 @@ async def dispatch_again(
     Their next time is set, so that of several replicas one sends each again.
     """
     later = now(_pause(settings))
-    resent = await session.execute(
+    resent = await execute(
+        session,
         update(TASK)
         .where(TASK.c.id.in_(chosen))
         .values({TASK.c.dispatches: TASK.c.dispatches + 1, TASK.c.deadline_at: later})
-        .returning(*VIEW)
+        .returning(*VIEW),
     )
     return await read_changed(session, resent.all(), settings)
 
@@ -435,7 +445,8 @@ async def dispatch_waiting(
     session: AsyncSession, chosen: Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskResponse]:
     """Claim for the broker the chosen ``@internal`` tasks that wait."""
-    claimed = await session.execute(
+    claimed = await execute(
+        session,
         update(TASK)
         .where(TASK.c.id.in_(chosen))
         .values(
@@ -444,7 +455,7 @@ async def dispatch_waiting(
                 TASK.c.available_at: None,
             }
         )
-        .returning(*VIEW)
+        .returning(*VIEW),
     )
     return await read_changed(session, claimed.all(), settings)
 

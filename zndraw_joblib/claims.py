@@ -32,6 +32,7 @@ from zndraw_joblib.models import (
     TASK,
     WORKER,
     due,
+    execute,
     held,
     now,
     number,
@@ -62,10 +63,11 @@ def _served(link: Any, named: bool) -> ColumnElement[bool]:
 
 async def served(session: AsyncSession, worker_id: UUID) -> dict[UUID, str]:
     """Return a worker's jobs, with their full names."""
-    found = await session.execute(
+    found = await execute(
+        session,
         select(JOB.c.id, _FULL_NAME.label("full_name"))
         .join(LINK, LINK.c.job_id == JOB.c.id)
-        .where(LINK.c.worker_id == worker_id)
+        .where(LINK.c.worker_id == worker_id),
     )
     return {row.id: row.full_name for row in found}
 
@@ -313,7 +315,7 @@ async def claim(
     statement = claiming(limit, key is not None, start, jobs is not None)
 
     async def take(promoted: bool) -> Sequence[Row[Any]]:
-        return (await session.execute(statement, names | {"promoted": promoted})).all()
+        return (await execute(session, statement, names | {"promoted": promoted})).all()
 
     if key is not None:
         # Of two claims under one key the second waits here, and sees what the first took.
@@ -323,7 +325,7 @@ async def claim(
         if rows[0].heartbeat_due:
             await workers.keep_alive(session, [worker_id])
         return Claim(_in_order(rows))
-    found = (await session.execute(ASKING, names)).all()
+    found = (await execute(session, ASKING, names)).all()
     worker = workers.checked(found[0] if found else None, worker_id, caller)
     if worker.heartbeat_due:
         await workers.keep_alive(session, [worker_id])
@@ -332,7 +334,7 @@ async def claim(
     if worker.state == WorkerState.DRAINING:
         return Claim([], done=True)
     if worker.claimable:
-        await session.execute(PROMOTING, names)
+        await execute(session, PROMOTING, names)
         rows = await take(promoted=True)
     return Claim(_in_order(rows))
 

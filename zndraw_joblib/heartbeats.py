@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import workers
 from zndraw_joblib.lifecycle import HELD, TaskStatus
-from zndraw_joblib.models import LINK, PROVIDER, TASK, held, rechecked
+from zndraw_joblib.models import LINK, PROVIDER, TASK, execute, held, rechecked
 from zndraw_joblib.schemas import (
     HeartbeatResponse,
     TaskHeartbeat,
@@ -160,7 +160,8 @@ async def _store(
         .with_for_update()
     )
     # what is not told stays: a message alone erases no progress
-    stored = await session.execute(
+    stored = await execute(
+        session,
         update(TASK)
         .where(rechecked(held()), TASK.c.id.in_(theirs))
         .values(
@@ -171,6 +172,6 @@ async def _store(
                 ),
             }
         )
-        .returning(*VIEW)
+        .returning(*VIEW),
     )
     return await read_changed(session, stored.all(), settings)

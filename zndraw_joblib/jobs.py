@@ -48,6 +48,7 @@ from zndraw_joblib.models import (
     TASK,
     WORKER,
     alive_within,
+    execute,
     held,
     number,
     queued,
@@ -212,7 +213,7 @@ async def register(
 
 async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UUID:
     # the upsert locked the row: what is read here stands until the commit
-    rows = await session.execute(select(JOB.c.id, JOB.c.schema).where(named(name)))
+    rows = await execute(session, select(JOB.c.id, JOB.c.schema).where(named(name)))
     job = rows.one()
     if json.dumps(job.schema, sort_keys=True) != json.dumps(schema, sort_keys=True):
         where = ", ".join(islice(differences(job.schema, schema), MAX_ERRORS))
@@ -288,11 +289,12 @@ async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> 
         schema=schema,
         deleted=False,
     )
-    await session.execute(
+    await execute(
+        session,
         fresh.on_conflict_do_update(
             index_elements=[JOB.c.room_id, JOB.c.category, JOB.c.name],
             set_={"schema": fresh.excluded.schema, "deleted": False},
-        )
+        ),
     )
 
 
@@ -309,17 +311,21 @@ async def delete_idle(
     # Locked first, all of them, and judged by a second statement: only that one sees
     # the links and tasks of whoever held the rows until now, and that the other of two
     # workers that go at once took its link with it.
-    locked = await session.scalars(
-        select(JOB.c.id)
-        .where(chosen, JOB.c.deleted.is_(False), JOB.c.room_id != INTERNAL_ROOM)
-        .order_by(JOB.c.id)
-        .with_for_update()
-    )
-    deleted = await session.execute(
+    locked = (
+        await execute(
+            session,
+            select(JOB.c.id)
+            .where(chosen, JOB.c.deleted.is_(False), JOB.c.room_id != INTERNAL_ROOM)
+            .order_by(JOB.c.id)
+            .with_for_update(),
+        )
+    ).scalars()
+    deleted = await execute(
+        session,
         update(JOB)
         .where(JOB.c.id.in_(locked.all()), ~wanted())
         .values(deleted=True)
-        .returning(JOB.c.room_id, JOB.c.category, JOB.c.name)
+        .returning(JOB.c.room_id, JOB.c.category, JOB.c.name),
     )
     return [FullName(*row) for row in deleted]
 
@@ -348,10 +354,13 @@ def taskless(job_ids: Sequence[UUID]) -> Select[tuple[UUID]]:
 async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
     """Delete the chosen jobs for good; return how many there were."""
     # judged again once they are locked: a retry may have come in between
-    locked = (await session.scalars(chosen)).all()
-    purged = await session.scalars(
-        delete(JOB).where(JOB.c.id.in_(taskless(locked))).returning(JOB.c.id)
-    )
+    locked = ((await execute(session, chosen)).scalars()).all()
+    purged = (
+        await execute(
+            session,
+            delete(JOB).where(JOB.c.id.in_(taskless(locked))).returning(JOB.c.id),
+        )
+    ).scalars()
     return len(purged.all())
 
 
@@ -413,8 +422,8 @@ async def read(
     **registered: Any,
 ) -> JobResponse:
     """Return a job, with what is told of its registration just now."""
-    rows = await session.execute(
-        _view(worker_timeout, JOB.c.schema).where(JOB.c.id == job_id)
+    rows = await execute(
+        session, _view(worker_timeout, JOB.c.schema).where(JOB.c.id == job_id)
     )
     return JobResponse(**_fields(rows.one()), **registered)
 
@@ -430,8 +439,11 @@ async def read_named(
         ``job-not-found``, also for a malformed name.
     """
     name = find(room, full_name)
-    rows = await session.execute(
-        _view(worker_timeout, JOB.c.schema).where(named(name), JOB.c.deleted.is_(False))
+    rows = await execute(
+        session,
+        _view(worker_timeout, JOB.c.schema).where(
+            named(name), JOB.c.deleted.is_(False)
+        ),
     )
     return JobResponse(**_fields(found(rows.one_or_none(), room, full_name)))
 

@@ -38,6 +38,7 @@ from zndraw_joblib.models import (
     LINK,
     TASK,
     WORKER,
+    execute,
     in_states,
     now,
     number,
@@ -393,7 +394,7 @@ async def _look(poll: LongPoll, beating: bool) -> None:
         for chunk in zip_longest(_chunks(tasks), _chunks(jobs), _chunks(served)):
             ids = (part or [UUID(int=0)] for part in chunk)
             asked = dict(zip(("tasks", "jobs", "workers"), ids, strict=True))
-            found += (await session.execute(_CHANGES, asked)).all()
+            found += (await execute(session, _CHANGES, asked)).all()
     for row in found:
         if row.kind == "task":
             waiters.wake_all(task_key(row.id))

@@ -16,9 +16,11 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ColumnElement,
+    CursorResult,
     DateTime,
     Dialect,
     Enum,
+    Executable,
     Float,
     ForeignKey,
     Index,
@@ -36,8 +38,9 @@ from sqlalchemy import (
     literal_column,
     true,
 )
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, Session, mapped_column
 from sqlalchemy.schema import conv
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -248,6 +251,19 @@ def returned(column: Column[T]) -> ColumnElement[T]:
     On SQLite SQLAlchemy leaves the tables' names away there, in subqueries too.
     """
     return literal_column(f"{column.table.name}.{column.name}", column.type)
+
+
+async def execute(
+    session: AsyncSession, statement: Executable, values: Any = None
+) -> CursorResult[Any]:
+    """Run a statement on any kind of session.
+
+    SQLModel's warns of its own ``execute``, and of all that goes through it.
+    """
+    ran = await session.run_sync(
+        Session.execute, statement, values, execution_options={"prebuffer_rows": True}
+    )
+    return cast(CursorResult[Any], ran)
 
 
 class Job(Base):

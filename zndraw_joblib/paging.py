@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib.models import number
+from zndraw_joblib.models import execute, number
 from zndraw_joblib.schemas import MAX_INT
 
 
@@ -117,12 +117,12 @@ async def paginate(
     else:
         counted = statement.with_only_columns(table.c.id, maintain_column_froms=True)
         counting = select(func.count()).select_from(counted.subquery())
-        total = (await session.scalars(counting)).one()
+        total = ((await execute(session, counting)).scalars()).one()
         newest_first = newest_first.offset(page.offset)
     if page.limit == 0:
         return Listing([], total, None)
     chosen = newest_first.limit(number(page.limit + 1))
-    rows = (await session.execute(complete(chosen))).all()
+    rows = (await execute(session, complete(chosen))).all()
     shown = rows[: page.limit]
     more = len(rows) > page.limit
     last = Cursor(shown[-1].created_at, shown[-1].id, total) if more else None

@@ -19,7 +19,7 @@ from zndraw_joblib.lifecycle import (
     split_full_name,
     visible_rooms,
 )
-from zndraw_joblib.models import PROVIDER, number, visible_from
+from zndraw_joblib.models import PROVIDER, execute, number, visible_from
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
 from zndraw_joblib.settings import JobLibSettings
@@ -99,7 +99,8 @@ async def register(
         worker_id=worker_id,
     )
     mine = PROVIDER.c.user_id == caller.id
-    registered = await session.execute(
+    registered = await execute(
+        session,
         fresh.on_conflict_do_update(
             index_elements=_NAME,
             set_={
@@ -107,7 +108,7 @@ async def register(
                 "id": case((mine, PROVIDER.c.id), else_=uuid7()),
             },
             where=_owned(caller),
-        ).returning(*_VIEW)
+        ).returning(*_VIEW),
     )
     row = registered.one_or_none()
     if row is None:
@@ -136,11 +137,12 @@ async def install(
         content_type=content_type,
         user_id=user_id,
     )
-    await session.execute(
+    await execute(
+        session,
         fresh.on_conflict_do_update(
             index_elements=_NAME,
             set_=_replaced_by(fresh, "schema", "content_type", "user_id"),
-        )
+        ),
     )
 
 
@@ -158,7 +160,7 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
         raise ProviderNotFound.exception(f"provider not found: {exc}") from None
     row = None
     if name.room in visible_rooms(room):
-        found = await session.execute(select(*_VIEW).where(_named(name)))
+        found = await execute(session, select(*_VIEW).where(_named(name)))
         row = found.one_or_none()
     if row is None:
         raise ProviderNotFound.exception(
@@ -197,10 +199,11 @@ async def owned(
         ``provider-not-found``, also where its room is closed to the caller;
         ``forbidden`` for another user's.
     """
-    found = await session.execute(
+    found = await execute(
+        session,
         select(*_VIEW, _owned(caller).label("owned")).where(
             PROVIDER.c.id == provider_id
-        )
+        ),
     )
     row = found.one_or_none()
     if row is None or not await permits(may_enter, session, caller, row.room_id):
@@ -224,10 +227,11 @@ async def remove(
     provider = await owned(session, provider_id, caller, may_enter)
     if provider.room_id == INTERNAL_ROOM:
         raise Forbidden.exception("the server's own providers stay")
-    removed = await session.execute(
+    removed = await execute(
+        session,
         delete(PROVIDER)
         .where(PROVIDER.c.id == provider_id, _owned(caller))
-        .returning(*_NAME)
+        .returning(*_NAME),
     )
     row = removed.one_or_none()
     if row is None:

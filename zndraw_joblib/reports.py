@@ -52,6 +52,7 @@ from zndraw_joblib.models import (
     JOB,
     TASK,
     constant,
+    execute,
     in_states,
     now,
     rechecked,
@@ -216,7 +217,7 @@ async def _move(
         }
     most = settings.queue_position_max if alone else None
     moving = _moving(status, caller.is_superuser, count, most, key is not None)
-    moved = await session.execute(moving, names)
+    moved = await execute(session, moving, names)
     return moved.all()
 
 
@@ -237,8 +238,10 @@ async def _lock(
     settings: JobLibSettings,
 ) -> set[UUID]:
     """Lock tasks, and return the caller's workers at them that were not heard just now."""
-    locked = await session.execute(
-        _LOCKING, {"tasks": list(task_ids), **workers.unheard_since(caller, settings)}
+    locked = await execute(
+        session,
+        _LOCKING,
+        {"tasks": list(task_ids), **workers.unheard_since(caller, settings)},
     )
     return {row.worker_id for row in locked if row.unheard}
 
@@ -352,14 +355,15 @@ async def report_many(
     standing: dict[UUID, Row[Any]] = {}
     if unmoved := reports.keys() - moved.keys():
         # after the writes, so that it is what stands, on any database
-        found = await session.execute(
+        found = await execute(
+            session,
             seen(settings.queue_position_max)
             .add_columns(
                 _entitled(caller, TaskStatus.COMPLETED).label("entitled"),
                 _entitled(caller, TaskStatus.CANCELLED).label("entitled_to_cancel"),
                 TASK.c.claim_key,
             )
-            .where(TASK.c.id.in_(unmoved))
+            .where(TASK.c.id.in_(unmoved)),
         )
         standing = {row.id: row for row in found}
     outcomes: list[Reported | ProblemException] = []
@@ -452,7 +456,8 @@ async def _find(
     may_enter: RoomAccess,
     settings: JobLibSettings,
 ) -> Row[Any]:
-    found = await session.execute(
+    found = await execute(
+        session,
         seen(settings.queue_position_max)
         .add_columns(
             entitled.label("entitled"),
@@ -492,17 +497,19 @@ async def retry(
         raise Forbidden.exception(f"task {task_id} is not yours to retry")
     # locked, so that no soft-deletion of the job comes in between; where nothing is
     # locked, what was read here may be over by the time of the write
-    found = await session.execute(
+    found = await execute(
+        session,
         select(JOB.c.room_id)
         .join(TASK, TASK.c.job_id == JOB.c.id)
         .where(TASK.c.id == task_id)
-        .with_for_update(read=True, key_share=True, of=JOB)
+        .with_for_update(read=True, key_share=True, of=JOB),
     )
     internal = found.scalar_one() == INTERNAL_ROOM
     seconds = settings.internal_redispatch_seconds
     reborn = born_claimed(seconds) if internal else {}
     least = literal(next_order(), TASK.c.queue_order.type)
-    raised = await session.execute(
+    raised = await execute(
+        session,
         update(TASK)
         .where(
             TASK.c.id == task_id, in_states(TERMINAL), of_job(JOB.c.deleted).is_(False)
@@ -526,7 +533,7 @@ async def retry(
                 **reborn,
             }
         )
-        .returning(TASK.c.queue_order, *VIEW)
+        .returning(TASK.c.queue_order, *VIEW),
     )
     rows = raised.all()
     again = await read_changed(session, rows, settings)

@@ -49,6 +49,7 @@ from zndraw_joblib.exceptions import (
     WorkerNotFound,
 )
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, TaskStatus, split_full_name
+from zndraw_joblib.models import execute
 from zndraw_joblib.problem_route import BODY, ROOM, WAITING, WAITS, new_router, problems
 from zndraw_joblib.schemas import (
     PaginatedResponse,
@@ -229,7 +230,7 @@ async def list_job_tasks(
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
     name = jobs.find(room_id, job_name)
-    rows = await session.execute(jobs.SERVED, name._asdict())
+    rows = await execute(session, jobs.SERVED, name._asdict())
     job = jobs.found(rows.one_or_none(), room_id, job_name)
     items, listing = await tasks.list_tasks(
         session,

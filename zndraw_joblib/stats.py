@@ -16,6 +16,7 @@ from zndraw_joblib.models import (
     WORKER,
     alive_within,
     constant,
+    execute,
     held,
     now,
     number,
@@ -86,7 +87,7 @@ async def _counted(
     some = select(TASK.c.job_id, TASK.c.status).where(chosen).order_by(order)
     read = some.limit(number(COUNTED_MAX)).subquery()
     counting = select(read.c.job_id, read.c.status, func.count())
-    found = await session.execute(counting.group_by(read.c.job_id, read.c.status))
+    found = await execute(session, counting.group_by(read.c.job_id, read.c.status))
     return Counter({(job, status): count for job, status, count in found})
 
 
@@ -131,7 +132,7 @@ async def queue_stats(
         ``worker_timeout_seconds``.
     """
     statement = _statement(settings or get_settings()).where(JOB.c.deleted.is_(False))
-    rows = await session.execute(statement.order_by(JOB.c.id))
+    rows = await execute(session, statement.order_by(JOB.c.id))
     return await _views(session, rows.all())
 
 

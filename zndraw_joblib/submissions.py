@@ -39,6 +39,7 @@ from zndraw_joblib.models import (
     JOB,
     TASK,
     constant,
+    execute,
     now,
     number,
     queued,
@@ -123,7 +124,7 @@ async def _to_job(
             refused, done = exc, None
         if done is not None:
             return done
-    rows = await session.execute(jobs.SERVED, name._asdict())
+    rows = await execute(session, jobs.SERVED, name._asdict())
     row = jobs.found(rows.one_or_none(), room, full_name)
     target = Target(row.id, name, row.schema)
     if refused is not None and target == known:
@@ -197,7 +198,8 @@ async def _insert(
 ) -> Row[Any] | None:
     internal = target.name.room == INTERNAL_ROOM
     redispatch = settings.internal_redispatch_seconds
-    inserted = await session.execute(
+    inserted = await execute(
+        session,
         _inserting(
             internal,
             request.delay_seconds > 0,
@@ -231,7 +233,8 @@ async def _earlier(
     """Return what ``statement`` reads of the task that was submitted under the key."""
     if key is None:
         return None
-    found = await session.execute(
+    found = await execute(
+        session,
         statement.add_columns(TASK.c.request_digest).where(
             TASK.c.created_by_id == caller.id,
             TASK.c.job_id == target.id,
@@ -239,7 +242,7 @@ async def _earlier(
             TASK.c.idempotency_key == key,
             of_job(JOB.c.deleted).is_(False),
             cast(of_job(JOB.c.schema), Text) == target.schema,
-        )
+        ),
     )
     row = found.one_or_none()
     if row is not None and row.request_digest != digest:
@@ -429,7 +432,8 @@ async def _add(
     if len(own) > 1:
         # many rows of parameters for one small statement: no number of tasks makes a
         # large one
-        await session.execute(
+        await execute(
+            session,
             insert(TASK),
             [
                 {**common, **row, "queue_order": order}
@@ -439,13 +443,13 @@ async def _add(
     places: list[int | None] = [None] * len(own)
     if waits:
         most = settings.queue_position_max
-        head = await session.scalars(
+        head = (
             select(TASK.c.queue_order)
             .where(TASK.c.job_id == job_id, queued())
             .order_by(TASK.c.queue_order)
             .limit(number(most))
         )
-        before = head.all()
+        before = (await execute(session, head)).scalars().all()
         places = [min(bisect_left(before, order) + 1, most) for order in orders]
     shown = read_view(first)
     return [

@@ -21,7 +21,7 @@ from zndraw_joblib.delivery import (
     deliver,
 )
 from zndraw_joblib.events import Emitter, Outbox, worker_key
-from zndraw_joblib.models import JOB, WORKER, now, number, silent_for
+from zndraw_joblib.models import JOB, WORKER, execute, now, number, silent_for
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
 
@@ -97,7 +97,9 @@ async def _each(sweep: _Sweep, rows: Rows, end: End, size: int = TASKS_A_BATCH) 
                 raise
             # which one of the batch was it?
             async with sweep.session_maker() as session:
-                ids = (await session.scalars(good.limit(number(size)))).all()
+                ids = (
+                    (await execute(session, good.limit(number(size)))).scalars()
+                ).all()
             if not ids:
                 raise
         for one in ids:
@@ -229,7 +231,7 @@ async def _deleted_jobs(sweep: _Sweep) -> int:
     """Delete for good the deleted jobs that have no tasks, some in each pass."""
     async with sweep.session_maker() as session:
         deleted = jobs.deleted(sweep.looked_at).limit(number(JOBS_A_PASS))
-        ids = (await session.scalars(deleted)).all()
+        ids = ((await execute(session, deleted)).scalars()).all()
     # all of them were looked at: from the beginning
     sweep.looked_at = ids[-1] if len(ids) == JOBS_A_PASS else FIRST
 
@@ -508,7 +510,7 @@ async def _clock(sweep: _Sweep) -> datetime | None:
     """Return what the database's clock shows; None while it is away."""
     try:
         async with sweep.session_maker() as session:
-            moment: datetime = (await session.scalars(select(now()))).one()
+            moment: datetime = ((await execute(session, select(now()))).scalars()).one()
             return moment
     except Exception:
         log.exception("the database's clock can't be read")

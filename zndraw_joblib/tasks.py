@@ -31,6 +31,7 @@ from zndraw_joblib.models import (
     JOB,
     TASK,
     constant,
+    execute,
     microseconds,
     now,
     number,
@@ -238,8 +239,9 @@ async def read_changed(
     places: dict[UUID, int] = {}
     if waiting:
         place = position(TASK.c.job_id, TASK.c.queue_order, settings.queue_position_max)
-        found = await session.execute(
-            select(TASK.c.id, place.label("place")).where(TASK.c.id.in_(waiting))
+        found = await execute(
+            session,
+            select(TASK.c.id, place.label("place")).where(TASK.c.id.in_(waiting)),
         )
         places = {row.id: row.place for row in found}
     return [read_view(row, places.get(row.id)) for row in rows]
@@ -284,8 +286,8 @@ async def read(
     ProblemException
         ``task-not-found``.
     """
-    found = await session.execute(
-        _reading(settings.queue_position_max), {"task": task_id}
+    found = await execute(
+        session, _reading(settings.queue_position_max), {"task": task_id}
     )
     row = found.one_or_none()
     if row is None or not (
@@ -303,10 +305,11 @@ async def readable(
     may_enter: RoomAccess,
 ) -> list[UUID]:
     """Return which of these tasks the caller may read, in the order of the ids."""
-    found = await session.execute(
+    found = await execute(
+        session,
         select(TASK.c.id, TASK.c.room_id, TASK.c.created_by_id, TASK.c.holder_id).where(
             TASK.c.id.in_(task_ids)
-        )
+        ),
     )
     rooms: dict[UUID, str | None] = {
         # None: the task is the caller's own
@@ -327,7 +330,7 @@ async def read_many(
 ) -> list[TaskResponse]:
     """Return the tasks with these ids, in their order; abridged beyond what fits."""
     asked = _queried(settings.queue_position_max, settings.max_query_bytes)
-    found = await session.execute(asked.where(TASK.c.id.in_(task_ids)))
+    found = await execute(session, asked.where(TASK.c.id.in_(task_ids)))
     views = {row.id: read_view(row) for row in found}
     return [views[task_id] for task_id in task_ids if task_id in views]
 
@@ -383,7 +386,9 @@ def outlived(status: TaskStatus, kept_seconds: float) -> Select[tuple[UUID]]:
 
 async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
     """Delete the chosen tasks; return how many there were."""
-    purged = await session.scalars(
-        delete(TASK).where(TASK.c.id.in_(chosen)).returning(TASK.c.id)
-    )
+    purged = (
+        await execute(
+            session, delete(TASK).where(TASK.c.id.in_(chosen)).returning(TASK.c.id)
+        )
+    ).scalars()
     return len(purged.all())

@@ -43,6 +43,7 @@ from zndraw_joblib.models import (
     TASK,
     WORKER,
     alive_within,
+    execute,
     now,
     number,
     served_to,
@@ -141,12 +142,13 @@ async def create(
         .subquery()
     )
     few = select(func.count()).select_from(theirs).scalar_subquery() < number(most)
-    created = await session.execute(
+    created = await execute(
+        session,
         insert(WORKER)
         .from_select(
             ["user_id"], select(literal(user_id, WORKER.c.user_id.type)).where(few)
         )
-        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
+        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state),
     )
     row = created.one_or_none()
     if row is None:
@@ -222,7 +224,8 @@ async def _touch(
     state: WorkerState | None = None,
     **names: Any,
 ) -> Row[Any] | None:
-    touched = await session.execute(
+    touched = await execute(
+        session,
         statement,
         {
             "touched": worker_id,
@@ -299,7 +302,7 @@ async def check_quota(
         ``quota-exceeded`` when there is more than ``most``.
     """
     some = rows.limit(number(most + 1)).subquery()
-    counted = await session.scalars(select(func.count()).select_from(some))
+    counted = (await execute(session, select(func.count()).select_from(some))).scalars()
     if counted.one() > most:
         raise QuotaExceeded.exception(
             f"{what} are limited to {most} for each user", headers={"Retry-After": "60"}
@@ -379,15 +382,15 @@ async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> Non
     ids = list(worker_ids)
     for start in range(0, len(ids), CHUNK):
         chunk = ids[start : start + CHUNK]
-        await session.execute(_KEEPING_ALIVE, {"workers": chunk})
+        await execute(session, _KEEPING_ALIVE, {"workers": chunk})
 
 
 async def keep_alive_at(
     session: AsyncSession, task_id: UUID, caller: Caller, settings: JobLibSettings
 ) -> None:
     """Record that the caller's worker at a task is alive, if it was not heard just now."""
-    await session.execute(
-        _AT_TASK, {"task": task_id, **unheard_since(caller, settings)}
+    await execute(
+        session, _AT_TASK, {"task": task_id, **unheard_since(caller, settings)}
     )
 
 
@@ -445,12 +448,15 @@ async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[U
     it is a write. Chosen ``FOR UPDATE``, they are chosen as they are then: a heartbeat
     that came first wins.
     """
-    locked = await session.scalars(
-        update(WORKER)
-        .where(WORKER.c.id.in_(chosen))
-        .values(state=WORKER.c.state)
-        .returning(WORKER.c.id)
-    )
+    locked = (
+        await execute(
+            session,
+            update(WORKER)
+            .where(WORKER.c.id.in_(chosen))
+            .values(state=WORKER.c.state)
+            .returning(WORKER.c.id),
+        )
+    ).scalars()
     return locked.all()
 
 
@@ -462,19 +468,21 @@ async def remove(session: AsyncSession, worker_ids: Sequence[UUID]) -> Removed:
     if not worker_ids:
         return Removed()
     room = select(JOB.c.room_id).where(JOB.c.id == LINK.c.job_id).correlate(LINK)
-    links = await session.execute(
+    links = await execute(
+        session,
         delete(LINK)
         .where(LINK.c.worker_id.in_(worker_ids))
-        .returning(LINK.c.job_id, room.scalar_subquery().label("room_id"))
+        .returning(LINK.c.job_id, room.scalar_subquery().label("room_id")),
     )
     served = links.all()
-    providers = await session.execute(
+    providers = await execute(
+        session,
         delete(PROVIDER)
         .where(PROVIDER.c.worker_id.in_(worker_ids))
-        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
+        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name),
     )
     withdrawn = [FullName(*row) for row in providers]
-    await session.execute(delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
+    await execute(session, delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
     return Removed(
         worker_ids,
         {row.job_id for row in served},
@@ -493,16 +501,18 @@ async def expel(session: AsyncSession, user_id: UUID, room_id: str) -> Removed:
     """
     theirs = select(WORKER.c.id).where(WORKER.c.user_id == user_id)
     here = select(JOB.c.id).where(JOB.c.room_id == room_id)
-    links = await session.execute(
+    links = await execute(
+        session,
         delete(LINK)
         .where(LINK.c.worker_id.in_(theirs), LINK.c.job_id.in_(here))
-        .returning(LINK.c.worker_id, LINK.c.job_id)
+        .returning(LINK.c.worker_id, LINK.c.job_id),
     )
     unlinked = links.all()
-    providers = await session.execute(
+    providers = await execute(
+        session,
         delete(PROVIDER)
         .where(PROVIDER.c.user_id == user_id, PROVIDER.c.room_id == room_id)
-        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
+        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name),
     )
     return Removed(
         list({link.worker_id for link in unlinked}),
@@ -517,12 +527,15 @@ async def correct_moments(session: AsyncSession) -> int:
 
     They were written before the database's clock was set back.
     """
-    corrected = await session.scalars(
-        update(WORKER)
-        .where(WORKER.c.last_heartbeat > now(1))
-        .values(last_heartbeat=now())
-        .returning(WORKER.c.id)
-    )
+    corrected = (
+        await execute(
+            session,
+            update(WORKER)
+            .where(WORKER.c.last_heartbeat > now(1))
+            .values(last_heartbeat=now())
+            .returning(WORKER.c.id),
+        )
+    ).scalars()
     return len(corrected.all())
 
 
