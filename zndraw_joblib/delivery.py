@@ -14,7 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, telemetry
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, TaskView, emit
-from zndraw_joblib.lifecycle import FullName
+from zndraw_joblib.exceptions import InternalJobNotConfigured, InvalidRequest
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
+from zndraw_joblib.schemas import TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.waiting import Waiters, Wakeups
 
@@ -65,6 +67,33 @@ class Transports:
     session_maker: SessionMaker | None = None
     on_providers_removed: ProvidersRemoved | None = None
     wakeups: Wakeups | None = None
+
+
+def require_broker(
+    transports: Transports,
+    name: FullName,
+    submitted: Sequence[TaskSubmitRequest],
+    where: str,
+) -> None:
+    """Return if the broker takes what is submitted to a job, or need not.
+
+    Raises
+    ------
+    ProblemException
+        ``internal-job-not-configured``; ``invalid-request`` for a delay.
+    """
+    if name.room != INTERNAL_ROOM:
+        return
+    if transports.registry is None or str(name) not in transports.registry:
+        raise InternalJobNotConfigured.exception(f"nothing here runs {name}")
+    detail = "an @internal task starts at once"
+    errors = [
+        {"pointer": f"{where.format(n)}/delay_seconds", "detail": detail}
+        for n, task in enumerate(submitted)
+        if task.delay_seconds
+    ]
+    if errors:
+        raise InvalidRequest.exception(detail, errors=errors[:1])
 
 
 class Publication(NamedTuple):

@@ -1,6 +1,5 @@
 """The routes of tasks: submit, read, claim, report, retry."""
 
-from collections.abc import Sequence
 from typing import Annotated
 from uuid import UUID
 
@@ -16,6 +15,7 @@ from zndraw_joblib import (
     tasks,
     validation,
 )
+from zndraw_joblib.delivery import require_broker
 from zndraw_joblib.dependencies import (
     Access,
     Context,
@@ -37,7 +37,6 @@ from zndraw_joblib.exceptions import (
     Forbidden,
     IdempotencyKeyReused,
     InternalJobNotConfigured,
-    InvalidRequest,
     InvalidTaskTransition,
     JobNotFound,
     LeaseLost,
@@ -48,7 +47,7 @@ from zndraw_joblib.exceptions import (
     TaskNotFound,
     WorkerNotFound,
 )
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, TaskStatus, split_full_name
+from zndraw_joblib.lifecycle import TaskStatus, split_full_name
 from zndraw_joblib.models import execute
 from zndraw_joblib.problem_route import BODY, ROOM, WAITING, WAITS, new_router, problems
 from zndraw_joblib.schemas import (
@@ -112,7 +111,7 @@ async def submit_task(
     await enter(session, caller, room_id, may_enter, _submitting(job_name))
 
     def check(target: submissions.Target) -> bool:
-        _check_broker(context, target.name, [body], "/body")
+        require_broker(context.transports, target.name, [body], "/body")
         return validation.check_payloads(target.schema, {"/body/payload": body.payload})
 
     submitted = await submissions.submit(
@@ -161,7 +160,7 @@ async def submit_batch(
     await enter(session, caller, room_id, may_enter, _submitting(job_name))
 
     def check(target: submissions.Target) -> bool:
-        _check_broker(context, target.name, body.tasks, "/body/tasks/{}")
+        require_broker(context.transports, target.name, body.tasks, "/body/tasks/{}")
         payloads = {
             f"/body/tasks/{n}/payload": task.payload
             for n, task in enumerate(body.tasks)
@@ -191,25 +190,6 @@ async def submit_batch(
 def _submitting(job_name: str) -> Action:
     # a malformed name is the business of those who look for the job
     return Action("submit", job_name.split(":", 2)[1] if ":" in job_name else None)
-
-
-def _check_broker(
-    context: Context, name: FullName, submitted: Sequence[TaskSubmitRequest], where: str
-) -> None:
-    """Refuse what would go to the broker, if there is none here that takes it."""
-    if name.room != INTERNAL_ROOM:
-        return
-    registry = context.transports.registry
-    if registry is None or str(name) not in registry:
-        raise InternalJobNotConfigured.exception(f"nothing here runs {name}")
-    detail = "an @internal task starts at once"
-    errors = [
-        {"pointer": f"{where.format(n)}/delay_seconds", "detail": detail}
-        for n, task in enumerate(submitted)
-        if task.delay_seconds
-    ]
-    if errors:
-        raise InvalidRequest.exception(detail, errors=errors[:1])
 
 
 @router.get(
@@ -463,7 +443,7 @@ async def retry_task(
     await check_writable(request, task.room_id)
     name = split_full_name(task.job_name)
     await jobs.admit(session, name, context.caller, context.settings)
-    _check_broker(context, name, [], "")
+    require_broker(context.transports, name, [], "")
     context.outbox.task_changed(task)
     context.outbox.dispatch([task])
     await context.commit(session)
