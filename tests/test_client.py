@@ -2,25 +2,30 @@
 
 import asyncio
 import json
+import logging
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import anyio
+import httpx
 import numpy as np
 import pytest
 import servers
 from anyio.to_thread import run_sync
 from conftest import AUTH_SETTINGS, PASSWORD, PREFIX
 from pydantic import Field, field_validator
+from sqlalchemy import delete
 
+from zndraw_joblib import client_transport
 from zndraw_joblib.client import (
     Category,
     ClaimedTask,
@@ -29,10 +34,11 @@ from zndraw_joblib.client import (
     TaskCancelled,
     TaskFailed,
 )
-from zndraw_joblib.client_connection import HostApi
+from zndraw_joblib.client_connection import HostApi, proxy_for
 from zndraw_joblib.client_transport import Limits
+from zndraw_joblib.models import WorkerJobLink
 from zndraw_joblib.provider import Provider
-from zndraw_joblib.schemas import JobPolicy
+from zndraw_joblib.schemas import JobPolicy, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 
 # it is the client that is tested: the routes are, under every maker, elsewhere
@@ -75,7 +81,11 @@ class Meddler:
         #: called with method, path and the answer's body; a status loses the answer
         self.lose: Callable[[str, str, bytes], int | None] = lambda *_: None
         #: called with method and path; a status keeps the request from the host
-        self.refuse: Callable[[str, str], int | None] = lambda *_: None
+        self.refuse: Callable[[str, str], Any] = lambda *_: None
+        #: called with method, path and the answer's body; returns another one
+        self.change: Callable[[str, str, bytes], bytes] = lambda _, __, body: body
+        #: of the body of the request at hand
+        self.length = 0
         self.forget_prefer = False
         #: is as old as 0.1.7: it knows nothing of batches
         self.old = False
@@ -86,8 +96,9 @@ class Meddler:
             return
         method, path = scope["method"], scope["path"].removeprefix(PREFIX)
         self.requests.append((method, path))
-        if status := self.refuse(method, path):
-            await self.answer(send, status)
+        self.length = int(dict(scope["headers"]).get(b"content-length", 0))
+        if own := self.refuse(method, path):
+            await self.answer(send, *((own,) if isinstance(own, int) else own))
             return
         if self.forget_prefer:
             headers = [h for h in scope["headers"] if h[0] != b"prefer"]
@@ -118,12 +129,30 @@ class Meddler:
         if lost:
             await self.answer(send, lost)
             return
+        changed = self.change(method, path, body)
+        if changed != body:
+            headers = [h for h in answer[0]["headers"] if h[0] != b"content-length"]
+            answer = [
+                {**answer[0], "headers": headers},
+                {"type": "http.response.body", "body": changed},
+            ]
         for message in answer:
             await send(message)
 
-    async def answer(self, send: Any, status: int) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+    async def answer(
+        self,
+        send: Any,
+        status: int,
+        kind: str = "",
+        body: bytes = b"",
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        body = b"" if status in (204, 304) else body
+        headers = [(b"content-type", kind.encode()), *headers] if kind else [*headers]
+        await send(
+            {"type": "http.response.start", "status": status, "headers": headers}
+        )
+        await send({"type": "http.response.body", "body": body})
 
     def count(self, method: str, path: str) -> int:
         return self.requests.count((method, path))
@@ -456,7 +485,9 @@ async def test_a_refused_token_is_asked_for_anew(
         password=PASSWORD,
         execute=lambda task: "done",
     )
-    stuck = make(execute=lambda task: None, heartbeat_interval=0.1)
+    stuck = make(
+        execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=1
+    )
     await run_sync(manager.register, Work)
     await run_sync(stuck.register, Work)
     # every token given out so far is void
@@ -478,6 +509,398 @@ async def test_wrong_credentials(url: str):
     with pytest.raises(ValueError, match="give a token"):
         JobManager.connect(url, user="nobody@example.org")
     await run_sync(manager.disconnect)
+
+
+# --- what comes from something in between ---
+
+HTML = ("text/html", b"<html>not the host</html>")
+JSON = "application/json"
+NO_ROUTE = (404, JSON, b'{"detail": "Not Found"}')
+#: status, content type, body
+NOT_THE_HOSTS: list[tuple[int, str, bytes]] = [
+    *[
+        (status, *HTML)
+        for status in (
+            200,
+            204,
+            206,
+            301,
+            302,
+            307,
+            400,
+            401,
+            403,
+            404,
+            405,
+            409,
+            410,
+            413,
+            418,
+            422,
+            429,
+            451,
+            500,
+            502,
+            507,
+            520,
+            530,
+            598,
+        )
+    ],
+    (200, JSON, b'{"id": "4b3'),
+    (200, JSON, b'{"status": "ok"}'),
+    (200, JSON, b"null"),
+    (404, JSON, b'{"message": "no Route matched with those values"}'),
+    NO_ROUTE,
+    (403, JSON, b'{"detail": "blocked"}'),
+    (409, "application/problem+json", b'{"type": "/problems/x", "status": 409}'),
+    (409, "application/problem+json", b'{"type": "about:blank", "status": 409}'),
+]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_only_the_hosts_answers_are_verdicts(
+    make: MakeManager,
+    ada: Any,
+    meddler: Meddler,
+    monkeypatch: pytest.MonkeyPatch,
+    concurrency: int,
+):
+    """Every request of a task's life meets each of these answers."""
+    monkeypatch.setattr(client_transport, "LONGEST_DELAY_SECONDS", 0.01)
+    manager = make(execute=lambda task: "kept", concurrency=concurrency)
+    await run_sync(manager.register, Work)
+    submitter = make()
+    wrong: dict[str, list[Any]] = {}
+
+    def refuse(method: str, path: str) -> Any:
+        kind = re.sub("[0-9a-f-]{36}", "ID", f"{method} {path}")
+        # older hosts have no such routes, and say so
+        old = "batches" in kind or "query" in kind or kind == "PATCH /tasks"
+        left = wrong.setdefault(
+            kind, [own for own in NOT_THE_HOSTS if not (old and own == NO_ROUTE)]
+        )
+        return left.pop() if left and path != "/limits" else None
+
+    meddler.refuse = refuse
+    ids = await run_sync(lambda: submitter.submit_many([Work(), Work()], ROOM))
+    ended = await run_sync(submitter.wait_all, ids, 3 * HANG)
+    assert [(t.status.value, t.result, t.attempt) for t in ended] == [
+        ("completed", "kept", 1)
+    ] * 2
+    assert {kind for kind, left in wrong.items() if not left} >= {
+        "POST /tasks/claim", "PATCH /tasks/ID",
+        f"POST /rooms/{ROOM}/batches/{JOB}", "POST /tasks/query",
+    }  # fmt: skip
+    assert (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"] == 2
+
+
+async def test_a_worker_reads_what_later_hosts_say(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    def change(body: bytes) -> bytes:
+        body = body.replace(b'"error_type":null', b'"error_type":"eaten"')
+        body = body.replace(b'"desired_state":"active"', b'"desired_state":"resting"')
+        return body.replace(b'"errors":[]', b'"errors":[{"new":1}],"waiting_for":[]')
+
+    meddler.change = lambda method, path, body: (
+        change(body) if "claim" in path else body
+    )
+    manager = make(execute=lambda task: task.attempt)
+    await run_sync(manager.register, Work)
+    assert (await ended(ada, await submit(ada)))["result"] == 1
+    task = (await ada.get(f"/tasks/{await submit(ada)}")).json()
+    later = {**task, "status": "paused", "error_type": "eaten", "more": 1}
+    later["errors"] = [{"attempt": 1, "error_type": "eaten", "error": "x"}]
+    read = TaskResponse.model_validate(later)
+    assert (read.status.value, read.error_type, read.errors[0].error_type) == (
+        "paused", "eaten", "eaten",
+    )  # fmt: skip
+
+
+async def test_what_can_never_get_through_is_told_as_a_failure(
+    make: MakeManager, ada: Any, meddler: Meddler, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(method: str, path: str) -> Any:
+        large = meddler.length > 10_000
+        return (413, *HTML) if method == "PATCH" and large else None
+
+    meddler.refuse = refuse
+    manager = make(execute=lambda task: "x" * 20_000, max_unreachable_seconds=0.3)
+    await run_sync(manager.register, Work)
+    task = await ended(ada, await submit(ada))
+    assert task["error"].startswith("the result could not be reported")
+    assert manager.worker_id is not None
+
+
+async def test_a_host_that_is_busy_is_not_away(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    asked: list[float] = []
+
+    def refuse(method: str, path: str) -> Any:
+        if path != "/tasks/claim" or len(asked) >= 3:
+            return None
+        asked.append(time.monotonic())
+        return (429, *HTML, [(b"retry-after", b"1")])
+
+    meddler.refuse = refuse
+    manager = make(
+        execute=lambda task: "done", max_unreachable_seconds=0.1, polling_interval=0.01
+    )
+    await run_sync(manager.register, Work)
+    assert (await ended(ada, await submit(ada)))["result"] == "done"
+    assert len(asked) == 3
+
+
+async def test_a_login_that_comes_back_keeps_the_result(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    refused: list[str] = []
+
+    def refuse(method: str, path: str) -> Any:
+        if method == "PATCH" and path.startswith("/tasks/") and len(refused) < 5:
+            refused.append(path)
+            return (401, JSON, b'{"detail": "Unauthorized"}')
+        return None
+
+    meddler.refuse = refuse
+    manager = make(execute=lambda task: "kept")
+    await run_sync(manager.register, Work)
+    assert (await ended(ada, await submit(ada)))["result"] == "kept"
+    assert len(refused) == 5
+
+
+async def test_giving_up_is_one_clear_error(
+    make: MakeManager, meddler: Meddler, caplog: pytest.LogCaptureFixture
+):
+    manager = make(
+        execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=1
+    )
+    await run_sync(manager.register, Work)
+    meddler.refuse = lambda *_: (301, *HTML, [(b"location", b"https://there/")])
+    with pytest.raises(ConnectionError, match=r"gave up: .*https://there/") as given_up:
+        await run_sync(manager.wait)
+    assert given_up.value.__cause__ is None
+    assert given_up.value.__suppress_context__
+    away = [r.getMessage() for r in caplog.records if "host away for" in r.getMessage()]
+    assert len(away) == 1
+    assert "giving up at 1 s" in away[0]
+
+
+async def test_a_host_that_lost_registrations_gets_them_again(
+    make: MakeManager, ada: Any, session_maker: Any, meddler: Meddler
+):
+    class Second(Work):
+        """A job of which the host keeps nothing."""
+
+    manager = make(execute=lambda task: "done", heartbeat_interval=0.2)
+    await run_sync(manager.register, Work)
+    await run_sync(manager.register, Second)
+    first = manager.worker_id
+    async with session_maker() as session:
+        await session.execute(delete(WorkerJobLink))
+        await session.commit()
+    for job in (JOB, JOB.replace("Work", "Second")):
+        answer = await ada.post(f"/rooms/{ROOM}/tasks/{job}", json={})
+        assert (await ended(ada, answer.json()["id"]))["result"] == "done"
+    assert manager.worker_id == first
+
+
+async def test_heartbeats_are_cut_to_what_the_host_takes(
+    make: MakeManager, ada: Any, meddler: Meddler
+):
+    manager = make()
+    await run_sync(manager.register, Work)
+    for _ in range(5):
+        await submit(ada)
+    tasks = [await run_sync(manager.claim) for _ in range(5)]
+    manager._transport._limits = Limits(max_heartbeat_tasks=2)
+    for task in tasks[::2]:
+        await ada.patch(f"/tasks/{task.task_id}", json={"status": "cancelled"})
+    meddler.bodies.clear()
+    await run_sync(manager.heartbeat)
+    sent = [len(b["tasks"]) for b in meddler.bodies if "tasks" in b]
+    assert sent == [2, 2, 1]
+    assert [task.cancelled for task in tasks] == [True, False, True, False, True]
+
+
+async def test_another_class_of_the_same_name_is_refused(make: MakeManager, ada: Any):
+    def other(module: str) -> type[Extension]:
+        body = {"__module__": module, "__qualname__": "Work", "__doc__": Work.__doc__}
+        return type(Extension)("Work", (Work,), body)
+
+    manager = make()
+    await run_sync(manager.register, Work)
+    with pytest.raises(ValueError, match=r"test_client\.Work .* else\.Work"):
+        await run_sync(manager.register, other("else"))
+    # the same one, defined anew as in a notebook
+    again = other(Work.__module__)
+    await run_sync(manager.register, again)
+    assert manager[JOB] is again
+
+
+async def test_a_task_that_cancels_itself_ends(make: MakeManager, ada: Any):
+    def execute(task: ClaimedTask) -> None:
+        task.cancel()
+        task.raise_if_cancelled()
+
+    manager = make(execute=execute)
+    await run_sync(manager.register, Work)
+    assert (await ended(ada, await submit(ada)))["status"] == "cancelled"
+
+
+async def test_wait_runs_what_has_no_execute(make: MakeManager, ada: Any):
+    class Plain(Work):
+        def run(self, vis: Any, *, task: ClaimedTask, n: int) -> int:
+            return n if task.attempt == 1 else 0
+
+    manager = make()
+    await run_sync(lambda: manager.register(Plain, run_kwargs={"n": 3}))
+    async with anyio.create_task_group() as group:
+        group.start_soon(run_sync, manager.wait)
+        job = JOB.replace("Work", "Plain")
+        answer = await ada.post(f"/rooms/{ROOM}/tasks/{job}", json={})
+        assert (await ended(ada, answer.json()["id"]))["result"] == 3
+        await run_sync(manager.disconnect)
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_a_log_that_raises_decides_nothing(
+    make: MakeManager, ada: Any, concurrency: int
+):
+    class Broken(logging.Handler):
+        def emit(self, record: Any) -> None:
+            raise RuntimeError("the log server is away")
+
+    def execute(task: ClaimedTask) -> None:
+        if task.extension.what:
+            raise ExceptionGroup("all", [ValueError(task.extension.what)])
+
+    log, handler = logging.getLogger("zndraw_joblib"), Broken()
+    level = log.level
+    log.setLevel(logging.DEBUG)
+    log.addHandler(handler)
+    try:
+        manager = make(execute=execute, concurrency=concurrency)
+        await run_sync(manager.register, Work)
+        for _ in range(2):
+            bad = await ended(ada, await submit(ada, "leaf"))
+            assert bad["error"].endswith("ValueError: leaf")
+            assert (await ended(ada, await submit(ada)))["status"] == "completed"
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@pytest.mark.parametrize("token", ["{}\n", " {}", "{}\r\n", "", "\ufeff{}"])
+async def test_a_token_that_is_none_is_refused_at_once(
+    url: str, admin: Any, meddler: Meddler, caplog: Any, token: str
+):
+    manager = JobManager.connect(url, token=token.format(admin.token))
+    with pytest.raises(ValueError, match="token") as refused:
+        await run_sync(manager.register, Work)
+    assert admin.token not in f"{refused.value!r} {refused.value} {caplog.text}"
+    assert meddler.requests == []
+    await run_sync(manager.disconnect)
+
+
+async def test_wrong_addresses_are_told_apart(url: str, admin: Any):
+    for address in ("127.0.0.1:8000", "localhost", "http://", "http://a:b", "ftp://a"):
+        with pytest.raises(ValueError, match="address"):
+            JobManager.connect(address, token="x")
+    for address, told in {
+        "http://127.0.0.1:9": "nothing listens there",
+        f"{url}/elsewhere": "isn't an answer of a host",
+        url.replace("http:", "https:"): "speaks http, not https",
+    }.items():
+        manager = JobManager.connect(address, token=admin.token, max_startup_retries=0)
+        with pytest.raises(ConnectionError, match=told):
+            await run_sync(manager.register, Work)
+        await run_sync(manager.disconnect)
+
+
+@pytest.mark.parametrize(
+    ("environment", "host", "proxy"),
+    [
+        ({}, "host", None),
+        ({"http_proxy": "http://p:1"}, "host", "http://p:1"),
+        ({"http_proxy": "p:1"}, "host", "http://p:1"),
+        ({"https_proxy": "p:1"}, "host", None),
+        ({"all_proxy": "socks5://p:1"}, "host", "socks5://p:1"),
+        ({"http_proxy": "p:1", "no_proxy": "x,host"}, "host", None),
+        ({"http_proxy": "p:1", "no_proxy": ".org"}, "a.org", None),
+        ({"http_proxy": "p:1", "no_proxy": "127.0.0.0/8"}, "127.0.0.1", None),
+        ({"http_proxy": "p:1", "no_proxy": "[::1],::1"}, "[::1]", None),
+        ({"http_proxy": "p:1", "no_proxy": "fe80::/10"}, "[fe80::1]", None),
+        ({"http_proxy": "p:1", "no_proxy": "fe80::/10"}, "host", "http://p:1"),
+    ],
+)
+def test_one_reading_of_the_proxies(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], host: str, proxy: Any
+):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_for(httpx.URL(f"http://{host}:8000")) == proxy
+
+
+def test_a_proxy_or_an_authority_that_is_no_good_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("ALL_PROXY", "gopher://p:1")
+    with pytest.raises(ValueError, match="ALL_PROXY"):
+        HostApi("http://host", token="x")
+    monkeypatch.delenv("ALL_PROXY")
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
+    with pytest.raises(ValueError, match="SSL_CERT_FILE"):
+        HostApi("http://host", token="x")
+
+
+FORK = """
+import os, sys
+sys.path.insert(0, sys.argv[3])
+from zndraw_joblib.client import JobManager
+from zndraw_joblib.client_connection import HostApi, proxy_for
+from end_to_end_worker import Wait
+
+class Kept:
+    def __init__(self, api):
+        self.http, self.base_url = api.http, api.base_url
+        self.get_headers, self.raise_for_status = api.get_headers, api.raise_for_status
+
+api = HostApi(sys.argv[1], token=sys.argv[2])
+manager, other = JobManager(api), JobManager(Kept(api))
+manager.register(Wait, room="lab")
+other.submit(Wait(path="x"), "lab", job_room="lab")
+if (pid := os.fork()) == 0:
+    for call in (
+        lambda: manager.submit(Wait(path="y"), "lab", job_room="lab"),
+        lambda: other.submit(Wait(path="z"), "lab", job_room="lab"),
+        manager.claim,
+        lambda: manager.register(Wait, room="lab"),
+    ):
+        try:
+            call()
+            os.write(1, b"worked ")
+        except RuntimeError as exc:
+            os.write(1, b"fork " if "is a fork" in str(exc) else b"else ")
+    manager.disconnect()
+    os._exit(0)
+os.waitpid(pid, 0)
+assert manager.worker_id is not None
+manager.submit(Wait(path="w"), "lab", job_room="lab")
+manager.disconnect()
+"""
+
+
+async def test_a_fork_has_a_client_of_its_own_or_none(url: str, admin: Any):
+    run = await anyio.run_process(
+        [sys.executable, "-c", FORK, url, admin.token, os.path.dirname(__file__)],
+        check=False,
+    )
+    assert (run.stdout, run.returncode) == (b"worked fork fork fork ", 0), run.stderr
 
 
 # --- how it asks ---

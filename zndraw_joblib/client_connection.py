@@ -45,8 +45,8 @@ class HostApi:
     Raises
     ------
     ValueError
-        When the address or the token can't be one, when neither a token nor a user with
-        a password is given, or when the environment's proxy or certificates are no good.
+        When the address can't be one, when neither a token nor a user with a password
+        is given, or when the environment's proxy or certificates are no good.
     """
 
     def __init__(
@@ -59,12 +59,6 @@ class HostApi:
     ) -> None:
         if token is None and (user is None or password is None):
             raise ValueError("give a token, or a user and a password")
-        if token is not None and not (token.isascii() and token.isprintable()):
-            raise ValueError(
-                "the token has a line break or another character that no token has"
-            )
-        if token is not None and (not token or " " in token):
-            raise ValueError("the token is empty, or has blanks in it")
         self.base_url = _check_url(base_url)
         self.authority = _authority()
         self.proxy = proxy_for(httpx.URL(self.base_url))
@@ -126,6 +120,8 @@ class HostApi:
             When the host refuses user and password.
         ConnectionError
             When it can't be reached.
+        ValueError
+            When the token can't be one.
         """
         return {"Authorization": f"Bearer {self.token()}"}
 
@@ -135,7 +131,16 @@ class HostApi:
         with self._lock:
             if self._token is None:
                 self._token = self._log_in(http)
-            return self._token
+            token = self._token
+        # the token itself is in no message
+        if not token:
+            raise ValueError("the token is empty")
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise ValueError(
+                "the token has a blank, a line break or another character that no token"
+                " has: read from a file, it has to be stripped"
+            )
+        return token
 
     def raise_for_status(self, response: Any) -> None:
         """Raise what a failed request means.

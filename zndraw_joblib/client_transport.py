@@ -214,8 +214,7 @@ class Transport:
         #: whether the host ever answered
         self.reached = False
         self._limits: Limits | None = None
-        self._away_since: float | None = None
-        self._away_told = False
+        self._warned_at = self._away_warned_at = -math.inf
         self._pid = os.getpid()
         self._http: Any = None
 
@@ -301,10 +300,6 @@ class Transport:
             answer = Answer(response, problem={})
         else:
             answer = judge(response, read, url)
-        if self._away_since is not None:
-            away = time.monotonic() - self._away_since
-            log.info("the host is back after %.0f s", away)
-        self._away_since, self._away_told = None, False
         self.reached = True
         return answer
 
@@ -342,7 +337,7 @@ class Transport:
         """
         stop = stop or threading.Event()
         attempt = 0
-        give_up = 0.0
+        since = 0.0
         while True:
             try:
                 return self.exchange(method, path, **options)
@@ -352,14 +347,13 @@ class Transport:
                     raise
                 if attempt == 0:
                     # not before: a request that waits may fail late
-                    give_up = time.monotonic() + (
-                        self.patience if patience is None else patience
-                    )
+                    since = time.monotonic()
                 most = math.inf if self.reached else self.startup_retries
                 if attempt >= (most if retries is None else retries):
                     raise
-                self._note_away(exc)
+                self._warn(exc, since)
                 pause = max(backoff(attempt), getattr(exc, "retry_after", 0.0))
+                give_up = since + (self.patience if patience is None else patience)
                 if time.monotonic() + pause > give_up or stop.wait(pause):
                     raise
                 attempt += 1
@@ -413,17 +407,17 @@ class Transport:
             # which exceptions say so depends on the client that the host chose
             raise Unreachable(f"no answer of {url}: {_explain(exc, who)}") from None
 
-    def _note_away(self, exc: Exception) -> None:
+    def _warn(self, exc: Exception, since: float) -> None:
+        """Say that the host is away; once, however many requests find it so."""
         now = time.monotonic()
-        if self._away_since is None:
-            self._away_since = now
+        if now - self._warned_at > self.patience:
+            self._warned_at = now
             log.warning("%s; trying again", exc)
-        away = now - self._away_since
-        late = away > self.patience / 10 and not isinstance(exc, SlowDown)
-        if late and not self._away_told:
-            self._away_told = True
+        late = now - since > self.patience / 10 and not isinstance(exc, SlowDown)
+        if late and now - self._away_warned_at > self.patience:
+            self._away_warned_at = now
             told = "host away for %.0f s, giving up at %.0f s: %s"
-            log.warning(told, away, self.patience, exc)
+            log.warning(told, now - since, self.patience, exc)
 
 
 def backoff(attempt: int) -> float:

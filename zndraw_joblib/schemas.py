@@ -3,6 +3,7 @@
 import math
 import re
 from datetime import datetime
+from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
 from uuid import UUID
 
@@ -15,6 +16,8 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
 )
 
@@ -140,6 +143,27 @@ Fraction = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Attempt = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 
 
+def _open(kind: type[StrEnum]) -> WrapValidator:
+    """Return what lets clients read values that later hosts have and this enum hasn't."""
+
+    def read(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValueError:
+            if not isinstance(value, str):
+                raise
+            member = str.__new__(kind, value)
+            member._name_ = member._value_ = value
+            return member
+
+    return WrapValidator(read)
+
+
+AnyStatus = Annotated[TaskStatus, _open(TaskStatus)]
+AnyErrorType = Annotated[ErrorType, _open(ErrorType)]
+AnyState = Annotated[WorkerState, _open(WorkerState)]
+
+
 class PaginatedResponse(BaseModel, Generic[T]):
     """One page of a listing, newest first; ``total`` counts all pages."""
 
@@ -154,7 +178,7 @@ class WorkerResponse(BaseModel):
 
     id: UUID
     last_heartbeat: datetime
-    state: WorkerState = WorkerState.ACTIVE
+    state: AnyState = WorkerState.ACTIVE
 
 
 class HeartbeatResponse(WorkerResponse):
@@ -162,7 +186,7 @@ class HeartbeatResponse(WorkerResponse):
 
     cancelled: list[UUID] = []
     lost: list[UUID] = []
-    desired_state: WorkerState = WorkerState.ACTIVE
+    desired_state: AnyState = WorkerState.ACTIVE
     jobs: int | None = Field(
         default=None,
         description="How many jobs the worker serves: of fewer than it registered the"
@@ -196,7 +220,7 @@ class WorkerSummary(BaseModel):
     id: UUID
     last_heartbeat: datetime
     job_count: int
-    state: WorkerState = WorkerState.ACTIVE
+    state: AnyState = WorkerState.ACTIVE
     alive: bool = Field(
         default=False,
         description="Whether it was heard within `worker_timeout_seconds`, by the"
@@ -338,7 +362,7 @@ class TaskError(BaseModel):
     """How one attempt ended."""
 
     attempt: int
-    error_type: ErrorType
+    error_type: AnyErrorType
     error: str | None = None
 
 
@@ -348,7 +372,7 @@ class TaskResponse(BaseModel):
     id: UUID
     job_name: str
     room_id: str
-    status: TaskStatus
+    status: AnyStatus
     created_at: datetime
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -360,7 +384,7 @@ class TaskResponse(BaseModel):
     max_attempts: int = 1
     claimed_at: datetime | None = None
     available_at: datetime | None = None
-    error_type: ErrorType | None = None
+    error_type: AnyErrorType | None = None
     errors: list[TaskError] = []
     result: Json = None
     progress: float | None = None
