@@ -24,7 +24,7 @@ from zndraw_joblib.client_transport import (
 )
 from zndraw_joblib.exceptions import PayloadTooLarge
 from zndraw_joblib.extension import Extension, category_of, parameters_of
-from zndraw_joblib.lifecycle import TERMINAL, UNPRINTABLE, FullName
+from zndraw_joblib.lifecycle import TERMINAL, UNPRINTABLE, FullName, check_room
 from zndraw_joblib.schemas import MAX_PAGE, TaskQueryResponse, TaskResponse
 
 MAX_MESSAGE = 1000
