@@ -9,6 +9,7 @@ a few walks, always the same ones; for other ones, as many as wanted::
 
 import itertools
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import pytest
 from anyio import from_thread
 from conftest import Sent, User
 from fastapi import FastAPI
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 from hypothesis.stateful import (
@@ -95,16 +96,21 @@ class Task:
     job: str
     by: str
     priority: int
+    number: int
     place: int
     max_attempts: int
     #: the earliest and latest time at which its delay can be over
     delayed: tuple[float, float] | None = None
+    #: since when it waits, and since when it will once its delay is over
+    queued_at: float = 0
+    ready_at: float = 0
     state: str = PENDING
     attempt: int = 0
     failed: int = 0
     worker: Worker | None = None
     claim_key: str | None = None
     deadline: float | None = None
+    claimed: bool = False
     started: bool = False
     #: its claim started it, and nobody else
     unbegun: bool = False
@@ -112,13 +118,14 @@ class Task:
     errors: list[tuple[int, str]] = field(default_factory=list)
     result: Any = None
     progress: float | None = None
+    message: str | None = None
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(self.name)
 
     @property
-    def order(self) -> tuple[int, int]:
-        return -self.priority, self.place
+    def order(self) -> tuple[int, int, int]:
+        return -self.priority, self.place, self.number
 
 
 class Host:
@@ -170,6 +177,7 @@ class Host:
                 for column in (
                     WorkerRow.last_heartbeat,
                     TaskRow.available_at,
+                    TaskRow.queued_at,
                     TaskRow.deadline_at,
                 ):
                     table = column.class_
@@ -258,6 +266,7 @@ class Walk(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = 0.0
+        self.began = time.monotonic()
         self.numbers = itertools.count(1)
         self.tasks: list[Task] = []
         self.workers: list[Worker] = []
@@ -269,8 +278,11 @@ class Walk(RuleBasedStateMachine):
         self.attempts: list[tuple[Task, int, Worker]] = []
         #: what has to leave, by task
         self.told: dict[str, list[Any]] = defaultdict(list)
-        #: the state in which each task was last heard of
+        #: jobs whose workers have to hear of a task
+        self.available: set[str] = set()
+        #: the state in which each task was last heard of, and its number
         self.shown: dict[str, str] = {}
+        self.revisions: dict[str, int] = defaultdict(int)
 
     @rule(
         step=one_of(
@@ -286,11 +298,34 @@ class Walk(RuleBasedStateMachine):
 
     def tell(self, task: Task) -> None:
         worker = task.worker and task.worker.id
-        self.told[task.id].append((task.state, task.attempt, worker, task.progress))
+        self.told[task.id].append(
+            (task.state, task.attempt, worker, task.progress, task.message)
+        )
         if task.state == PENDING and not task.delayed:
-            self.told[task.id].append("available")
+            self.available.add(full_name(task.job))
 
-    def queue(self, task: Task, delay: float = 0) -> None:
+    def time(self) -> float:
+        # the walk itself takes time
+        return self.clock + time.monotonic() - self.began
+
+    def end_of_all(self) -> int:
+        return next(self.numbers) * 1000
+
+    def new_place(self, job: str, priority: int, user: str) -> int:
+        lane = [t for t in self.waiting(job) if t.priority == priority]
+        queued = [t.place for t in lane if not t.delayed]
+        own = [t.place for t in lane if t.by == user]
+        head = min(queued) + 1 if queued else self.end_of_all()
+        return max([head, *(place + 1 for place in own)])
+
+    def place_again(self, task: Task) -> int:
+        lane = [t for t in self.queued(task.job) if t.priority == task.priority]
+        return max(task.place, lane[0].place if lane else self.end_of_all())
+
+    def queue(self, task: Task, delay: float = 0, place: int | None = None) -> None:
+        task.place = self.place_again(task) if place is None else place
+        task.progress = task.message = None
+        task.claimed = False
         task.state, task.worker, task.claim_key = PENDING, None, None
         task.deadline, task.started, task.unbegun = None, False, False
         if delay:
@@ -332,6 +367,13 @@ class Walk(RuleBasedStateMachine):
         queued = [t for t in self.waiting(*for_) if not t.delayed]
         return sorted(queued, key=lambda t: t.order)
 
+    def in_turn(self, queues: list[list[Task]]) -> list[Task]:
+        # of which the first has waited longest, comes first
+        queues = sorted(
+            filter(None, queues), key=lambda q: (-q[0].priority, q[0].queued_at)
+        )
+        return [task for queue in queues for task in queue]
+
     def due_in(self, task: Task, policy: str) -> float | None:
         seconds = POLICIES[task.job].get(policy)
         return None if seconds is None else self.clock + seconds
@@ -352,17 +394,20 @@ class Walk(RuleBasedStateMachine):
             "error_type": task.error_type,
             "result": task.result,
             "progress": task.progress,
+            "progress_message": task.message,
         }
         assert {key: body[key] for key in expected} == expected
         errors = [(e["attempt"], e["error_type"]) for e in body["errors"]]
         assert errors == task.errors[-5:]
         assert (body["completed_at"] is not None) == (task.state in TERMINAL)
         assert (body["started_at"] is not None) == task.started
+        assert (body["claimed_at"] is not None) == task.claimed
+        assert body["revision"] >= self.revisions[task.id]
         if task.delayed:
             available_at = datetime.fromisoformat(body["available_at"])
             ahead_of_now = (available_at - datetime.now(UTC)).total_seconds()
             earliest, latest = task.delayed
-            # the walk itself takes time
+            task.ready_at = self.time() + ahead_of_now
             assert earliest - 300 <= self.clock + ahead_of_now <= latest + 1
 
     def request(
@@ -382,7 +427,7 @@ class Walk(RuleBasedStateMachine):
         return body
 
     def check(self) -> None:
-        told = defaultdict(list)
+        told, available = defaultdict(list), set()
         for event, data, room in self.host.events:
             if event == "task_status_event":
                 assert room == "room:lab"
@@ -391,12 +436,20 @@ class Walk(RuleBasedStateMachine):
                 # of progress it is told in the same state
                 assert what[0] == before or (before, what[0]) in WAYS
                 self.shown[data["id"]] = what[0]
-                told[data["id"]].append((*what, data["progress"]))
+                told[data["id"]].append(
+                    (*what, data["progress"], data["progress_message"])
+                )
+                # each change has a number of its own
+                assert data["revision"] > self.revisions[data["id"]]
+                self.revisions[data["id"]] = data["revision"]
             elif event == "task_available":
-                told[data["task_id"]].append("available")
+                # once for all tasks of a change
+                available.add(data["job_name"])
         assert told == self.told
+        assert available == self.available
         self.host.events.clear()
         self.told.clear()
+        self.available.clear()
 
         page = self.request("ada", "GET", "/rooms/lab/tasks?limit=500", 200)
         listed = {body["id"]: body for body in page["items"]}
@@ -496,9 +549,10 @@ class Walk(RuleBasedStateMachine):
         if entitled and current and (may_follow(task, state) or task.state == state):
             if task.state != state:
                 self.move(task, state, retryable, body.get("result"))
+            elif task.result != body.get("result"):
+                report(409, "lease-lost" if fence else "invalid-task-transition")
+                return
             self.assert_shown(task, report(200))
-            if holds:
-                worker.seen = self.clock
         elif fence is not None and not (current and task.state in HELD):
             report(409, "lease-lost")
         elif not entitled:
@@ -554,18 +608,19 @@ class Walk(RuleBasedStateMachine):
             return
         worker.seen = self.clock
         jobs = [job for job, serving in self.jobs.items() if worker in (serving or ())]
-        if not worker.draining:
+        brought = [t for t in self.held(worker) if key and t.claim_key == key]
+        if not (brought or worker.draining):
             # what is due takes its place when somebody asks for it
             for task in self.tasks:
                 if task.job in jobs and task.delayed and task.delayed[1] <= self.clock:
-                    task.delayed = None
-        brought = [t for t in self.held(worker) if key and t.claim_key == key]
+                    task.place, task.delayed = self.place_again(task), None
+                    task.queued_at = task.ready_at
         if not brought and not worker.draining:
-            brought = self.queued(*jobs)[:limit]
+            brought = self.in_turn([self.queued(job) for job in jobs])[:limit]
             for task in brought:
                 task.state, task.worker, task.claim_key = CLAIMED, worker, key
                 task.attempt += 1
-                task.progress = None
+                task.claimed = True
                 task.deadline = self.due_in(task, "start_timeout_seconds")
                 if start:
                     task.state, task.started, task.unbegun = RUNNING, True, True
@@ -574,6 +629,8 @@ class Walk(RuleBasedStateMachine):
                 self.tell(task)
         answer = claim(200)
         brought.sort(key=lambda t: t.order)
+        by_job = [[t for t in brought if t.job == job] for job in POLICIES]
+        brought = self.in_turn(by_job)
         assert [body["id"] for body in answer["tasks"]] == [t.id for t in brought]
         assert answer["task"] == next(iter(answer["tasks"]), None)
         for task, body in zip(brought, answer["tasks"], strict=True):
@@ -610,6 +667,7 @@ class Walk(RuleBasedStateMachine):
             else:
                 submit(422, "idempotency-key-reused")
             return
+        place = self.new_place(job, priority, user)
         answer = submit(202)
         number = next(self.numbers)
         task = Task(
@@ -618,7 +676,9 @@ class Walk(RuleBasedStateMachine):
             job,
             user,
             priority,
-            place=number,
+            number=number,
+            place=place,
+            queued_at=self.time(),
             max_attempts=POLICIES[job].get("max_attempts", 1),
             delayed=(self.clock + delay, self.clock + delay) if delay else None,
         )
@@ -638,8 +698,9 @@ class Walk(RuleBasedStateMachine):
         elif task.state not in TERMINAL:
             retry(409, "invalid-task-transition")
         else:
-            task.place, task.failed, task.result = next(self.numbers), 0, None
-            self.queue(task)
+            place = self.new_place(task.job, task.priority, task.by)
+            task.failed, task.result, task.queued_at = 0, None, self.time()
+            self.queue(task, place=place)
             self.assert_shown(task, retry(202))
 
     @step(
@@ -650,8 +711,15 @@ class Walk(RuleBasedStateMachine):
             lambda walk: st.lists(st.sampled_from(walk.attempts or [None]), max_size=3)
         ),
         progress=st.sampled_from([None, 0.25, 0.75]),
+        message=st.sampled_from([None, "so far"]),
     )
-    def beat(self, worker: Worker, reported: list[Any], progress: float | None) -> None:
+    def beat(
+        self,
+        worker: Worker,
+        reported: list[Any],
+        progress: float | None,
+        message: str | None,
+    ) -> None:
         worker.seen = self.clock
         attempts = {task: attempt for task, attempt, _ in filter(None, reported)}
         cancelled, lost = [], []
@@ -659,13 +727,19 @@ class Walk(RuleBasedStateMachine):
             if (task.worker, task.attempt) != (worker, attempt):
                 lost.append(task.id)
             elif task.state in HELD:
-                if progress is not None:
-                    task.progress = progress
+                if progress is not None or message is not None:
+                    task.progress = task.progress if progress is None else progress
+                    task.message = message or task.message
                     self.tell(task)
             else:
                 (cancelled if task.state == CANCELLED else lost).append(task.id)
         body = [
-            {"id": task.id, "attempt": attempt, "progress": progress}
+            {
+                "id": task.id,
+                "attempt": attempt,
+                "progress": progress,
+                "message": message,
+            }
             for task, attempt in attempts.items()
         ]
         answer = self.request(
@@ -688,11 +762,10 @@ class Walk(RuleBasedStateMachine):
         for worker in silent:
             self.retire(worker)
         overdue = [t for t in self.tasks if t.deadline and t.deadline <= self.clock]
-        for task in overdue:
-            if task.state == RUNNING:
-                self.lose(task, "timeout")
-            else:
-                self.queue(task)
+        for task in [t for t in overdue if t.state == RUNNING]:
+            self.lose(task, "timeout")
+        for task in [t for t in overdue if t.state == CLAIMED]:
+            self.queue(task)
         assert self.host.sweep() == (len(silent), len(overdue))
 
     # --- workers and jobs ---
@@ -760,10 +833,12 @@ async def test_walks(
     )
     host = Host(app, {"ada": ada, "bob": bob, "admin": admin}, events)
     walks = settings(
-        max_examples=WALKS or 40,
+        max_examples=WALKS or 30,
         stateful_step_count=40,
         derandomize=not WALKS,
         print_blob=bool(WALKS),
+        # to make a walk shorter takes minutes
+        phases=[Phase.generate, *([Phase.shrink] if WALKS else [])],
         database=None,
         deadline=None,
     )

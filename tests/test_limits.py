@@ -6,13 +6,13 @@ from steps import (
     claim,
     offer,
     problem,
+    read,
     register,
+    report,
     silence,
     stored,
     submit,
 )
-
-from zndraw_joblib import submissions
 
 
 def refused(answer):
@@ -78,35 +78,45 @@ async def test_a_host_may_take_no_tasks_for_nobody(app, ada, session_maker):
         assert (await ada.post(way, json=body)).status_code == 202
 
 
-async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob, monkeypatch):
+async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob):
     app.state.joblib_settings.max_pending_tasks_per_user = 20
     worker = await offer(ada)
-    for _ in range(19):
-        await submit(ada)
+    await offer(ada, "Scale")
+    scale = JOB.replace("Rotate", "Scale")
+    for n in range(19):
+        # over all jobs and priorities
+        await submit(ada, scale if n % 5 == 4 else JOB, priority=-(n % 2))
     keyed = {"headers": {"Idempotency-Key": '"mine"'}, "json": {}}
     last = await ada.post(f"/rooms/lab/tasks/{JOB}", **keyed)
-    refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
+
+    async def submit_one_more(job=JOB):
+        return await ada.post(f"/rooms/lab/tasks/{job}", json={})
+
+    refused(await submit_one_more())
+    refused(await submit_one_more(scale))
     again = await ada.post(f"/rooms/lab/tasks/{JOB}", **keyed)
     assert (again.status_code, again.json()["id"]) == (202, last.json()["id"])
-    # who has too many is not counted again and again
-    await claim(ada, worker, max_tasks=5)
-    refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
+    held = await claim(ada, worker, max_tasks=5)
     await submit(bob)
-    monkeypatch.setattr(submissions, "_refused", {})
     batch = {"tasks": [{}] * 6}
     refused(await ada.post(f"/rooms/lab/batches/{JOB}", json=batch))
-    monkeypatch.setattr(submissions, "_refused", {})
-    for _ in range(5):
-        await submit(ada)
-    refused(await ada.post(f"/rooms/lab/tasks/{JOB}", json={}))
+    batch = {"tasks": [{}] * 5}
+    assert (await ada.post(f"/rooms/lab/batches/{JOB}", json=batch)).status_code == 202
+    # what ended and is set going again waits too
+    await report(ada, held[0], "cancelled")
+    refused(await ada.post(f"/tasks/{held[0]['id']}/retry"))
+    assert (await read(ada, held[0]))["status"] == "cancelled"
+    await report(ada, last.json(), "cancelled")
+    assert (await ada.post(f"/tasks/{held[0]['id']}/retry")).status_code == 202
+    refused(await submit_one_more())
     assert (await ada.get("/rooms/lab/tasks?status=pending")).json()["total"] == 21
 
 
 @pytest.mark.makers("plain")
-async def test_what_waits_is_counted_now_and_then(app, ada, engine):
+async def test_a_flood_is_counted_now_and_then_and_comes_to_its_end(app, ada, engine):
     from sqlalchemy import event
 
-    app.state.joblib_settings.max_pending_tasks_per_user = 1000
+    most = app.state.joblib_settings.max_pending_tasks_per_user = 200
     await offer(ada)
     counted = []
 
@@ -115,7 +125,15 @@ async def test_what_waits_is_counted_now_and_then(app, ada, engine):
             counted.append(statement)
 
     event.listen(engine.sync_engine, "before_cursor_execute", note)
-    for _ in range(55):
-        await submit(ada)
-    # at the fifty-first, and then not for 47 more
-    assert len(counted) == 1
+    batch = {"tasks": [{}] * 5}
+    while len(counted) <= most:
+        answer = await ada.post(f"/rooms/lab/batches/{JOB}", json=batch)
+        if answer.status_code != 202:
+            break
+    refused(answer)
+    # each twentieth is asked for
+    assert 20 <= len(counted) <= 23
+    waiting = (await ada.get("/rooms/lab/tasks?limit=0")).json()["total"]
+    assert most <= waiting <= most + most // 20
+    # and it is no door that opens at the next place
+    refused(await ada.post(f"/rooms/lab/batches/{JOB}", json=batch))

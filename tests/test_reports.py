@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from sqlalchemy import select, update
 from steps import (
+    JOB,
     at_once,
     claim,
     execute,
@@ -38,11 +39,13 @@ async def test_each_report_in_each_state(ada, admin, events, state):
     for status in map(str, TaskStatus):
         task = await move(ada, worker, await submit(ada), state)
         events.clear()
-        answer = await report(admin, task, status, error="why")
+        repeated = status == state and status != "claimed"
+        said = {} if repeated else {"error": "why"}
+        answer = await report(admin, task, status, **said)
         if status in MAY_FOLLOW[state]:
             assert (answer.status_code, answer.json()["status"]) == (200, status)
             assert events[0].data["status"] == status
-        elif status == state and status != "claimed":
+        elif repeated:
             # the report that won, repeated; none leads to "claimed"
             assert (answer.status_code, answer.json()) == (200, task)
             assert events == []
@@ -52,6 +55,31 @@ async def test_each_report_in_each_state(ada, admin, events, state):
             assert (await read(ada, task)) == task
             assert events == []
         await report(ada, task, "cancelled")
+
+
+#: No two of them are the same to whoever reads them.
+RESULTS = (None, 2.0, 2, True, "2", [2], {"n": 2.5, "m": 0.1 + 0.2}, 5e-324, 2**63 - 1,
+           -0.0, 1e22, 1.7976931348623157e308, "", [], {}, "旋\ud83d\ude00".encode(
+           "utf-16", "surrogatepass").decode("utf-16"))  # fmt: skip
+
+
+async def test_what_is_kept_is_what_was_said_and_anything_else_no_repetition(ada):
+    worker = await offer(ada)
+    exactly = [json.dumps(result) for result in RESULTS]
+    batch = {"tasks": [{"payload": {"of": result}} for result in RESULTS]}
+    await ada.post(f"/rooms/lab/batches/{JOB}", json=batch)
+    for n, task in enumerate(await claim(ada, worker, max_tasks=len(RESULTS))):
+        assert json.dumps(task["payload"]["of"]) == exactly[n]
+        await report(ada, task, "running")
+        said = {"result": RESULTS[n], "error": "kept"}
+        ended = (await report(ada, task, "completed", **said)).json()
+        assert json.dumps(ended["result"]) == exactly[n]
+        assert (await report(ada, task, "completed", **said)).json() == ended
+        others = [{"result": result} for result in RESULTS if result is not RESULTS[n]]
+        for other in [*others[n % 3 :: 3], {"error": None}, {"error": "other"}]:
+            answer = await report(ada, task, "completed", **(said | other))
+            problem(answer, 409, "invalid-task-transition")
+        assert await read(ada, task) == ended
 
 
 async def test_a_report_fills_in_what_it_means(ada):

@@ -55,6 +55,7 @@ from zndraw_joblib.schemas import MAX_INT, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
+    back_in_queue,
     born_claimed,
     of_job,
     read_changed,
@@ -65,21 +66,9 @@ MAX_KEPT_ERROR = 2000
 NO_KEY = ""
 
 
-def back_in_queue() -> dict[Any, Any]:
-    """Return what makes a task wait for another worker."""
-    return {
-        TASK.c.status: TaskStatus.PENDING,
-        TASK.c.worker_id: None,
-        TASK.c.holder_id: None,
-        TASK.c.claim_key: None,
-        TASK.c.started_at: None,
-        TASK.c.deadline_at: None,
-    }
-
-
 def failed(
     error: str | ColumnElement[Any] | None,
-    told: str | ColumnElement[Any],
+    entry: str | ColumnElement[Any],
     error_type: ErrorType,
     longest_backoff: float | ColumnElement[float],
     retryable: ColumnElement[bool],
@@ -94,19 +83,21 @@ def failed(
     # "Exponential Backoff And Jitter", 2015)
     capped = case((full > longest_backoff, longest_backoff), else_=full)
     backoff = capped * (0.5 + noise() / 2)
-    line = literal('{"attempt": ') + cast(TASK.c.attempt, String) + told
-    kept = case((again, null()), else_=TASK.c.worker_id)
-    holder = case((again, null()), else_=TASK.c.holder_id)
+    line = literal('{"attempt": ') + cast(TASK.c.attempt, String) + entry
     status_type = TASK.c.status.type
+    # what ends tells whose it was, and how far it came
+    ended = {
+        column: case((again, null() if value is None else value), else_=column)
+        for column, value in back_in_queue().items()
+    }
     return {
-        **back_in_queue(),
+        **ended,
         TASK.c.status: case(
             (again, literal(TaskStatus.PENDING, status_type)),
             else_=literal(TaskStatus.FAILED, status_type),
         ),
-        TASK.c.worker_id: kept,
-        TASK.c.holder_id: holder,
-        TASK.c.started_at: case((again, null()), else_=TASK.c.started_at),
+        TASK.c.claim_key: None,
+        TASK.c.deadline_at: None,
         TASK.c.available_at: case(
             (
                 and_(again, of_job(JOB.c.retry_delay_seconds) > 0),
@@ -121,7 +112,7 @@ def failed(
     }
 
 
-def told(error: str | None, error_type: ErrorType) -> str:
+def error_entry(error: str | None, error_type: ErrorType) -> str:
     """Return how an attempt ended, as what follows its number in ``Task.errors``."""
     ending = {"error_type": error_type, "error": (error or "")[:MAX_KEPT_ERROR] or None}
     return ", " + json.dumps(ending)[1:]
@@ -143,7 +134,9 @@ async def fail(
         The tasks, waiting for their next attempt or failed.
     """
     longest_backoff = settings.retry_delay_max_seconds
-    values = failed(error, told(error, error_type), error_type, longest_backoff, true())
+    values = failed(
+        error, error_entry(error, error_type), error_type, longest_backoff, true()
+    )
     ended = await execute(
         session,
         update(TASK).where(rechecked(held()), chosen).values(values).returning(*VIEW),
@@ -162,7 +155,9 @@ def _losing(limit: int, longest_backoff: float) -> ReturningUpdate[Any]:
         .with_for_update()
     )
     error, error_type = WORKER_LOST_ERROR, ErrorType.WORKER_LOST
-    values = failed(error, told(error, error_type), error_type, longest_backoff, true())
+    values = failed(
+        error, error_entry(error, error_type), error_type, longest_backoff, true()
+    )
     lost = update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs))
     return lost.values(values).returning(*VIEW)
 

@@ -41,7 +41,7 @@ from zndraw_joblib.models import (
 )
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import VIEW, ahead, of_job, read_view
+from zndraw_joblib.tasks import VIEW, ahead, of_job, place_again, read_view
 from zndraw_joblib.workers import Caller
 
 # Due tasks that one claim moves into the queue.
@@ -76,7 +76,7 @@ def _queue(task: Any, job_id: ColumnElement[UUID], *shown: Any) -> Select[Any]:
     return (
         select(*shown)
         .where(task.job_id == job_id, queued(task))
-        .order_by(task.queue_order)
+        .order_by(task.queue_order, task.id)
     )
 
 
@@ -120,7 +120,7 @@ def _next_by_heads(limit: int, named: bool) -> Select[Any]:
         .where(_served(link.c, named))
         .order_by(
             head.c.priority.desc(), head.c.queued_at, link.c.job_id,
-            waiting.c.queue_order,
+            waiting.c.queue_order, waiting.c.id,
         )
         .limit(number(limit))
     )  # fmt: skip
@@ -240,7 +240,13 @@ PROMOTING = (
             .with_for_update(skip_locked=True)
         )
     )
-    .values({TASK.c.queued_at: TASK.c.available_at, TASK.c.available_at: None})
+    .values(
+        {
+            TASK.c.queued_at: TASK.c.available_at,
+            TASK.c.available_at: None,
+            TASK.c.queue_order: place_again(),
+        }
+    )
 )
 
 
@@ -343,7 +349,7 @@ def _in_order(rows: Sequence[Row[Any]]) -> list[TaskResponse]:
     """Return tasks as they were claimed, which no RETURNING tells."""
     if len(rows) == 1:
         return [read_view(rows[0])]
-    placed = sorted(rows, key=lambda row: (row.job_id, row.queue_order))
+    placed = sorted(rows, key=lambda row: (row.job_id, row.queue_order, row.id))
     queues = [list(queue) for _, queue in groupby(placed, key=lambda row: row.job_id)]
     queues.sort(key=lambda queue: (-queue[0].priority, queue[0].queued_at))
     return [read_view(row) for queue in queues for row in queue]

@@ -67,6 +67,7 @@ _TASKS = sa.table(
     sa.column("error", sa.Text),
     sa.column("error_type", sa.String),
     sa.column("dispatches", sa.Integer),
+    sa.column("batch_index", sa.Integer),
     sa.column("revision", sa.Integer),
     sa.column("payload_checked", sa.Boolean),
 )
@@ -95,11 +96,12 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("deadline_at", _TIME, True),
         ("error_type", sa.String(32), True),
         ("errors", sa.Text(), True),
-        ("result", sa.JSON(), True),
+        ("result", sa.Text(), True),
         ("progress", sa.Float(), True),
         ("progress_message", sa.String(), True),
         ("idempotency_key", sa.String(), True),
         ("request_digest", sa.String(64), True),
+        ("batch_index", sa.Integer(), False),
         ("claim_key", sa.String(), True),
         ("dispatches", sa.Integer(), False),
         ("traceparent", sa.String(55), True),
@@ -112,6 +114,7 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
 _TASK_DEFAULTS = {
     "priority": 0,
     "max_attempts": 1,
+    "batch_index": 0,
     "dispatches": 1,
     "revision": 1,
     "payload_checked": False,
@@ -155,19 +158,19 @@ _INDEXES: dict[str, dict[str, tuple[list[str], str | None]]] = {
     "provider": {"ix_provider_created_at": (["created_at", "id"], None)},
     "task": {
         "ix_task_queue": (
-            ["job_id", "queue_order"],
+            ["job_id", "queue_order", "id"],
             "status = 'PENDING' AND available_at IS NULL",
         ),
         "ix_task_delayed": (["job_id", "available_at"], "available_at IS NOT NULL"),
         "ix_task_pending_of": (
-            ["created_by_id"],
+            ["created_by_id", "job_id", "queue_order"],
             "status = 'PENDING' AND created_by_id IS NOT NULL",
         ),
         "ix_task_held": (["worker_id"], "status IN ('CLAIMED', 'RUNNING')"),
         "ix_task_deadline": (["deadline_at"], "deadline_at IS NOT NULL"),
         "ix_task_completed": (["status", "completed_at"], "completed_at IS NOT NULL"),
         "uq_task_idempotency_key": (
-            ["created_by_id", "job_id", "room_id", "idempotency_key"],
+            ["created_by_id", "job_id", "room_id", "idempotency_key", "batch_index"],
             "idempotency_key IS NOT NULL",
         ),
         "ix_task_room": (["room_id", "created_at", "id"], None),
@@ -399,6 +402,13 @@ def _tighten(op: Any) -> None:
             for name, condition in _CHECKS.get(table, {}).items():
                 batch.create_check_constraint(conv(name), sa.text(condition))
             if table == "task":
+                batch.alter_column(
+                    "payload",
+                    existing_type=sa.JSON(),
+                    existing_nullable=False,
+                    type_=sa.Text(),
+                    postgresql_using="payload::text",
+                )
                 for column in ("worker_id", "created_by_id"):
                     batch.drop_constraint(
                         _foreign_key(connection, column), type_="foreignkey"
@@ -470,6 +480,13 @@ def _loosen(op: Any) -> None:
             if table == "provider":
                 batch.alter_column("worker_id", existing_type=sa.Uuid(), nullable=False)
             if table == "task":
+                batch.alter_column(
+                    "payload",
+                    existing_type=sa.Text(),
+                    existing_nullable=False,
+                    type_=sa.JSON(),
+                    postgresql_using="payload::json",
+                )
                 batch.drop_constraint(
                     _foreign_key(connection, "created_by_id"), type_="foreignkey"
                 )

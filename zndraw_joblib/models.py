@@ -6,6 +6,7 @@ PostgreSQL would name them. A change to a column, a constraint or an index is a 
 :mod:`zndraw_joblib.migration` too.
 """
 
+import json
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -75,6 +76,23 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None or value.tzinfo is not None:
             return value
         return value.replace(tzinfo=UTC)
+
+
+class JsonText(TypeDecorator[Any]):
+    """JSON, kept as text.
+
+    SQLite makes other numbers of bare ones in a column of type JSON, and PostgreSQL has to
+    read the whole of one to tell its size.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else json.loads(value)
 
 
 class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
@@ -228,6 +246,41 @@ def _sqlite_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
     return f"{compiler.process(column, **kw)} IN {compiler.process(correlated, **kw)}"
 
 
+class greatest(FunctionElement[int]):  # noqa: N801
+    """The largest of several numbers, none of which may be null."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(greatest)
+def _standard_greatest(element: greatest, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"greatest({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(greatest, "sqlite")
+def _sqlite_greatest(element: greatest, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"max({compiler.process(element.clauses, **kw)})"
+
+
+class octets(FunctionElement[int]):  # noqa: N801
+    """How many bytes a text takes; told without reading it, where the database can."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(octets)
+def _standard_octets(element: octets, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(octets, "sqlite")
+def _sqlite_octets(element: octets, compiler: SQLCompiler, **kw: Any) -> str:
+    # octet_length is there from 3.43 on
+    return f"length({compiler.process(element.clauses, **kw)})"
+
+
 def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
     """Return ``status`` as a literal in the SQL text.
 
@@ -376,8 +429,7 @@ class Task(Base):
     holder_id : UUID or None
         The user of that worker: the one who may report.
     queue_order : int
-        Place in the job's queue, lower is claimed first; it stays after the claim, so
-        that a task that comes back has its place again.
+        Place in the job's queue, lower is claimed first: see ``tasks.new_place``.
     failed_attempts : int
         Counts towards ``max_attempts``; unlike ``attempt`` it leaves out what was
         handed back.
@@ -388,6 +440,8 @@ class Task(Base):
         Until when a delayed task or a retry waits; null when it waits for no time.
     deadline_at : datetime or None
         When the sweeper ends this attempt.
+    batch_index : int
+        Which of its batch it is: as many ids earlier is that of the first.
     claim_key : str or None
         The ``Idempotency-Key`` of the claim, or of the start that was reported.
     dispatches : int
@@ -436,7 +490,7 @@ class Task(Base):
     created_by_id: Mapped[UUID | None] = mapped_column(
         ForeignKey("user.id", name="task_created_by_id_fkey", ondelete="SET NULL")
     )
-    payload: Mapped[dict[str, Any]] = mapped_column(JSON)
+    payload: Mapped[dict[str, Any]] = mapped_column(JsonText)
     status: Mapped[TaskStatus] = mapped_column(
         Enum(TaskStatus, name="taskstatus"), default=TaskStatus.PENDING
     )
@@ -455,11 +509,12 @@ class Task(Base):
     error: Mapped[str | None] = mapped_column(Text)
     error_type: Mapped[str | None] = mapped_column(String(32))
     errors: Mapped[str | None] = mapped_column(Text)
-    result: Mapped[Any | None] = mapped_column(JSON(none_as_null=True))
+    result: Mapped[Any | None] = mapped_column(JsonText)
     progress: Mapped[float | None]
     progress_message: Mapped[str | None]
     idempotency_key: Mapped[str | None]
     request_digest: Mapped[str | None] = mapped_column(String(64))
+    batch_index: Mapped[int] = mapped_column(default=0)
     claim_key: Mapped[str | None]
     dispatches: Mapped[int] = mapped_column(default=1)
     traceparent: Mapped[str | None] = mapped_column(String(55))
@@ -534,7 +589,7 @@ def _index(name: str, *columns: Any, where: ColumnElement[bool], **kw: Any) -> N
 
 
 # the claim, and a task's place in its queue
-_index("ix_task_queue", TASK.c.job_id, TASK.c.queue_order, where=queued())
+_index("ix_task_queue", TASK.c.job_id, TASK.c.queue_order, TASK.c.id, where=queued())
 # delayed tasks whose time has come
 _index(
     "ix_task_delayed",
@@ -542,11 +597,13 @@ _index(
     TASK.c.available_at,
     where=TASK.c.available_at.is_not(None),
 )
-# what of a user's waits, where it is counted; what no claim says keeps claims from it,
+# what of a user's waits, and where in a queue; what no claim says keeps claims from it,
 # since PostgreSQL takes an index that was empty once for one that costs nothing
 _index(
     "ix_task_pending_of",
     TASK.c.created_by_id,
+    TASK.c.job_id,
+    TASK.c.queue_order,
     where=and_(
         TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)
     ),
@@ -562,13 +619,14 @@ _index(
     TASK.c.completed_at,
     where=TASK.c.completed_at.is_not(None),
 )
-# one task for one Idempotency-Key
+# one task, or one batch of them, for one Idempotency-Key
 _index(
     "uq_task_idempotency_key",
     TASK.c.created_by_id,
     TASK.c.job_id,
     TASK.c.room_id,
     TASK.c.idempotency_key,
+    TASK.c.batch_index,
     where=TASK.c.idempotency_key.is_not(None),
     unique=True,
 )

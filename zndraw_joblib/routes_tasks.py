@@ -128,7 +128,6 @@ async def submit_task(
     if submitted.created:
         name = split_full_name(task.job_name)
         await jobs.admit(session, name, caller, settings)
-        await submissions.check_quota(session, caller, settings)
         context.outbox.task_changed(task)
         context.outbox.dispatch([task])
     await context.commit(session)
@@ -180,7 +179,6 @@ async def submit_batch(
     if batch.created:
         name = split_full_name(batch.created[0].job_name)
         await jobs.admit(session, name, caller, settings)
-        await submissions.check_quota(session, caller, settings, len(batch.created))
         context.outbox.tasks_changed(batch.created)
         context.outbox.dispatch(batch.created)
     await context.commit(session)
@@ -370,9 +368,12 @@ async def report_tasks(
             outcome = TaskOutcome(id=task_id, status=problem.status, problem=problem)
         else:
             outcome = TaskOutcome(id=task_id, status=200, task=report.task)
-            if report.changed:
-                context.outbox.task_changed(report.task)
         outcomes.append(outcome)
+    context.outbox.tasks_changed(
+        report.task
+        for report in reported
+        if isinstance(report, reports.Reported) and report.changed
+    )
     await context.commit(session)
     return json_response(TaskReportsResponse(outcomes=outcomes))
 
@@ -434,7 +435,7 @@ async def retry_task(
 ) -> Response:
     """Set a task that has ended going again."""
     context = await context_of(request, user, session_maker)
-    task = await reports.retry(
+    task = await submissions.retry(
         session, task_id, context.caller, may_enter, context.settings
     )
     # its submitter reads it wherever it is, and retries it where they still may submit

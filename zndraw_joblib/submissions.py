@@ -1,13 +1,12 @@
-"""Submissions: how a task, or a batch of them, gets into its queue."""
+"""Submissions: how a task, or a batch of them, gets into its queue, once or again."""
 
 import hashlib
 import json
-import time
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from functools import cache, lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
@@ -18,52 +17,56 @@ from sqlalchemy import (
     Text,
     bindparam,
     cast,
+    exists,
     func,
     insert,
     literal,
     literal_column,
     null,
     select,
+    true,
+    union_all,
+    update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib import jobs, telemetry
 from zndraw_joblib.exceptions import (
+    Forbidden,
     IdempotencyKeyReused,
-    ProblemException,
+    InvalidTaskTransition,
+    JobNotFound,
     QuotaExceeded,
 )
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, TaskStatus
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, FullName, TaskStatus
 from zndraw_joblib.models import (
     JOB,
     TASK,
     constant,
     execute,
+    in_states,
     now,
     number,
     queued,
+    returned,
 )
-from zndraw_joblib.schemas import (
-    TaskResponse,
-    TaskSubmitRequest,
-)
+from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
-    PRIORITY_STEP,
     VIEW,
+    back_in_queue,
     born_claimed,
-    end_of_queue,
-    next_order,
+    last_errors,
+    new_place,
+    not_found,
     of_job,
-    order_taken,
     position,
+    read_changed,
     read_view,
     seen,
 )
-from zndraw_joblib.workers import Caller
-
-T = TypeVar("T")
+from zndraw_joblib.workers import Caller, RoomAccess, permits
 
 
 def _digest(asked: Any) -> str:
@@ -75,6 +78,13 @@ class Submitted(NamedTuple):
 
     task: TaskResponse
     created: bool
+
+
+class Batch(NamedTuple):
+    """The ids of a batch, and those tasks of it that are new."""
+
+    ids: list[UUID]
+    created: list[TaskResponse]
 
 
 class Target(NamedTuple):
@@ -95,68 +105,43 @@ class Target(NamedTuple):
     schema: str
 
 
-# Jobs as they were found last. Whatever is submitted to one is inserted on the condition
-# that the job is still there, and its schema still the one that the payload was checked
-# against.
-_known: dict[FullName, Target] = {}
-_REMEMBERED_JOBS = 1000
-_REMEMBERED_BYTES = 8192
-
-
-async def _to_job(
-    session: AsyncSession,
-    room: str,
-    full_name: str,
-    attempt: Callable[[Target], Awaitable[T | None]],
-) -> T:
-    """Return what ``attempt`` makes of a submission to a job that ``room`` sees.
-
-    It is tried with the job as remembered, and with the job as it is when that came to
-    nothing. It returns None when the job is not what it was taken for.
-    """
+async def _target(session: AsyncSession, room: str, full_name: str) -> Target:
     name = jobs.find(room, full_name)
-    known = _known.get(name)
-    refused: ProblemException | None = None
-    if known is not None:
-        try:
-            done = await attempt(known)
-        except ProblemException as exc:
-            refused, done = exc, None
-        if done is not None:
-            return done
     rows = await execute(session, jobs.SERVED, name._asdict())
     row = jobs.found(rows.one_or_none(), room, full_name)
-    target = Target(row.id, name, row.schema)
-    if refused is not None and target == known:
-        raise refused
-    done = await attempt(target)
-    if done is None:
-        raise jobs.not_found(room, full_name)
-    if len(_known) > _REMEMBERED_JOBS:
-        _known.clear()
-    if len(target.schema) <= _REMEMBERED_BYTES:
-        _known[name] = target
-    return done
+    return Target(row.id, name, row.schema)
+
+
+def _parameter(name: str, column: Any) -> Any:
+    return bindparam(name, type_=column.type)
+
+
+# Those of the tasks that were submitted under a key.
+_UNDER_KEY = (
+    TASK.c.created_by_id == _parameter("submitter", TASK.c.created_by_id),
+    TASK.c.job_id == _parameter("job", TASK.c.job_id),
+    TASK.c.room_id == _parameter("in_room", TASK.c.room_id),
+    TASK.c.idempotency_key == _parameter("key", TASK.c.idempotency_key),
+)
 
 
 @lru_cache(maxsize=16)
 def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) -> Any:
     # built once for each shape
-    place = end_of_queue(
-        bindparam("least", type_=TASK.c.queue_order.type),
-        bindparam("rank", type_=TASK.c.queue_order.type),
-    )
+    job, rank = _parameter("job", JOB.c.id), _parameter("rank", TASK.c.queue_order)
+    submitter = _parameter("submitter", TASK.c.created_by_id)
     columns: dict[Any, Any] = {
-        TASK.c.id: bindparam("new_id", type_=TASK.c.id.type),
-        TASK.c.room_id: bindparam("in_room", type_=TASK.c.room_id.type),
-        TASK.c.created_by_id: bindparam("submitter", type_=TASK.c.created_by_id.type),
-        TASK.c.payload: bindparam("given", type_=TASK.c.payload.type),
-        TASK.c.priority: bindparam("rank", type_=TASK.c.queue_order.type),
-        TASK.c.queue_order: place,
-        TASK.c.job_name: bindparam("full_name", type_=TASK.c.job_name.type),
-        TASK.c.idempotency_key: bindparam("key", type_=TASK.c.idempotency_key.type),
-        TASK.c.request_digest: bindparam("digest", type_=TASK.c.request_digest.type),
-        TASK.c.traceparent: bindparam("trace", type_=TASK.c.traceparent.type),
+        TASK.c.id: _parameter("new_id", TASK.c.id),
+        TASK.c.room_id: _parameter("in_room", TASK.c.room_id),
+        TASK.c.created_by_id: submitter,
+        TASK.c.payload: _parameter("given", TASK.c.payload),
+        TASK.c.payload_checked: _parameter("checked", TASK.c.payload_checked),
+        TASK.c.priority: rank,
+        TASK.c.queue_order: new_place(job, rank, submitter),
+        TASK.c.job_name: _parameter("full_name", TASK.c.job_name),
+        TASK.c.idempotency_key: _parameter("key", TASK.c.idempotency_key),
+        TASK.c.request_digest: _parameter("digest", TASK.c.request_digest),
+        TASK.c.traceparent: _parameter("trace", TASK.c.traceparent),
         TASK.c.job_id: JOB.c.id,
         TASK.c.max_attempts: JOB.c.max_attempts,
     }
@@ -165,20 +150,22 @@ def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) ->
         columns |= born_claimed(seconds) | {TASK.c.attempt: literal(1)}
     elif delayed:
         columns[TASK.c.available_at] = now(seconds)
-    job: ColumnElement[UUID] = bindparam("job", type_=JOB.c.id.type)
     source = (
         select(*columns.values())
         .where(
             JOB.c.id == job,
             JOB.c.deleted.is_(False),
+            # the one that the payload was checked against
             cast(JOB.c.schema, Text) == bindparam("schema", type_=Text()),
+            ~exists().where(*_UNDER_KEY) if keyed else true(),
         )
         .with_for_update(read=True, key_share=True)
     )
     if keyed:
         # as both databases have it; SQLAlchemy's own construct is compiled anew each time
         source = source.suffix_with("ON CONFLICT DO NOTHING")
-    queue_position = null() if internal else position(job, place, position_max)
+    order, id_ = returned(TASK.c.queue_order), returned(TASK.c.id)
+    queue_position = null() if internal else position(job, order, id_, position_max)
     # of the table, not of the class: the parameters are values, not rows to insert
     return (
         insert(TASK)
@@ -190,25 +177,17 @@ def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) ->
 async def _insert(
     session: AsyncSession,
     target: Target,
-    room: str,
-    caller: Caller,
     request: TaskSubmitRequest,
     settings: JobLibSettings,
-    **names: Any,
+    names: dict[str, Any],
 ) -> Row[Any] | None:
     internal = target.name.room == INTERNAL_ROOM
     redispatch = settings.internal_redispatch_seconds
+    shape = internal, request.delay_seconds > 0, names["key"] is not None
     inserted = await execute(
         session,
-        _inserting(
-            internal,
-            request.delay_seconds > 0,
-            names["key"] is not None,
-            settings.queue_position_max,
-        ),
+        _inserting(*shape, settings.queue_position_max),
         {
-            "in_room": room,
-            "submitter": caller.id,
             "given": request.payload,
             "rank": request.priority,
             "full_name": str(target.name),
@@ -226,28 +205,25 @@ async def _earlier(
     statement: Select[Any],
     target: Target,
     room: str,
-    caller: Caller,
-    key: str | None,
-    digest: str | None,
-) -> Row[Any] | None:
-    """Return what ``statement`` reads of the task that was submitted under the key."""
-    if key is None:
-        return None
-    found = await execute(
-        session,
-        statement.add_columns(TASK.c.request_digest).where(
-            TASK.c.created_by_id == caller.id,
-            TASK.c.job_id == target.id,
-            TASK.c.room_id == room,
-            TASK.c.idempotency_key == key,
-            of_job(JOB.c.deleted).is_(False),
-            cast(of_job(JOB.c.schema), Text) == target.schema,
-        ),
-    )
-    row = found.one_or_none()
-    if row is not None and row.request_digest != digest:
-        raise IdempotencyKeyReused.exception()
-    return row
+    full_name: str,
+    names: dict[str, Any],
+) -> Row[Any]:
+    """Return what ``statement`` reads of the first that is left under the key."""
+    if names["key"] is not None:
+        found = await execute(
+            session,
+            statement.add_columns(TASK.c.request_digest, TASK.c.batch_index)
+            .where(*_UNDER_KEY)
+            .order_by(TASK.c.batch_index)
+            .limit(number(1)),
+            {"job": target.id, **names},
+        )
+        if row := found.one_or_none():
+            if row.request_digest != names["digest"]:
+                raise IdempotencyKeyReused.exception()
+            return row
+    # it went, or came back with another schema, after it was found
+    raise jobs.not_found(room, full_name)
 
 
 async def submit(
@@ -280,57 +256,35 @@ async def submit(
     settings : JobLibSettings
         The host's.
     check : callable
-        Raises if the job can't take what is submitted.
+        Raises if the job can't take what is submitted; returns whether the payload was
+        compared with the job's schema.
     idempotency_key : str, optional
-        For this user, room and job it names one task.
+        For this user, room and job it names one task, as long as that is kept.
 
     Raises
     ------
     ProblemException
-        ``job-not-found``, also for a malformed name, ``idempotency-key-reused``, and
-        what ``check`` raises.
+        ``job-not-found``, also for a malformed name, ``idempotency-key-reused``,
+        ``quota-exceeded``, and what ``check`` raises.
     """
-    digest = idempotency_key and _digest(request.model_dump(mode="json"))
+    target = await _target(session, room, full_name)
     new_id = uuid7()
-    trace = cache(partial(telemetry.submitting, full_name, new_id))
-
-    async def attempt(target: Target) -> Submitted | None:
-        check(target)
-        row = await _insert(
-            session,
-            target,
-            room,
-            caller,
-            request,
-            settings,
-            new_id=new_id,
-            least=next_order(),
-            key=idempotency_key,
-            digest=digest,
-            trace=trace(),
-        )
-        if row is not None:
-            order_taken(row.queue_order, request.priority)
-            return Submitted(read_view(row), created=True)
-        statement = seen(settings.queue_position_max)
-        row = await _earlier(
-            session, statement, target, room, caller, idempotency_key, digest
-        )
-        return Submitted(read_view(row), created=False) if row is not None else None
-
-    return await _to_job(session, room, full_name, attempt)
-
-
-class Batch(NamedTuple):
-    """The ids of a batch, and those tasks of it that are new."""
-
-    ids: list[UUID]
-    created: list[TaskResponse]
-
-
-# The ids of a batch follow each other, from one whose last bits are zero: the first
-# task's key finds them all, and they are in the order of the request.
-_BATCH_BITS = 10
+    names = {
+        "new_id": new_id,
+        "in_room": room,
+        "submitter": caller.id,
+        "checked": check(target),
+        "key": idempotency_key,
+        "digest": idempotency_key and _digest(request.model_dump(mode="json")),
+        "trace": telemetry.submitting(full_name, new_id),
+    }
+    row = await _insert(session, target, request, settings, names)
+    if row is not None:
+        await _check_quota(session, caller.id, settings, [row.queue_order])
+        return Submitted(read_view(row), created=True)
+    statement = seen(settings.queue_position_max)
+    row = await _earlier(session, statement, target, room, full_name, names)
+    return Submitted(read_view(row), created=False)
 
 
 def _ids(first: UUID, count: int) -> list[UUID]:
@@ -357,39 +311,82 @@ async def submit_many(
     requests : sequence of TaskSubmitRequest
         What to run.
     idempotency_key : str, optional
-        For this user, room and job it names one batch.
+        For this user, room and job it names one batch, as long as anything of it is kept.
     """
-    digest = idempotency_key and _digest([r.model_dump(mode="json") for r in requests])
-    first_id = UUID(int=uuid7().int >> _BATCH_BITS << _BATCH_BITS)
-    # one trace for all of them
-    trace = cache(partial(telemetry.submitting, full_name))
-
-    async def attempt(target: Target) -> Batch | None:
-        check(target)
-        first = await _insert(
-            session,
-            target,
-            room,
-            caller,
-            requests[0],
-            settings,
-            new_id=first_id,
-            least=next_order(len(requests)),
-            key=idempotency_key,
-            digest=digest,
-            trace=trace(),
-        )
-        if first is not None:
-            order_taken(first.queue_order, first.priority, len(requests))
-            created = await _add(session, target.id, first, requests, settings)
-            return Batch([task.id for task in created], created)
+    target = await _target(session, room, full_name)
+    asked = [request.model_dump(mode="json") for request in requests]
+    names = {
+        # Its last bits are zero, so that the ids of a batch can follow each other in the
+        # order of the request, and one tells all.
+        "new_id": UUID(int=uuid7().int >> 10 << 10),
+        "in_room": room,
+        "submitter": caller.id,
+        "checked": check(target),
+        "key": idempotency_key,
+        "digest": idempotency_key and _digest(asked),
+        # one trace for all of them
+        "trace": telemetry.submitting(full_name),
+    }
+    first = await _insert(session, target, requests[0], settings, names)
+    if first is None:
         statement = select(TASK.c.id)
-        row = await _earlier(
-            session, statement, target, room, caller, idempotency_key, digest
-        )
-        return Batch(_ids(row.id, len(requests)), []) if row is not None else None
+        row = await _earlier(session, statement, target, room, full_name, names)
+        ids = _ids(UUID(int=row.id.int - row.batch_index), len(requests))
+        return Batch(ids, [])
+    places = await _places(session, target.id, first, requests)
+    key = {"idempotency_key": names["key"], "request_digest": names["digest"]}
+    created = await _add(session, target.id, first, requests, places, key, settings)
+    await _check_quota(session, caller.id, settings, places)
+    return Batch([task.id for task in created], created)
 
-    return await _to_job(session, room, full_name, attempt)
+
+async def _places(
+    session: AsyncSession,
+    job_id: UUID,
+    first: Row[Any],
+    requests: Sequence[TaskSubmitRequest],
+) -> list[int]:
+    """Return the places of a batch, whose tasks follow each other in each queue."""
+    following = {first.priority: first.queue_order}
+    others = sorted({request.priority for request in requests} - {first.priority})
+    # SQLite takes at most 500 of them together
+    for start in range(0, len(others), 100):
+        some = others[start : start + 100]
+        ranks = [literal(priority, TASK.c.queue_order.type) for priority in some]
+        job = literal(job_id, TASK.c.job_id.type)
+        user = literal(first.created_by_id, TASK.c.created_by_id.type)
+        found = await execute(
+            session,
+            union_all(*(select(rank, new_place(job, rank, user)) for rank in ranks)),
+        )
+        following |= dict(found.tuples().all())
+    places = []
+    for request in requests:
+        places.append(following[request.priority])
+        following[request.priority] += 1
+    return places
+
+
+def _shared(
+    job_id: UUID, first: Row[Any], under_key: dict[str, Any], settings: JobLibSettings
+) -> dict[str, Any]:
+    """Return what the other tasks of a batch have from its first."""
+    return {
+        "job_id": job_id,
+        "failed_attempts": 0,
+        **under_key,
+        "deadline_at": None
+        if first.status is TaskStatus.PENDING
+        else first.claimed_at + timedelta(seconds=settings.internal_redispatch_seconds),
+        **{
+            column.key: getattr(first, column.key)
+            for column in (
+                TASK.c.job_name, TASK.c.room_id, TASK.c.created_by_id, TASK.c.status,
+                TASK.c.attempt, TASK.c.max_attempts, TASK.c.created_at, TASK.c.claimed_at,
+                TASK.c.traceparent, TASK.c.payload_checked,
+            )
+        },
+    }  # fmt: skip
 
 
 async def _add(
@@ -397,27 +394,12 @@ async def _add(
     job_id: UUID,
     first: Row[Any],
     requests: Sequence[TaskSubmitRequest],
+    places: Sequence[int],
+    under_key: dict[str, Any],
     settings: JobLibSettings,
 ) -> list[TaskResponse]:
     """Insert the other tasks of a batch beside its first, which holds the job."""
-    base = first.queue_order + first.priority * PRIORITY_STEP
-    orders = [base + n - r.priority * PRIORITY_STEP for n, r in enumerate(requests)]
-    waits = first.status is TaskStatus.PENDING
-    common = {
-        "job_id": job_id,
-        "failed_attempts": 0,
-        "deadline_at": None
-        if waits
-        else first.claimed_at + timedelta(seconds=settings.internal_redispatch_seconds),
-        **{
-            column.key: getattr(first, column.key)
-            for column in (
-                TASK.c.job_name, TASK.c.room_id, TASK.c.created_by_id, TASK.c.status,
-                TASK.c.attempt, TASK.c.max_attempts, TASK.c.created_at, TASK.c.claimed_at,
-                TASK.c.traceparent,
-            )
-        },
-    }  # fmt: skip
+    shared = _shared(job_id, first, under_key, settings)
     own = [
         {
             "id": id_,
@@ -436,21 +418,16 @@ async def _add(
             session,
             insert(TASK),
             [
-                {**common, **row, "queue_order": order}
-                for row, order in zip(own[1:], orders[1:], strict=True)
+                {**shared, **row, "queue_order": places[n], "batch_index": n}
+                for n, row in enumerate(own)
+                if n
             ],
         )
-    places: list[int | None] = [None] * len(own)
-    if waits:
+    positions: Sequence[int | None] = [None] * len(own)
+    if first.status is TaskStatus.PENDING:
+        ranked = list(zip(places, _ids(first.id, len(own)), strict=True))
         most = settings.queue_position_max
-        head = (
-            select(TASK.c.queue_order)
-            .where(TASK.c.job_id == job_id, queued())
-            .order_by(TASK.c.queue_order)
-            .limit(number(most))
-        )
-        before = (await execute(session, head)).scalars().all()
-        places = [min(bisect_left(before, order) + 1, most) for order in orders]
+        positions = await _positions(session, job_id, ranked, most)
     shown = read_view(first)
     return [
         shown.model_copy(
@@ -460,26 +437,106 @@ async def _add(
                 "queue_position": place,
             }
         )
-        for row, place in zip(own, places, strict=True)
+        for row, place in zip(own, positions, strict=True)
     ]
 
 
-# How many tasks a user may submit through this process until what waits of theirs is
-# counted again: a count costs the more the more there is.
-_uncounted: dict[UUID, int] = {}
-# Until when, by the process's clock, a user who had too many is refused without a count.
-_refused: dict[UUID, float] = {}
-_REFUSED_SECONDS = 5
-_REMEMBERED_USERS = 10_000
+async def _positions(
+    session: AsyncSession, job_id: UUID, places: Sequence[tuple[int, UUID]], most: int
+) -> list[int]:
+    """Return how far places are from the head of a job's queue: one look for all."""
+    head = await execute(
+        session,
+        select(TASK.c.queue_order, TASK.c.id)
+        .where(TASK.c.job_id == job_id, queued())
+        .order_by(TASK.c.queue_order, TASK.c.id)
+        .limit(number(most)),
+    )
+    before = [(row.queue_order, row.id) for row in head]
+    return [min(bisect_left(before, place) + 1, most) for place in places]
 
 
-async def check_quota(
-    session: AsyncSession, caller: Caller, settings: JobLibSettings, count: int = 1
+async def retry(
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
+) -> TaskResponse:
+    """Set a terminal task going again, with all its attempts before it.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, ``forbidden``, ``invalid-task-transition``,
+        ``quota-exceeded``, or ``job-not-found`` when its job is gone.
+    """
+    # locked, so that no soft-deletion of the job comes in between; where nothing is
+    # locked, what was read here may be over by the time of the write
+    found = await execute(
+        session,
+        select(*VIEW, JOB.c.room_id.label("of_room"))
+        .join(JOB, TASK.c.job_id == JOB.c.id)
+        .where(TASK.c.id == task_id)
+        .with_for_update(read=True, key_share=True, of=JOB),
+    )
+    task = found.one_or_none()
+    entitled = task and (caller.is_superuser or task.created_by_id == caller.id)
+    if task is None or not (
+        entitled or await permits(may_enter, session, caller, task.room_id)
+    ):
+        raise not_found(task_id)
+    if not entitled:
+        raise Forbidden.exception(f"task {task_id} is not yours to retry")
+    seconds = settings.internal_redispatch_seconds
+    reborn = born_claimed(seconds) if task.of_room == INTERNAL_ROOM else {}
+    place = new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id)
+    raised = await execute(
+        session,
+        update(TASK)
+        .where(
+            TASK.c.id == task_id,
+            in_states(TERMINAL),
+            TASK.c.attempt == task.attempt,
+            of_job(JOB.c.deleted).is_(False),
+        )
+        .values(
+            {
+                **back_in_queue(),
+                TASK.c.queue_order: place,
+                TASK.c.queued_at: now(),
+                TASK.c.failed_attempts: 0,
+                TASK.c.completed_at: None,
+                TASK.c.result: None,
+                # or each retry would make it longer
+                TASK.c.errors: "\n".join(last_errors(task)) or None,
+                **reborn,
+            }
+        )
+        .returning(TASK.c.queue_order, *VIEW),
+    )
+    rows = raised.all()
+    if rows:
+        if not reborn:
+            places = [row.queue_order for row in rows]
+            await _check_quota(session, task.created_by_id, settings, places)
+        return (await read_changed(session, rows, settings))[0]
+    if await session.scalar(select(of_job(JOB.c.deleted)).where(TASK.c.id == task_id)):
+        raise JobNotFound.exception("job not found: the task's job is gone")
+    raise InvalidTaskTransition.exception("only a terminal task can be tried again")
+
+
+async def _check_quota(
+    session: AsyncSession,
+    user_id: UUID | None,
+    settings: JobLibSettings,
+    places: Iterable[int],
 ) -> None:
-    """Make sure that a user had room for the ``count`` tasks just submitted.
+    """Make sure that a user had room for what just took ``places`` in a queue.
 
-    After the insertion, since what is submitted again under its key needs no room.
-    Counts only after each twentieth of the room that there was.
+    After the insertion, since what is submitted again under its key needs no room. A count
+    costs the more the more there is: only who passes each so manieth place of a queue is
+    counted. Who is refused there comes to it again, since the next place is the same.
 
     Raises
     ------
@@ -487,29 +544,21 @@ async def check_quota(
         ``quota-exceeded``.
     """
     most = settings.max_pending_tasks_per_user
-    left = _uncounted.get(caller.id, most // 20) - count
-    full = _refused.get(caller.id, 0.0) > time.monotonic()
-    if left < 0 and not full:
-        theirs = (
-            select(literal_column("1"))
-            .where(
-                TASK.c.created_by_id == caller.id,
-                TASK.c.status == constant(TaskStatus.PENDING),
-            )
-            .limit(number(most + 1))
-            .subquery()
+    between = max(most // 20, 1)
+    if user_id is None or all(place % between for place in places):
+        return
+    theirs = (
+        select(literal_column("1"))
+        .where(
+            TASK.c.created_by_id == user_id,
+            TASK.c.status == constant(TaskStatus.PENDING),
         )
-        waiting = await session.scalar(select(func.count()).select_from(theirs)) or 0
-        left = (most - waiting) // 20
-        full = waiting > most
-        if full:
-            _refused[caller.id] = time.monotonic() + _REFUSED_SECONDS
-    if full:
+        .limit(number(most + 1))
+        .subquery()
+    )
+    waiting = await session.scalar(select(func.count()).select_from(theirs)) or 0
+    if waiting > most:
         raise QuotaExceeded.exception(
             f"waiting tasks are limited to {most} for each user",
-            headers={"Retry-After": str(_REFUSED_SECONDS)},
+            headers={"Retry-After": "5"},
         )
-    for remembered in (_uncounted, _refused):
-        if len(remembered) > _REMEMBERED_USERS:
-            remembered.clear()
-    _uncounted[caller.id] = left

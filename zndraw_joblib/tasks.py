@@ -11,6 +11,7 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     Select,
+    and_,
     bindparam,
     case,
     delete,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     literal_column,
     null,
     select,
+    tuple_,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -32,6 +34,7 @@ from zndraw_joblib.models import (
     TASK,
     constant,
     execute,
+    greatest,
     microseconds,
     now,
     number,
@@ -46,43 +49,73 @@ ahead = TASK.alias()
 
 KEPT_ERRORS = 5
 
+# The places of one priority: 52 bits hold the microseconds until 2112.
 PRIORITY_STEP = 2**52
-_last_order = 0
 
 
-def end_of_queue(least: Any, priority: Any) -> ColumnElement[int]:
-    """Return the place at the end of the queue, among tasks of this priority.
+def _start(priority: Any) -> ColumnElement[int]:
+    start: ColumnElement[int] = literal(-PRIORITY_STEP, BigInteger()) * priority
+    return start
 
-    It is the database's clock, since replicas queue tasks side by side.
+
+def _in_queue(job_id: Any, priority: Any) -> ColumnElement[bool]:
+    order = ahead.c.queue_order
+    start = _start(priority)
+    return and_(ahead.c.job_id == job_id, order >= start, order < start + PRIORITY_STEP)
+
+
+def _head(job_id: Any, priority: Any) -> ColumnElement[int]:
+    return (
+        select(ahead.c.queue_order)
+        .where(queued(ahead.c), _in_queue(job_id, priority))
+        .order_by(ahead.c.queue_order)
+        .limit(number(1))
+        .correlate_except(ahead)
+        .scalar_subquery()
+    )
+
+
+def new_place(job_id: Any, priority: Any, user_id: Any) -> ColumnElement[int]:
+    """Return the place of a new task: behind the first of its queue, and the user's own.
+
+    A place is for life, so it is here that users take turns: a thousand tasks of one wait
+    behind each other, and another's first waits for the next turn. An empty queue begins
+    at the database's clock, which is ahead of all places before.
 
     Parameters
     ----------
-    least : ColumnElement
-        Of :func:`next_order`.
-    priority : ColumnElement
-        Higher comes first; then it is first in, first out.
+    job_id, priority, user_id : ColumnElement
+        Of the task. Each priority of a job is a queue of its own; higher comes first.
     """
-    # 52 bits hold the microseconds until 2112
-    clock = case((microseconds() > least, microseconds()), else_=least)
-    place: ColumnElement[int] = clock - priority * literal(PRIORITY_STEP, BigInteger())
-    return place
+    theirs = (
+        select(ahead.c.queue_order)
+        .where(
+            ahead.c.created_by_id == user_id,
+            ahead.c.status == constant(TaskStatus.PENDING),
+            _in_queue(job_id, priority),
+        )
+        .order_by(ahead.c.queue_order.desc())
+        .limit(number(1))
+        .correlate_except(ahead)
+        .scalar_subquery()
+    )
+    start = _start(priority)
+    return greatest(
+        func.coalesce(_head(job_id, priority) + 1, start + microseconds()),
+        # a clock may be set back
+        func.coalesce(theirs + 1, start),
+    )
 
 
-def next_order(count: int = 1) -> int:
-    """Return the least place of the next of ``count`` tasks; those after it follow.
+def place_again() -> ColumnElement[int]:
+    """Return the place of a task that comes back: its own, or beside the first if later.
 
-    Strictly growing, so that neither tasks of one moment nor a clock set back change
-    the order of one process's own.
+    With a place from long ago it would be the first of its queue for those who come now,
+    and they would pass all who wait. Beside the first it is earlier by its id.
     """
-    global _last_order
-    _last_order += count
-    return _last_order - count + 1
-
-
-def order_taken(order: int, priority: int, count: int = 1) -> None:
-    """Remember the place that the first of ``count`` tasks has taken."""
-    global _last_order
-    _last_order = max(_last_order, order + priority * PRIORITY_STEP + count - 1)
+    first = _head(TASK.c.job_id, TASK.c.priority)
+    clock = _start(TASK.c.priority) + microseconds()
+    return greatest(TASK.c.queue_order, func.coalesce(first, clock))
 
 
 def of_job(column: Any) -> ColumnElement[Any]:
@@ -124,14 +157,19 @@ VIEW = (
 )
 
 
-def position(job_id: Any, order: Any, position_max: int) -> ColumnElement[int]:
-    """Return the place of ``order`` in a job's queue, counted up to a maximum."""
+def position(
+    job_id: Any, order: Any, task_id: Any, position_max: int
+) -> ColumnElement[int]:
+    """Return the position of a place in a job's queue, counted up to a maximum."""
+    place = tuple_(ahead.c.queue_order, ahead.c.id)
     before = (
         select(literal_column("1"))
-        .where(ahead.c.job_id == job_id, queued(ahead.c), ahead.c.queue_order < order)
+        .where(
+            ahead.c.job_id == job_id, queued(ahead.c), place < tuple_(order, task_id)
+        )
         # In the order of the queue, and up to a number that PostgreSQL can't know: else
         # it would rather read a whole queue, if the jobs' queues are short on average.
-        .order_by(ahead.c.queue_order)
+        .order_by(ahead.c.queue_order, ahead.c.id)
         .limit(select(number(position_max - 1)).scalar_subquery())
         .correlate_except(ahead)
         .subquery()
@@ -142,7 +180,7 @@ def position(job_id: Any, order: Any, position_max: int) -> ColumnElement[int]:
 @lru_cache(maxsize=8)
 def seen(position_max: int) -> Select[Any]:
     """Return the statement that reads tasks as the wire shows them."""
-    place = position(TASK.c.job_id, TASK.c.queue_order, position_max)
+    place = position(TASK.c.job_id, TASK.c.queue_order, TASK.c.id, position_max)
     return select(
         *VIEW,
         case((TASK.c.status == TaskStatus.PENDING, place)).label("queue_position"),
@@ -190,7 +228,7 @@ def _placed(listed: Select[Any], position_max: int) -> Select[Any]:
     edge = (
         select(ahead.c.queue_order)
         .where(ahead.c.job_id == jobs.c.job_id, queued(ahead.c))
-        .order_by(ahead.c.queue_order)
+        .order_by(ahead.c.queue_order, ahead.c.id)
         .limit(number(1))
         .offset(select(number(position_max - 1)).scalar_subquery())
         .correlate(jobs)
@@ -199,8 +237,8 @@ def _placed(listed: Select[Any], position_max: int) -> Select[Any]:
     edges = select(jobs.c.job_id, edge.label("edge")).cte("edges")
     edges = edges.prefix_with("MATERIALIZED")
     place = case(
-        (page.c.queue_order >= edges.c.edge, number(position_max)),
-        else_=position(page.c.job_id, page.c.queue_order, position_max),
+        (page.c.queue_order > edges.c.edge, number(position_max)),
+        else_=position(page.c.job_id, page.c.queue_order, page.c.id, position_max),
     )
     return (
         select(page, case((waits, place)).label("queue_position"))
@@ -238,13 +276,31 @@ async def read_changed(
     waiting = [row.id for row in unplaced if row.status is TaskStatus.PENDING]
     places: dict[UUID, int] = {}
     if waiting:
-        place = position(TASK.c.job_id, TASK.c.queue_order, settings.queue_position_max)
+        place = position(
+            TASK.c.job_id, TASK.c.queue_order, TASK.c.id, settings.queue_position_max
+        )
         found = await execute(
             session,
             select(TASK.c.id, place.label("place")).where(TASK.c.id.in_(waiting)),
         )
         places = {row.id: row.place for row in found}
     return [read_view(row, places.get(row.id)) for row in rows]
+
+
+def back_in_queue() -> dict[Any, Any]:
+    """Return what makes a task wait for another worker."""
+    return {
+        TASK.c.status: TaskStatus.PENDING,
+        TASK.c.worker_id: None,
+        TASK.c.holder_id: None,
+        TASK.c.claim_key: None,
+        TASK.c.claimed_at: None,
+        TASK.c.started_at: None,
+        TASK.c.deadline_at: None,
+        TASK.c.progress: None,
+        TASK.c.progress_message: None,
+        TASK.c.queue_order: place_again(),
+    }
 
 
 def born_claimed(redispatch_seconds: float | ColumnElement[float]) -> dict[Any, Any]:
