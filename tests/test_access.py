@@ -1,5 +1,6 @@
 """Who may do what: the table of docs/access.md, walked against the routes themselves."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -73,11 +74,21 @@ class Scene:
         self.task = await submit(self.submitter, self.job, self.room)
         offered = await self.owner.put(f"/rooms/{self.room}/providers", json=self.files)
         self.provider_id = offered.json()["id"]
-        await self.upload(self.owner)
 
     async def upload(self, user: httpx.AsyncClient) -> httpx.Response:
         results = f"/providers/{self.provider_id}/results"
         return await user.post(results, content=b"{}", headers=UPLOAD)
+
+    async def read(self, user: httpx.AsyncClient) -> httpx.Response:
+        """Read from the provider, whose worker answers as soon as it is asked."""
+        reading = asyncio.create_task(
+            user.get(f"/rooms/{self.room}/providers/{self.provider}")
+        )
+        # what was not asked for is dropped
+        while not reading.done():
+            await self.upload(self.owner)
+            await asyncio.sleep(0.01)
+        return await reading
 
     async def offer(
         self, user: httpx.AsyncClient, noun: str, room: str = "", **fields: Any
@@ -122,6 +133,7 @@ class Scene:
 ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]] = {
     ("POST /workers", ""): lambda s, u: u.post("/workers"),
     ("GET /workers", ""): lambda s, u: u.get("/workers"),
+    ("GET /limits", ""): lambda s, u: u.get("/limits"),
     ("PATCH /workers/{worker_id}", "heartbeat"): lambda s, u: u.patch(
         f"/workers/{s.worker}"
     ),
@@ -206,9 +218,7 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("GET /rooms/{room_id}/providers/{provider_name}/info", ""): lambda s, u: u.get(
         f"/rooms/{s.room}/providers/{s.provider}/info"
     ),
-    ("GET /rooms/{room_id}/providers/{provider_name}", ""): lambda s, u: u.get(
-        f"/rooms/{s.room}/providers/{s.provider}"
-    ),
+    ("GET /rooms/{room_id}/providers/{provider_name}", ""): lambda s, u: s.read(u),
     (
         "GET /rooms/{room_id}/providers/{provider_name}",
         "from another room",
