@@ -17,6 +17,7 @@ from steps import (
     read,
     register,
     report,
+    silence,
     stored,
     submit,
 )
@@ -26,7 +27,7 @@ from zndraw_joblib import attempts, register_internal_jobs, register_internal_ta
 from zndraw_joblib.models import Job, Task, now
 from zndraw_joblib.registry import ensure_internal_jobs
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.sweeper import cleanup_stuck_internal_tasks
+from zndraw_joblib.sweeper import cleanup_stuck_internal_tasks, run_sweeper
 
 ECHO = "@internal:modifiers:Echo"
 
@@ -439,6 +440,47 @@ async def test_a_lost_message_is_sent_again_once(
     # the first message turns up after all
     await InMemoryBroker.kick(broker, broker.lost[0])
     assert len(runs.seen) == 1
+
+
+async def test_the_sweeper_uses_all_that_it_is_given(
+    ada, admin, app, broker, runs, session_maker, tsio, events
+):
+    provider = {"category": "files", "name": "data", "schema": {}}
+    answer = await ada.put("/rooms/lab/providers", json=provider)
+    await silence(session_maker, answer.json()["worker_id"])
+    broker.loses = True
+    task = await submit(ada, ECHO)
+    broker.loses = False
+    runs.reports = completes(admin)
+    await overslept(session_maker)
+    gone = []
+
+    async def removed(names):
+        gone.extend(map(str, names))
+
+    async def sweep(seconds, until):
+        settings = JobLibSettings(sweeper_interval_seconds=seconds)
+        async with anyio.create_task_group() as group:
+            args = session_maker, settings, tsio, app.state.internal_registry, removed
+            group.start_soon(run_sweeper, *args)
+            await until()
+            group.cancel_scope.cancel()
+
+    async def a_moment():
+        await anyio.sleep(0.3)
+
+    async def all_is_swept():
+        with anyio.fail_after(60):
+            while not gone or (await read(ada, task))["status"] != "completed":
+                await anyio.sleep(0.01)
+
+    events.clear()
+    await sweep(1000, a_moment)
+    assert (gone, runs.seen, events) == ([], [], [])
+    await sweep(0.05, all_is_swept)
+    assert gone == ["lab:files:data"]
+    assert ("providers_invalidate", {}, "room:lab") in events
+    assert (await read(ada, task))["status"] == "completed"
 
 
 async def test_a_run_that_outlives_its_time_is_ended(

@@ -79,10 +79,11 @@ async def test_every_listing_is_paged(ada, admin, session_maker, same_moment):
         assert [key(row) for row in page.json()["items"]] == newest_first[4:6]
         assert (page.json()["limit"], page.json()["offset"]) == (2, 4)
         # a link leads on from any page, and from the last one nowhere
-        (following,) = [
-            p async for p in pages(ada, f"{with_limit}{total - 4}&offset=4")
+        walked = [page async for page in pages(ada, f"{with_limit}2&offset=4")]
+        assert [key(row) for page in walked for row in page["items"]] == newest_first[
+            4:
         ]
-        assert [key(row) for row in following["items"]] == newest_first[4:]
+        assert [page["offset"] for page in walked] == [4, *[0] * (len(walked) - 1)]
         page = (await ada.get(f"{with_limit}0")).json()
         assert (page["items"], page["total"]) == ([], total)
         page = await ada.get(f"{with_limit}3&offset={2**63 - 1}")

@@ -207,6 +207,20 @@ async def test_a_failed_attempt_is_tried_again_after_a_doubling_while(
     assert [json.loads(line) for line in kept.split("\n")] == ended["errors"]
 
 
+async def test_no_number_of_failures_outgrows_the_longest_wait(ada, session_maker):
+    worker = await offer(ada, max_attempts=2, retry_delay_seconds=0.01)
+    task = await submit(ada)
+    for failures in (20, 21, 31, 32, 63, 64, 5000):
+        counts = {"failed_attempts": failures, "max_attempts": 10_000}
+        await execute(session_maker, update(Task).values(available_at=None, **counts))
+        await claim(ada, worker)
+        again = (await report(ada, task, "failed")).json()
+        async with session_maker() as session:
+            moment = await session.scalar(now())
+        wait = datetime.fromisoformat(again["available_at"]) - moment
+        assert 1700 <= wait.total_seconds() <= 3600, failures
+
+
 async def test_a_failure_for_good_is_not_tried_again(ada):
     worker = await offer(ada, max_attempts=5)
     task = await move(ada, worker, await submit(ada), "running")
@@ -259,6 +273,37 @@ async def test_what_has_ended_can_be_set_going_again(ada, bob, admin, events, st
         await report(ada, task, "failed")
         assert (await admin.post(url)).status_code == 202
     assert all(a < b for a, b in pairwise(attempts))
+
+
+@pytest.mark.parametrize("end", ["completed", "failed"])
+async def test_what_is_set_going_again_begins_anew(ada, end):
+    """Behind those who wait, with all its attempts, and with nothing of the last run."""
+    worker = await offer(ada, max_attempts=2)
+    task = await submit(ada)
+    while (await read(ada, task))["status"] == "pending":
+        await claim(ada, worker)
+        await report(ada, task, "running")
+        attempt = (await read(ada, task))["attempt"]
+        said = {"id": task["id"], "attempt": attempt, "progress": 0.5, "message": "x"}
+        await ada.patch(f"/workers/{worker}", json={"tasks": [said]})
+        await report(ada, task, end, **({} if end == "failed" else {"result": 1}))
+    done = await read(ada, task)
+    assert (done["status"], done["result"]) == (end, None if end == "failed" else 1)
+    assert done["progress"] == 0.5
+    waiting = await submit(ada)
+    again = (await ada.post(f"/tasks/{task['id']}/retry")).json()
+    assert again["queue_position"] == 2
+    of_the_run = (
+        *("result", "progress", "progress_message", "worker_id"),
+        *("claimed_at", "started_at", "completed_at"),
+    )
+    assert {again[name] for name in of_the_run} == {None}
+    claimed = await claim(ada, worker, max_tasks=2)
+    assert [t["id"] for t in claimed] == [waiting["id"], task["id"]]
+    for status in ("pending", "failed"):
+        assert (await report(ada, task, "failed")).json()["status"] == status
+        await report(ada, waiting, "cancelled")
+        await claim(ada, worker)
 
 
 async def test_a_task_without_a_job_cannot_be_set_going(ada):

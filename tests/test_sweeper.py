@@ -87,16 +87,6 @@ async def test_a_silent_worker_goes_with_what_it_held(
     }
 
 
-async def test_how_long_silence_may_last_is_a_setting(ada, session_maker):
-    worker = await offer(ada)
-    await silence(session_maker, worker)
-    patient = JobLibSettings(worker_timeout_seconds=7200)
-    assert await cleanup_stale_workers(session_maker, patient) == 0
-    await ada.patch(f"/workers/{worker}")
-    assert await cleanup_stale_workers(session_maker) == 0, "a heartbeat wins"
-    assert (await ada.patch(f"/workers/{worker}")).status_code == 200
-
-
 async def test_replicas_sweep_together(ada, session_maker, tsio, events):
     """More workers than a batch: each is retired, and told of, by one of them."""
     count = 2 * WORKERS_A_BATCH + 3

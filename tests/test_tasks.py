@@ -135,9 +135,11 @@ async def test_a_delayed_task_is_claimed_when_its_time_has_come(ada, session_mak
     assert (await report(ada, other, "cancelled")).status_code == 200
 
 
-async def test_one_key_makes_one_task(ada, bob, events, session_maker):
+async def test_one_key_makes_one_task(ada, bob, admin, events, session_maker):
     for name in ("Rotate", "Scale"):
         await offer(ada, name)
+    shared = "@global:modifiers:Rotate"
+    await offer(admin, room="@global")
     events.clear()
 
     async def send(user=ada, room="lab", job="lab:modifiers:Rotate", **body):
@@ -154,10 +156,12 @@ async def test_one_key_makes_one_task(ada, bob, events, session_maker):
 
     for body in ({}, {"payload": {"angle": 1}, "priority": 1}):
         problem(await send(**body), 422, "idempotency-key-reused")
-    others = [await send(bob), await send(job="lab:modifiers:Scale")]
-    assert statuses(others) == [202, 202]
-    assert len({a.json()["id"] for a in [*others, answers[0]]}) == 3
-    assert (await stored(session_maker))["task"] == 3
+    for _ in range(2):
+        others = [await send(bob), await send(job="lab:modifiers:Scale")]
+        others += [await send(room=room, job=shared) for room in ("lab", "attic")]
+        assert statuses(others) == [202] * 4
+        assert len({a.json()["id"] for a in [*others, answers[0]]}) == 5
+    assert (await stored(session_maker))["task"] == 5
 
     # it names the task for as long as there is the task
     await report(ada, task, "cancelled")

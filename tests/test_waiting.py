@@ -7,7 +7,7 @@ import httpx
 import pytest
 from conftest import PREFIX
 from sqlalchemy import update
-from steps import at_once, claim, execute, offer, problem, read, report, submit
+from steps import JOB, at_once, claim, execute, offer, problem, read, report, submit
 
 from zndraw_joblib.dependencies import preferred_wait
 from zndraw_joblib.models import Task, TaskStatus, now
@@ -237,6 +237,51 @@ async def test_work_of_any_kind_wakes_a_claim(ada):
     assert (await woken_by(report(ada, task, "failed")))["attempt"] == 3
     await report(ada, task, "cancelled")
     assert (await woken_by(ada.post(f"/tasks/{task['id']}/retry")))["attempt"] == 4
+    # what another worker of the job held, goes
+    await report(ada, task, "pending")
+    other = await offer(ada)
+    await claim(ada, other)
+    assert (await woken_by(ada.delete(f"/workers/{other}")))["attempt"] == 6
+
+
+@pytest.mark.usefixtures("patient")
+async def test_what_becomes_of_its_worker_ends_a_wait(ada, bob):
+    await offer(bob, "Scale")
+    waiting = await submit(ada, "lab:modifiers:Scale")
+    worker = await offer(ada)
+    body, url = {"worker_id": worker}, f"/workers/{worker}"
+
+    async def woken_by(act):
+        with anyio.fail_after(30):
+            answer, done = await at_once(
+                ada.post("/tasks/claim", json=body, headers=wait_for(60)),
+                after_it_waits(act),
+            )
+        assert not isinstance(done, httpx.Response) or done.is_success
+        return answer
+
+    hired = await woken_by(offer(ada, "Scale", worker_id=worker))
+    assert hired.json()["task"]["id"] == waiting["id"]
+    drained = await woken_by(ada.patch(url, json={"state": "draining"}))
+    assert (drained.status_code, drained.json()["tasks"]) == (200, [])
+    await ada.patch(url, json={"state": "active"})
+    problem(await woken_by(ada.delete(url)), 404, "worker-not-found")
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_batch_wakes_as_many_claims_as_it_has_tasks(ada):
+    workers = [await offer(ada) for _ in range(3)]
+    batch = f"/rooms/lab/batches/{JOB}"
+    with anyio.fail_after(30):
+        *waited, answer = await at_once(
+            *(
+                ada.post("/tasks/claim", json={"worker_id": w}, headers=wait_for(60))
+                for w in workers
+            ),
+            after_it_waits(ada.post(batch, json={"tasks": [{}] * 3}), 3),
+        )
+    claimed = [answer.json()["task"]["id"] for answer in waited]
+    assert sorted(claimed) == sorted(answer.json()["ids"])
 
 
 @pytest.mark.usefixtures("patient")

@@ -1,10 +1,11 @@
 """Workers: whose they are, what keeps them alive, and what goes when they go."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from steps import (
     JOB,
     at_once,
@@ -21,7 +22,8 @@ from steps import (
     submit,
 )
 
-from zndraw_joblib.models import Job, Worker, WorkerJobLink
+from zndraw_joblib.models import Job, Worker, WorkerJobLink, now
+from zndraw_joblib.sweeper import cleanup_stale_workers
 
 
 async def worker_row(session_maker, worker):
@@ -166,19 +168,31 @@ async def test_listings_tell_what_workers_serve(ada, bob, admin):
         assert page["total"] == len(serving)
 
 
-async def test_listings_tell_which_workers_are_alive(ada, app, session_maker):
-    silent, heard = await offer(ada), await offer(ada)
-    await silence(session_maker, silent)
+async def test_how_long_silence_may_last_is_one_setting(ada, app, session_maker):
+    """Listings, counts, submissions and sweeps agree on who is alive."""
+    settings = app.state.joblib_settings
+    settings.worker_timeout_seconds = 20_000
+    settings.accept_without_workers = False
+    silent, heard = await offer(ada), await offer(ada, "Scale")
+    job = f"/rooms/lab/jobs/{JOB}"
 
-    async def alive(path: str) -> dict[str, bool]:
-        return {w["id"]: w["alive"] for w in (await ada.get(path)).json()["items"]}
+    async def items(path: str, name: str, shown: str) -> dict[str, Any]:
+        return {i[name]: i[shown] for i in (await ada.get(path)).json()["items"]}
 
-    for path in ("/workers", "/rooms/lab/workers"):
-        assert await alive(path) == {silent: False, heard: True}
-    # for how long a silence is none, the host says
-    app.state.joblib_settings.worker_timeout_seconds = 7200
-    for path in ("/workers", "/rooms/lab/workers"):
-        assert await alive(path) == {silent: True, heard: True}
+    for seconds, alive in ((19_500, True), (20_500, False)):
+        ago = update(Worker).values(last_heartbeat=now(-seconds))
+        await execute(session_maker, ago.where(Worker.id == UUID(silent)))
+        for path in ("/workers", "/rooms/lab/workers"):
+            assert await items(path, "id", "alive") == {silent: alive, heard: True}
+        listed = await items("/rooms/lab/jobs", "name", "workers_alive")
+        counted = await items("/rooms/lab/stats", "job_name", "workers_alive")
+        assert listed == {"Rotate": alive, "Scale": 1}
+        assert counted[JOB] == alive
+        assert (await ada.get(job)).json()["workers_alive"] == alive
+        answer = await ada.post(f"/rooms/lab/tasks/{JOB}", json={})
+        assert answer.status_code == (202 if alive else 409)
+        assert await cleanup_stale_workers(session_maker, settings) == (not alive)
+    assert set(await items("/workers", "id", "alive")) == {heard}
 
 
 async def test_a_draining_worker_finishes_and_gets_nothing_new(ada, bob, admin):
@@ -229,7 +243,16 @@ async def test_a_heartbeat_carries_progress_and_brings_what_to_stop(ada, bob, ev
     late = {"id": going["id"], "attempt": 7, "progress": 0.9}
     beat = (await ada.patch(f"/workers/{worker}", json={"tasks": [late]})).json()
     assert beat["lost"] == [going["id"]]
-    assert (await read(ada, going))["progress"] == 0.4
+    # what a heartbeat does not tell, it does not take back
+    for said, shown in (
+        ({"message": "on"}, (0.4, "on")),
+        ({"progress": 0.0}, (0.0, "on")),
+        ({}, (0.0, "on")),
+    ):
+        said = {"id": going["id"], "attempt": 1, **said}
+        await ada.patch(f"/workers/{worker}", json={"tasks": [said]})
+        task = await read(ada, going)
+        assert (task["progress"], task["progress_message"]) == shown
 
 
 @pytest.mark.parametrize("count", [1, 256])
