@@ -39,6 +39,7 @@ CLIENT = [
     "client_registrations",
     "client_claims",
     "client_hands",
+    "client_ending",
     "client",
 ]
 #: beside it too, for one release: it looks at anything, and these look at it

@@ -1,26 +1,19 @@
 """A worker: what a program registers with a host, submits to it and waits for.
 
-`JobManager` is the face of what the modules beside it do: `transport` asks the host,
-`registrations` offers jobs and providers, `claims` takes and reports tasks, `hands` are
-the threads that run them, `pulse` is the one that tells that the worker lives, and
-`submissions` needs no worker at all.
+`JobManager` is the face of what the modules beside it do.
 """
 
 import inspect
-import logging
-import os
-import signal
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self, TypeVar, overload
 from uuid import UUID
 
-from zndraw_joblib.client_claims import LAST_RETRIES, Claims, Heartbeat, HeldTasks
+from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
 from zndraw_joblib.client_connection import HostApi, Socket
+from zndraw_joblib.client_ending import Ending
 from zndraw_joblib.client_hands import Hands, Pulse, Readers
 from zndraw_joblib.client_registrations import (
     Life,
@@ -34,10 +27,10 @@ from zndraw_joblib.client_tasks import (
     TaskCancelled,
     TaskFailed,
 )
-from zndraw_joblib.client_transport import Api, SafeLogger, Transport, path
+from zndraw_joblib.client_transport import Api, Transport
 from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
 from zndraw_joblib.extension import Category, Extension, as_json, category_of
-from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus, WorkerState
+from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy, TaskResponse
 
@@ -50,13 +43,7 @@ __all__ = [
     "TaskFailed",
 ]
 
-log = SafeLogger(logging.getLogger(__name__))
-
 E = TypeVar("E", bound=type[Extension])
-
-LAST_THREAD_SECONDS = 2.0
-LAST_REQUEST_SECONDS = 5.0
-AT_ONCE_SECONDS = 1.0
 
 
 class JobManager:
@@ -112,10 +99,8 @@ class JobManager:
         self.api = api
         self.polling_interval = polling_interval
         self.concurrency = concurrency
-        self.grace_seconds = grace_seconds
         self._execute = execute
-        self._own_api: HostApi | None = None
-        self._life = Life(self._give_up)
+        self._life = Life(lambda exc: self._ending.give_up(exc))
         self._held = HeldTasks()
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
         self._submissions = Submissions(self._transport, polling_interval)
@@ -134,11 +119,9 @@ class JobManager:
         )
         self._readers = Readers(*parts, self._life)
         self._hands: Hands | None = None
-        self._pid = os.getpid()
-        self._leaving = threading.Lock()
-        self._done = threading.Event()
-        self._failure: BaseException | None = None
-        self._signals = 0
+        self._ending = Ending(
+            *parts, self._pulse, self._readers, self._life, self._held, grace_seconds
+        )
         self._listen_to(Socket(tsio))
 
     @classmethod
@@ -176,11 +159,16 @@ class JobManager:
         """
         api = HostApi(url, token=token, user=user, password=password)
         manager = cls(api, **options)
-        manager._own_api = api
+        manager._ending.own_api = api
         manager._listen_to(Socket(api=api))
         return manager
 
     # --- what is offered ---
+
+    @property
+    def tsio(self) -> Any:
+        """The Socket.IO client, if there is one; of its own, from the first job on."""
+        return self._socket.tsio
 
     @property
     def worker_id(self) -> UUID | None:
@@ -549,7 +537,7 @@ class JobManager:
         timeout : float, optional
             Seconds for all of them together; by default there is no limit.
         progress : bool
-            Show a progress bar; this needs tqdm.
+            Show on the standard error stream how many have ended.
 
         Returns
         -------
@@ -578,10 +566,10 @@ class JobManager:
                     self.concurrency,
                     self.polling_interval,
                 )
+                self._ending.hands = self._hands
 
     def _listen_to(self, socket: Socket) -> None:
         self._socket = self._registrations.socket = socket
-        self.tsio = socket.tsio
         socket.on("connect", self._on_connect)
         for event, handler in (
             (TaskAvailable, self._on_task_available),
@@ -619,15 +607,7 @@ class JobManager:
         """
         if self._execute is None and len(self):
             self._serve(run_extension)
-        if threading.current_thread() is threading.main_thread():
-            with self._signals_handled():
-                self._wait_until_done()
-        else:
-            self._wait_until_done()
-        if self._failure is not None:
-            refused = isinstance(self._failure, PermissionError)
-            kind = PermissionError if refused else ConnectionError
-            raise kind(f"the worker gave up: {self._failure}") from None
+        self._ending.wait()
 
     def disconnect(self) -> None:
         """End the worker: let tasks finish, delete it, and end its threads.
@@ -635,120 +615,13 @@ class JobManager:
         Running tasks get ``grace_seconds``, claimed ones are handed back. Any thread
         may call it, any number of times; it returns when all is done.
         """
-        if os.getpid() != self._pid:
-            # a fork of this process, made by a task: the worker is not its own to end
-            return
-        if threading.current_thread() in self._threads():
-            # a task or provider wants it: it has to go on before this can be done
-            self._in_thread(self.disconnect)
-            return
-        with self._leaving:
-            first = not self._life.stopping.is_set()
-            self._life.stopping.set()
-        if not first:
-            self._wait_until_done()
-            return
-        try:
-            self._leave()
-        except BaseException:
-            self._leave_at_once()
-            raise
-        finally:
-            self._done.set()
+        self._ending.begin()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.disconnect()
-
-    def _leave(self) -> None:
-        self._life.wake.set()
-        if self._hands is not None and self._failure is None:
-            self._finish_tasks(self._hands)
-        self._life.hopeless.set()
-        self._held.end_all()
-        # the lock: a registration under way is to be over
-        with self._registrations.lock:
-            for part in (self._pulse, self._hands, self._readers):
-                if part is not None:
-                    part.close()
-            retries = 0 if self._failure else LAST_RETRIES
-            self._registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
-        deadline = time.monotonic() + LAST_THREAD_SECONDS
-        for thread in self._threads():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if self._own_api is not None:
-            self._socket.close()
-            self._own_api.close()
-
-    def _finish_tasks(self, hands: Hands) -> None:
-        """Take no more tasks, and let those at hand end."""
-        deadline = time.monotonic() + self.grace_seconds
-        try:
-            # a claim that waits at the host gets nothing after this
-            self._transport.exchange(
-                "patch",
-                path("workers", self.worker_id),
-                read=dict,
-                json={"state": WorkerState.DRAINING.value},
-                timeout=LAST_REQUEST_SECONDS,
-            )
-        except Exception as exc:
-            log.warning("could not announce the end: %s", exc)
-        if not hands.finish(deadline):
-            log.warning("tasks still run after %s s of grace", self.grace_seconds)
-
-    def _leave_at_once(self) -> None:
-        self._life.hopeless.set()
-        self._held.end_all()
-        if (worker_id := self.worker_id) is not None:
-            self._registrations.delete_worker(
-                worker_id, retries=0, timeout=AT_ONCE_SECONDS
-            )
-        self._done.set()
-
-    def _give_up(self, exc: BaseException) -> None:
-        with self._leaving:
-            if self._life.stopping.is_set():
-                return
-            self._failure = self._failure or exc
-        log.error("giving up: %s", exc)
-        self._in_thread(self.disconnect)
-
-    def _threads(self) -> list[threading.Thread]:
-        parts = (self._pulse, self._hands, self._readers)
-        return [t for part in parts if part is not None for t in part.threads]
-
-    def _wait_until_done(self) -> None:
-        # in turns: on Windows Ctrl-C does not interrupt a wait
-        while not self._done.wait(1.0):
-            pass
-
-    @contextmanager
-    def _signals_handled(self) -> Iterator[None]:
-        earlier = {
-            signum: signal.signal(signum, self._on_signal)
-            for signum in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for signum, handler in earlier.items():
-                signal.signal(signum, handler or signal.SIG_DFL)
-
-    def _on_signal(self, signum: int, frame: object) -> None:
-        if os.getpid() != self._pid:
-            # a fork of this process, made by a task, has inherited the handler
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-            return
-        # in a thread: the main one may hold the very lock that is needed
-        self._signals += 1
-        self._in_thread(self.disconnect if self._signals == 1 else self._leave_at_once)
-
-    def _in_thread(self, call: Callable[[], None]) -> None:
-        threading.Thread(target=call, name="zndraw-end", daemon=True).start()
 
 
 def run_extension(task: ClaimedTask[Any]) -> Any:

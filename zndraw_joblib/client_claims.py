@@ -191,7 +191,6 @@ class Claims:
         self._registrations = registrations
         self._life = life
         self._key = uuid.uuid4().hex
-        self._host_takes_batches = True
 
     def claim(
         self,
@@ -328,8 +327,6 @@ class Claims:
 
     def tell_together(self, reports: list[Report]) -> list[Report]:
         """Report in one request; return those that have to be told one by one."""
-        if not self._host_takes_batches:
-            return reports
         body = [{"id": report.task_id, **report.content()} for report in reports]
 
         def read(answer: dict[str, Any]) -> dict[str, int]:
@@ -351,7 +348,6 @@ class Claims:
             return reports
         if answer.problem is not None:
             # one of them may be what the host won't take, if it takes so many at all
-            self._host_takes_batches = not answer.no_route
             return reports
         # who is refused is told why, and may have something else to report
         return [r for r in reports if answer.value[r.task_id] >= 300]
@@ -392,6 +388,7 @@ class Heartbeat:
 
     def send(self, **options: Any) -> bool:
         """Send a sign of life; return whether the host has lost registrations."""
+        offered = self._registrations.counted()
         # hosts that count no attempts have no use for the tasks in a heartbeat
         tasks = [task for task in self._held.all() if task.attempt is not None]
         most = self._transport.limits.max_heartbeat_tasks if len(tasks) > 1 else 1
@@ -409,13 +406,13 @@ class Heartbeat:
                 self._held.discard(task)
         self.host_counts_attempts = "cancelled" in answer
         self.draining = answer.get("desired_state") == WorkerState.DRAINING
-        for known, offered in (
-            (answer.get("jobs"), len(self._registrations.jobs)),
-            (answer.get("providers"), len(self._registrations.providers)),
-        ):
-            if isinstance(known, int) and known < offered:
-                return True
-        return False
+        # only what was offered all the time that the heartbeat was under way
+        certain = map(min, offered, self._registrations.counted())
+        known = (answer.get("jobs"), answer.get("providers"))
+        return any(
+            isinstance(told, int) and told < number
+            for told, number in zip(known, certain, strict=True)
+        )
 
     def _send(
         self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]

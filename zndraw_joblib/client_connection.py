@@ -241,13 +241,10 @@ class Socket:
         self.tsio = tsio
         self.reason = "it was made without a Socket.IO client"
         self._api = api
+        self._handlers: dict[str, Callable[..., Any]] = {}
         self._closed = threading.Event()
         self._tried = threading.Event()
         self._opening: threading.Thread | None = None
-        if api is not None and find_spec("websocket") and find_spec("requests"):
-            self.tsio = _own_client(api)
-        elif api is not None:
-            self.reason = "pip install 'zndraw-joblib[worker]' brings it"
 
     @property
     def connected(self) -> bool:
@@ -256,8 +253,6 @@ class Socket:
 
     def on(self, event: str, handler: Callable[..., None]) -> None:
         """Call ``handler`` at every such event, before what was called until now."""
-        if self.tsio is None:
-            return
         # python-socketio keeps one handler an event
         handlers = getattr(self.tsio, "handlers", {})
         earlier = handlers.get("/", {}).get(event)
@@ -269,7 +264,9 @@ class Socket:
                 log.exception("could not handle %s", event)
             return None if earlier is None else earlier(*args)
 
-        self.tsio.on(event, both)
+        self._handlers[event] = both
+        if self.tsio is not None:
+            self.tsio.on(event, both)
 
     def emit(self, event: FrozenEvent) -> None:
         """Tell the host, if it can be told now."""
@@ -297,11 +294,19 @@ class Socket:
 
     def open(self) -> None:
         """Begin to connect, in a thread of its own, if the connection is the worker's."""
-        if self.tsio is not None and self._api is not None and self._opening is None:
+        if self._api is None or self._opening is not None:
+            return
+        if find_spec("websocket") and find_spec("requests"):
+            # not before: who only submits does not wait for what is imported here
+            self.tsio = _own_client(self._api)
+            for event, handler in self._handlers.items():
+                self.tsio.on(event, handler)
             self._opening = threading.Thread(
                 target=self._connect, name="zndraw-socket", daemon=True
             )
             self._opening.start()
+        else:
+            self.reason = "pip install 'zndraw-joblib[worker]' brings it"
 
     def settle(self) -> None:
         """Wait until the first try to connect is over, whatever came of it."""

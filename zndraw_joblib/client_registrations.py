@@ -179,6 +179,15 @@ class Registrations:
         self._transport.value(answer)
         return answer
 
+    def counted(self) -> tuple[int, int]:
+        """Return how many jobs and providers the host has; none while that changes."""
+        if not self.lock.acquire(blocking=False):
+            return 0, 0
+        try:
+            return len(self.jobs), len(self.providers)
+        finally:
+            self.lock.release()
+
     def put_again(self) -> None:
         """Offer again what the host has lost of a worker that it knows."""
         with self.lock:

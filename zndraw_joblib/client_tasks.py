@@ -6,8 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from importlib import import_module
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
@@ -29,6 +28,7 @@ from zndraw_joblib.schemas import MAX_PAGE, TaskQueryResponse, TaskResponse
 
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
+BAR_WIDTH = 40
 # half of what a host takes that is left as it is
 BATCH_BYTES = 512 * 1024
 
@@ -172,7 +172,6 @@ class Submissions:
     def __init__(self, transport: Transport, polling_interval: float) -> None:
         self._transport = transport
         self._polling_interval = polling_interval
-        self._host_takes_batches = True
 
     def submit(
         self,
@@ -223,12 +222,6 @@ class Submissions:
     def _submit_batch(
         self, room: str, job: FullName, bodies: list[bytes], key: str
     ) -> list[str]:
-        if not self._host_takes_batches:
-            return [
-                self._submit(room, job, body, f"{key}-{n}")
-                for n, body in enumerate(bodies)
-            ]
-
         def read(answer: dict[str, Any]) -> list[str]:
             ids = [str(task_id) for task_id in answer["ids"]]
             if len(ids) != len(bodies):
@@ -244,8 +237,10 @@ class Submissions:
             headers=_headers(job, key),
         )
         if answer.no_route:
-            self._host_takes_batches = False
-            return self._submit_batch(room, job, bodies, key)
+            return [
+                self._submit(room, job, body, f"{key}-{n}")
+                for n, body in enumerate(bodies)
+            ]
         if answer.is_problem(PayloadTooLarge) and len(bodies) > 1:
             # this host takes less at once
             half = len(bodies) // 2
@@ -275,29 +270,19 @@ class Submissions:
     ) -> list[TaskResponse]:
         """Wait until all of these tasks have ended."""
         deadline = _deadline(timeout)
-        bar: Any = nullcontext()
-        if progress:
-            # a service's process may have no stream to draw on
-            silent = getattr(sys.stderr, "closed", True)
-            tqdm = import_module("tqdm.auto").tqdm
-            bar = tqdm(total=len(ids), unit="task", disable=silent)
+        total = len(set(ids))
         ended: dict[str, TaskResponse] = {}
-        with bar:
-            for first in range(0, len(ids), MAX_PAGE):
-                # duplicates apart, in their order
-                left = list(dict.fromkeys(ids[first : first + MAX_PAGE]))
-                while left := [task_id for task_id in left if task_id not in ended]:
-                    found = self._ended_of(left, deadline)
-                    ended |= found
-                    if progress:
-                        bar.update(len(found))
+        for first in range(0, len(ids), MAX_PAGE):
+            # duplicates apart, in their order
+            left = list(dict.fromkeys(ids[first : first + MAX_PAGE]))
+            while left := [task_id for task_id in left if task_id not in ended]:
+                ended |= self._ended_of(left, deadline)
+                if progress:
+                    _show(len(ended), total)
         return [ended[task_id] for task_id in ids]
 
     def _ended_of(self, ids: list[str], deadline: float) -> dict[str, TaskResponse]:
         """Return those of the tasks that have ended, after a wait for all of them."""
-        if not self._host_takes_batches:
-            return {ids[0]: self._wait_for(ids[0], deadline)}
-
         asked = time.monotonic()
         answer = self._ask(
             "post",
@@ -308,8 +293,7 @@ class Submissions:
             json={"ids": ids},
         )
         if answer.no_route:
-            self._host_takes_batches = False
-            return {}
+            return {ids[0]: self._wait_for(ids[0], deadline)}
         found: TaskQueryResponse = self._transport.value(answer)
         if found.missing:
             raise KeyError(f"there is no task {found.missing[0]}")
@@ -369,6 +353,15 @@ class Submissions:
         if not has_waited(answer, asked):
             # less than a second is left, or the host does not wait
             time.sleep(min(left, self._polling_interval))
+
+
+def _show(ended: int, total: int) -> None:
+    bar = "#" * (BAR_WIDTH * ended // total)
+    # a service's process may have no stream to draw on
+    with suppress(Exception):
+        end = "\n" if ended == total else ""
+        sys.stderr.write(f"\r[{bar:<{BAR_WIDTH}}] {ended} of {total} tasks{end}")
+        sys.stderr.flush()
 
 
 def _job(extension: Extension, job_room: str) -> FullName:

@@ -42,6 +42,8 @@ LONGEST_WAIT_SECONDS = 20
 LONGEST_WAIT_OF_OTHERS_SECONDS = 3
 # an answer that took less did not wait, whatever its headers say
 WAITED_SECONDS = 0.5
+# how long a host without the newer routes is taken for an older one
+OLDER_SECONDS = 60.0
 #: What FastAPI answers where there is no such route.
 NO_ROUTE = {404: "Not Found", 405: "Method Not Allowed"}
 #: What goes wrong on the way, and what to do about it.
@@ -168,6 +170,9 @@ def path(*parts: object) -> str:
     return PREFIX + "".join("/" + quote(str(part), safe="@:") for part in parts)
 
 
+LIMITS = path("limits")
+
+
 def prefer(wait: int) -> dict[str, str]:
     """Return the header that asks a host to wait with its answer (RFC 7240)."""
     return {"Prefer": f"wait={wait}"} if wait else {}
@@ -214,6 +219,7 @@ class Transport:
         #: whether the host ever answered
         self.reached = False
         self._limits: Limits | None = None
+        self._older_until = -math.inf
         self._warned_at = self._away_warned_at = -math.inf
         self._pid = os.getpid()
         self._http: Any = None
@@ -234,14 +240,10 @@ class Transport:
     def limits(self) -> Limits:
         """How much the host takes at once; asked for when it is first needed."""
         if self._limits is None:
-            try:
-                answer = self.exchange(
-                    "get", path("limits"), read=_read_limits, optional=True
-                )
-            except (ConnectionError, PermissionError):
-                return Limits()
-            self._limits = answer.value or Limits()
-        return self._limits
+            with suppress(ConnectionError, PermissionError):
+                answer = self.exchange("get", LIMITS, read=_read_limits, optional=True)
+                self._limits = answer.value
+        return self._limits or Limits()
 
     def exchange(
         self,
@@ -286,6 +288,8 @@ class Transport:
         RuntimeError
             When the client was made in another process, of which this is a fork.
         """
+        if optional and self._host_is_older:
+            return Answer(None, problem={})
         http = self._own_client()
         if timeout is not None and self.can_wait:
             limits = httpx.Timeout(min(timeout, CONNECT_SECONDS), read=timeout)
@@ -296,7 +300,7 @@ class Transport:
             if response.status_code != 401 or attempt:
                 break
             # the token may have expired: its owner is asked for a new one, once
-        if optional and _has_no_route(response):
+        if optional and _has_no_route(response) and self._lacks(path):
             answer = Answer(response, problem={})
         else:
             answer = judge(response, read, url)
@@ -370,6 +374,22 @@ class Transport:
             self.api.raise_for_status(answer.response)
             raise ValueError(answer.reason)
         return answer.value
+
+    @property
+    def _host_is_older(self) -> bool:
+        return time.monotonic() < self._older_until
+
+    def _lacks(self, asked: str) -> bool:
+        """Return whether the host itself has no such route.
+
+        A gateway whose host is away may say the same. A host that has the newer routes
+        tells its limits; one that doesn't is asked again after a while.
+        """
+        if asked == LIMITS:
+            self._older_until = time.monotonic() + OLDER_SECONDS
+        elif self._limits is None:
+            _ = self.limits
+        return self._host_is_older
 
     def _own_client(self) -> Any:
         """Return the client, if it is this process's own.
