@@ -19,7 +19,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 MAKERS = ["plain", "locked", "locked-memory", "strict", "postgres"]
 
 # the versions of all that the groups install, but for one that asks for older ones
-LOCK = "constraints.txt"
+LOCK = "tests/constraints.txt"
 UNLOCKED = {"zndraw"}
 # each process brings up a PostgreSQL and a Redis of its own
 SPREAD = ("--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile")

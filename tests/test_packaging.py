@@ -64,7 +64,7 @@ def test_the_sdist_holds_what_the_suite_needs(built: Path):
         names = {member.name.removeprefix(top) for member in sdist.getmembers()}
     expected = tracked(
         *("zndraw_joblib", "tests", "docs"),
-        *("*.md", "noxfile.py", "constraints.txt", "LICENSE"),
+        *("*.md", "noxfile.py", "LICENSE"),
     )
     assert expected <= names
     # a file of its own, and .gitignore, which the build backend takes along
@@ -96,7 +96,7 @@ def test_all_that_the_gates_install_is_locked():
     ]
     locked = {
         line.partition("==")[0]
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        for line in (ROOT / "tests/constraints.txt").read_text().splitlines()
     }
     names = {re.match(r"[\w.-]+", one)[0].replace("_", "-") for one in wanted}
     assert not names - locked, "nox -s lock"

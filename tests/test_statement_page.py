@@ -104,7 +104,7 @@ async def test_the_page_shows_what_is_run(
             await ask()
         shown = ";\n\n".join(sweeping)
         block = re.compile(
-            rf"(^## {name}\n(?:(?!^## ).)*?^### {NAMES[maker]}\n\n```sql\n).*?^```$",
+            rf"(^## {name}\n(?:(?!^## ).)*?^### {NAMES[maker]}\n\n```(?:postgre)?sql\n).*?^```$",
             re.DOTALL | re.MULTILINE,
         )
         assert block.search(text), f"the page has no {NAMES[maker]} of {name!r}"

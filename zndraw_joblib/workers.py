@@ -69,7 +69,7 @@ class Caller:
 class Action(NamedTuple):
     """What a user is about to do in a room.
 
-    Attributes
+    Parameters
     ----------
     kind : {"read", "submit", "register"}
         To retry a task is to submit it. Who withdraws something, or reports on a task,
