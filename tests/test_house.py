@@ -33,11 +33,13 @@ FLOORS = [
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
+    "client_answers",
     "client_transport",
     "client_connection",
     "client_tasks",
     "client_registrations",
     "client_claims",
+    "client_readers",
     "client_hands",
     "client_ending",
     "client",

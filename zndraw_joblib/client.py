@@ -14,7 +14,8 @@ from uuid import UUID
 from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
 from zndraw_joblib.client_connection import HostApi, Socket
 from zndraw_joblib.client_ending import Ending
-from zndraw_joblib.client_hands import Hands, Pulse, Readers
+from zndraw_joblib.client_hands import Hands, Pulse
+from zndraw_joblib.client_readers import Readers
 from zndraw_joblib.client_registrations import (
     Life,
     OfferedJob,
@@ -110,15 +111,8 @@ class JobManager:
         parts = (self._transport, self._registrations)
         self._claims = Claims(*parts, self._life, self._held)
         self._heartbeat = Heartbeat(*parts, self._held)
-        self._pulse = Pulse(
-            self._heartbeat,
-            self._registrations,
-            self._held,
-            self._life,
-            heartbeat_interval,
-        )
+        self._pulse = Pulse(self._heartbeat, self._life, heartbeat_interval)
         self._readers = Readers(*parts, self._life)
-        self._hands: Hands | None = None
         self._ending = Ending(
             *parts, self._pulse, self._readers, self._life, self._held, grace_seconds
         )
@@ -555,18 +549,16 @@ class JobManager:
 
     def _serve(self, execute: Callable[[ClaimedTask[Any]], Any]) -> None:
         with self._registrations.lock:
-            if self._hands is None and not self._life.stopping.is_set():
+            if self._ending.hands is None and not self._life.stopping.is_set():
                 self._pulse.start()
                 self._socket.open()
-                self._hands = Hands(
+                self._ending.hands = Hands(
                     self._claims,
                     self._pulse,
-                    self._life,
                     execute,
                     self.concurrency,
                     self.polling_interval,
                 )
-                self._ending.hands = self._hands
 
     def _listen_to(self, socket: Socket) -> None:
         self._socket = self._registrations.socket = socket

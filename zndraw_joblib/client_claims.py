@@ -6,18 +6,17 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from zndraw_joblib.client_answers import Answer, SlowDown, has_waited
 from zndraw_joblib.client_registrations import Life, Registrations
 from zndraw_joblib.client_tasks import ClaimedTask
 from zndraw_joblib.client_transport import (
     CONNECT_SECONDS,
-    Answer,
     SafeLogger,
-    SlowDown,
     Transport,
-    has_waited,
     path,
     prefer,
 )
@@ -176,21 +175,15 @@ class HeldTasks:
             return list(self._tasks.values())
 
 
+@dataclass
 class Claims:
     """Tasks that a worker takes from the host, and what it reports of them."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        registrations: Registrations,
-        life: Life,
-        held: HeldTasks,
-    ) -> None:
-        self.transport = transport
-        self.held = held
-        self._registrations = registrations
-        self._life = life
-        self._key = uuid.uuid4().hex
+    transport: Transport
+    registrations: Registrations
+    life: Life
+    held: HeldTasks
+    _key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def claim(
         self,
@@ -221,7 +214,7 @@ class Claims:
             )
 
         asked = time.monotonic()
-        answer = self._registrations.as_worker(ask)
+        answer = self.registrations.as_worker(ask)
         self._key = uuid.uuid4().hex
         return answer.value, has_waited(answer, asked)
 
@@ -235,7 +228,7 @@ class Claims:
 
     def accept(self, offer: TaskOffer) -> ClaimedTask[Any] | None:
         """Hold a task, or fail it when it is nothing that this worker runs."""
-        job = self._registrations.jobs.get(offer.job_name)
+        job = self.registrations.jobs.get(offer.job_name)
         try:
             if job is None:
                 raise LookupError
@@ -279,7 +272,7 @@ class Claims:
             "task_id": task.task_id,
             "job_name": task.job_name,
             "room_id": task.room_id,
-            "worker_id": str(self._registrations.worker_id),
+            "worker_id": str(self.registrations.worker_id),
             "attempt": task.attempt,
         }
         log.info("task %s of %s %s", task.task_id, task.job_name, event, extra=fields)
@@ -307,9 +300,9 @@ class Claims:
         try:
             answer = self._report(report)
         except SlowDown:
-            return not self._life.hopeless.is_set() and self.tell(report)
+            return not self.life.hopeless.is_set() and self.tell(report)
         except Exception as exc:
-            if not self._life.hopeless.is_set():
+            if not self.life.hopeless.is_set():
                 self._give_up(report, exc)
             log.error("task %s: could not report: %s", report.task_id, exc)
             return False
@@ -341,7 +334,7 @@ class Claims:
                 optional=True,
                 json={"reports": body},
                 retries=BATCH_RETRIES,
-                stop=self._life.hopeless,
+                stop=self.life.hopeless,
             )
         except Exception as exc:
             log.warning("could not report %s tasks together: %s", len(reports), exc)
@@ -359,7 +352,7 @@ class Claims:
             read=report.is_answered_by,
             json=report.content(),
             retries=retries,
-            stop=self._life.hopeless,
+            stop=self.life.hopeless,
         )
 
     def _give_up(self, report: Report, exc: Exception) -> None:
@@ -369,29 +362,27 @@ class Claims:
             try:
                 self._report(report.as_failure(error), retries=LAST_RETRIES)
             except Exception:
-                self._life.give_up(exc)
+                self.life.give_up(exc)
         else:
-            self._life.give_up(exc)
+            self.life.give_up(exc)
 
 
+@dataclass
 class Heartbeat:
     """What tells the host that the worker lives, and how far its tasks are."""
 
-    def __init__(
-        self, transport: Transport, registrations: Registrations, held: HeldTasks
-    ) -> None:
-        self.draining = False
-        self.host_counts_attempts = True
-        self._transport = transport
-        self._registrations = registrations
-        self._held = held
+    transport: Transport
+    registrations: Registrations
+    held: HeldTasks
+    draining: bool = False
+    host_counts_attempts: bool = True
 
     def send(self, **options: Any) -> bool:
         """Send a sign of life; return whether the host has lost registrations."""
-        offered = self._registrations.counted()
+        offered = self.registrations.counted()
         # hosts that count no attempts have no use for the tasks in a heartbeat
-        tasks = [task for task in self._held.all() if task.attempt is not None]
-        most = self._transport.limits.max_heartbeat_tasks if len(tasks) > 1 else 1
+        tasks = [task for task in self.held.all() if task.attempt is not None]
+        most = self.transport.limits.max_heartbeat_tasks if len(tasks) > 1 else 1
         for first in range(0, len(tasks) or 1, most):
             some = tasks[first : first + most]
             answer = self._send(some, options)
@@ -400,14 +391,14 @@ class Heartbeat:
             for task in some:
                 if task.task_id in stop:
                     task.end()
-        for task in self._held.all():
+        for task in self.held.all():
             if task.ended:
                 # there is nothing more to tell or to learn
-                self._held.discard(task)
+                self.held.discard(task)
         self.host_counts_attempts = "cancelled" in answer
         self.draining = answer.get("desired_state") == WorkerState.DRAINING
         # only what was offered all the time that the heartbeat was under way
-        certain = map(min, offered, self._registrations.counted())
+        certain = map(min, offered, self.registrations.counted())
         known = (answer.get("jobs"), answer.get("providers"))
         return any(
             isinstance(told, int) and told < number
@@ -431,9 +422,9 @@ class Heartbeat:
                     raise ValueError("it tells of another worker")
                 return body
 
-            return self._transport.send(
+            return self.transport.send(
                 "patch", path("workers", worker_id), read=read, **content, **options
             )
 
-        answer: dict[str, Any] = self._registrations.as_worker(ask).value
+        answer: dict[str, Any] = self.registrations.as_worker(ask).value
         return answer

@@ -13,13 +13,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-from zndraw_joblib.client_transport import (
-    CONNECT_SECONDS,
-    LoginRefused,
-    SafeLogger,
-    json_of,
-    judge,
-)
+from zndraw_joblib.client_answers import LoginRefused, json_of, judge
+from zndraw_joblib.client_transport import CONNECT_SECONDS, SafeLogger
 from zndraw_joblib.events import FrozenEvent
 
 log = SafeLogger(logging.getLogger(__name__))
@@ -268,29 +263,19 @@ class Socket:
         if self.tsio is not None:
             self.tsio.on(event, both)
 
-    def emit(self, event: FrozenEvent) -> None:
-        """Tell the host, if it can be told now."""
+    def emit(self, event: FrozenEvent, *, wait: bool = False) -> None:
+        """Tell the host, if it can be told now; wait, if asked to, until it has heard."""
         if self.tsio is None:
             return
+        told = event.event_name, event.model_dump(mode="json")
         try:
-            self.tsio.emit(event.event_name, event.model_dump(mode="json"))
+            if wait and hasattr(self.tsio, "call") and self.connected:
+                self.tsio.call(*told, timeout=CONNECT_SECONDS)
+            else:
+                self.tsio.emit(*told)
         except Exception as exc:
             # rooms are joined at every connect
             log.debug("could not emit %s: %s", event.event_name, exc)
-
-    def call(self, event: FrozenEvent) -> None:
-        """Tell the host and wait, for a bounded time, until it has heard."""
-        if not (hasattr(self.tsio, "call") and getattr(self.tsio, "connected", False)):
-            self.emit(event)
-            return
-        try:
-            self.tsio.call(
-                event.event_name,
-                event.model_dump(mode="json"),
-                timeout=CONNECT_SECONDS,
-            )
-        except Exception as exc:
-            log.debug("no answer to %s: %s", event.event_name, exc)
 
     def open(self) -> None:
         """Begin to connect, in a thread of its own, if the connection is the worker's."""

@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from zndraw_joblib.client_claims import LAST_RETRIES, HeldTasks
 from zndraw_joblib.client_connection import HostApi
-from zndraw_joblib.client_hands import Hands, Pulse, Readers
+from zndraw_joblib.client_hands import Hands, Pulse
+from zndraw_joblib.client_readers import Readers
 from zndraw_joblib.client_registrations import Life, Registrations
 from zndraw_joblib.client_transport import SafeLogger, Transport, path
 from zndraw_joblib.lifecycle import WorkerState
@@ -22,42 +24,34 @@ LAST_REQUEST_SECONDS = 5.0
 AT_ONCE_SECONDS = 1.0
 
 
+@dataclass
 class Ending:
     """The end of a worker, which happens once, whoever begins it.
 
-    Parameters
+    Attributes
     ----------
-    transport, registrations, pulse, readers, life, held
+    transport, registrations, pulse, readers, life, held, hands
         The worker's parts.
     grace_seconds : float
         How long running tasks may go on.
+    own_api : HostApi or None
+        Closed with the worker.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        registrations: Registrations,
-        pulse: Pulse,
-        readers: Readers,
-        life: Life,
-        held: HeldTasks,
-        grace_seconds: float,
-    ) -> None:
-        #: closed with the worker, if they are its own
-        self.own_api: HostApi | None = None
-        self.hands: Hands | None = None
-        self._transport = transport
-        self._registrations = registrations
-        self._pulse = pulse
-        self._readers = readers
-        self._life = life
-        self._held = held
-        self._grace_seconds = grace_seconds
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._failure: BaseException | None = None
-        self._signals = 0
+    transport: Transport
+    registrations: Registrations
+    pulse: Pulse
+    readers: Readers
+    life: Life
+    held: HeldTasks
+    grace_seconds: float
+    hands: Hands | None = None
+    own_api: HostApi | None = None
+    _pid: int = field(default_factory=os.getpid)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _failure: BaseException | None = None
+    _signals: int = 0
 
     def begin(self) -> None:
         """End the worker, and return when all is done."""
@@ -69,8 +63,8 @@ class Ending:
             _in_thread(self.begin)
             return
         with self._lock:
-            first = not self._life.stopping.is_set()
-            self._life.stopping.set()
+            first = not self.life.stopping.is_set()
+            self.life.stopping.set()
         if not first:
             self._wait_until_done()
             return
@@ -85,7 +79,7 @@ class Ending:
     def give_up(self, exc: BaseException) -> None:
         """End the worker, which can't go on."""
         with self._lock:
-            if self._life.stopping.is_set():
+            if self.life.stopping.is_set():
                 return
             self._failure = self._failure or exc
         log.error("giving up: %s", exc)
@@ -104,33 +98,33 @@ class Ending:
             raise kind(f"the worker gave up: {self._failure}") from None
 
     def _leave(self) -> None:
-        self._life.wake.set()
+        self.life.wake.set()
         if self.hands is not None and self._failure is None:
             self._finish_tasks(self.hands)
-        self._life.hopeless.set()
-        self._held.end_all()
+        self.life.hopeless.set()
+        self.held.end_all()
         # the lock: a registration under way is to be over
-        with self._registrations.lock:
-            for part in (self._pulse, self.hands, self._readers):
+        with self.registrations.lock:
+            for part in (self.pulse, self.hands, self.readers):
                 if part is not None:
                     part.close()
             retries = 0 if self._failure else LAST_RETRIES
-            self._registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
+            self.registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
         deadline = time.monotonic() + LAST_THREAD_SECONDS
         for thread in self._threads():
             thread.join(max(0.0, deadline - time.monotonic()))
         if self.own_api is not None:
-            self._registrations.socket.close()
+            self.registrations.socket.close()
             self.own_api.close()
 
     def _finish_tasks(self, hands: Hands) -> None:
         """Take no more tasks, and let those at hand end."""
-        deadline = time.monotonic() + self._grace_seconds
+        deadline = time.monotonic() + self.grace_seconds
         try:
             # a claim that waits at the host gets nothing after this
-            self._transport.exchange(
+            self.transport.exchange(
                 "patch",
-                path("workers", self._registrations.worker_id),
+                path("workers", self.registrations.worker_id),
                 read=dict,
                 json={"state": WorkerState.DRAINING.value},
                 timeout=LAST_REQUEST_SECONDS,
@@ -138,19 +132,19 @@ class Ending:
         except Exception as exc:
             log.warning("could not announce the end: %s", exc)
         if not hands.finish(deadline):
-            log.warning("tasks still run after %s s of grace", self._grace_seconds)
+            log.warning("tasks still run after %s s of grace", self.grace_seconds)
 
     def _leave_at_once(self) -> None:
-        self._life.hopeless.set()
-        self._held.end_all()
-        if (worker_id := self._registrations.worker_id) is not None:
-            self._registrations.delete_worker(
+        self.life.hopeless.set()
+        self.held.end_all()
+        if (worker_id := self.registrations.worker_id) is not None:
+            self.registrations.delete_worker(
                 worker_id, retries=0, timeout=AT_ONCE_SECONDS
             )
         self._done.set()
 
     def _threads(self) -> list[threading.Thread]:
-        parts = (self._pulse, self.hands, self._readers)
+        parts = (self.pulse, self.hands, self.readers)
         return [t for part in parts if part is not None for t in part.threads]
 
     def _wait_until_done(self) -> None:

@@ -1,38 +1,27 @@
 """The threads of a worker's process; all of them die with it."""
 
-import json
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 from zndraw_joblib import telemetry
+from zndraw_joblib.client_answers import SlowDown, Unreachable
 from zndraw_joblib.client_claims import Claims, Heartbeat, Report, TaskOffer, batches
-from zndraw_joblib.client_registrations import Life, OfferedProvider, Registrations
+from zndraw_joblib.client_readers import Pool
+from zndraw_joblib.client_registrations import Life
 from zndraw_joblib.client_tasks import ClaimedTask, TaskCancelled
-from zndraw_joblib.client_transport import (
-    SafeLogger,
-    SlowDown,
-    Transport,
-    Unreachable,
-    path,
-)
-from zndraw_joblib.exceptions import (
-    PROBLEM_JSON,
-    ProviderExecutionFailed,
-    describe,
-    storable,
-)
+from zndraw_joblib.client_transport import SafeLogger
+from zndraw_joblib.exceptions import describe
 from zndraw_joblib.extension import as_json
 from zndraw_joblib.lifecycle import TaskStatus
-from zndraw_joblib.provider import read_content
 
 log = SafeLogger(logging.getLogger(__name__))
 
-PROVIDER_THREADS = 4
 PAUSE_AFTER_ERROR_SECONDS = 5.0
 # with tasks at hand: how long a cancel takes to arrive where no websocket brings it
 BUSY_BEAT_SECONDS = 0.5
@@ -41,43 +30,8 @@ MOMENT_SECONDS = 0.005
 # how long a claim may still be answered when the worker leaves; what it brings later
 # can't be handed back, and ends with the worker
 LAST_CLAIM_SECONDS = 1.0
-ANSWER_RETRIES = 3
 # beyond this, results go by themselves: a host takes a mebibyte, if it is left as it is
 BATCH_BYTES = 256 * 1024
-
-
-class Pool:
-    """Daemon threads that take calls from one queue.
-
-    Those of `concurrent.futures` would keep the process alive until the last call
-    returns, and a call may hang.
-    """
-
-    def __init__(self, size: int, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.threads = [
-            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
-            for i in range(size)
-        ]
-        for thread in self.threads:
-            thread.start()
-
-    def submit(self, call: Callable[[], None]) -> None:
-        """Have a thread make the call as soon as one is free."""
-        self._calls.put(call)
-
-    def close(self) -> None:
-        """Let the threads end once they have made the calls submitted so far."""
-        for _ in self.threads:
-            self._calls.put(None)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                call()
-            except BaseException:
-                # even SystemExit: it would end this thread and nothing else
-                log.exception("unexpected")
 
 
 class End(NamedTuple):
@@ -96,14 +50,13 @@ class Hands:
         self,
         claims: Claims,
         pulse: "Pulse",
-        life: Life,
         execute: Callable[[ClaimedTask[Any]], Any],
         concurrency: int,
         polling_interval: float,
     ) -> None:
         self._claims = claims
         self._pulse = pulse
-        self._life = life
+        self._life = claims.life
         self._execute = execute
         self._concurrency = concurrency
         self._polling_interval = polling_interval
@@ -330,26 +283,17 @@ class Hands:
             self._slots.release(len(ends))
 
 
+@dataclass
 class Pulse:
     """The heartbeat thread: tells that the worker lives, and what to stop."""
 
-    def __init__(
-        self,
-        heartbeat: Heartbeat,
-        registrations: Registrations,
-        held: Any,
-        life: Life,
-        interval: float,
-    ) -> None:
-        self.heartbeat = heartbeat
-        self._registrations = registrations
-        self._held = held
-        self._life = life
-        self._interval = interval
-        self._due = threading.Event()
-        self._over = False
-        self._checked = 0.0
-        self.threads: list[threading.Thread] = []
+    heartbeat: Heartbeat
+    life: Life
+    interval: float
+    threads: list[threading.Thread] = field(default_factory=list)
+    _due: threading.Event = field(default_factory=threading.Event)
+    _over: bool = False
+    _checked: float = 0.0
 
     def start(self) -> None:
         """Begin, if it has not begun."""
@@ -370,114 +314,34 @@ class Pulse:
         self._due.set()
 
     def _run(self) -> None:
-        pause = self._interval
+        pause = self.interval
         while not self._over:
             if self._due.wait(pause) and not self._over:
                 self._due.clear()
-                self._life.stopping.wait(min(BUSY_BEAT_SECONDS, self._interval))
+                self.life.stopping.wait(min(BUSY_BEAT_SECONDS, self.interval))
             if self._over:
                 return
             try:
                 pause = self._beat()
             except BaseException:
                 log.exception("no heartbeat")
-                pause = min(PAUSE_AFTER_ERROR_SECONDS, self._interval)
+                pause = min(PAUSE_AFTER_ERROR_SECONDS, self.interval)
 
     def _beat(self) -> float:
         try:
-            lost = self.heartbeat.send(stop=self._life.hopeless)
+            lost = self.heartbeat.send(stop=self.life.hopeless)
             now = time.monotonic()
-            if lost and now - self._checked > self._interval / 2:
+            if lost and now - self._checked > self.interval / 2:
                 # not more often: the host may have reasons of its own
                 self._checked = now
-                self._registrations.put_again()
+                self.heartbeat.registrations.put_again()
         except SlowDown:
-            return self._interval
+            return self.interval
         except (Unreachable, PermissionError) as exc:
-            if not self._life.hopeless.is_set():
+            if not self.life.hopeless.is_set():
                 # the worker may have been deleted under this heartbeat
-                self._life.give_up(exc)
-            return self._interval
+                self.life.give_up(exc)
+            return self.interval
         # of a host that doesn't count attempts a heartbeat learns nothing of tasks
-        busy = len(self._held) > 0 and self.heartbeat.host_counts_attempts
-        return min(BUSY_BEAT_SECONDS, self._interval) if busy else self._interval
-
-
-class Readers:
-    """Threads that read from providers for who asks over Socket.IO."""
-
-    def __init__(
-        self, transport: Transport, registrations: Registrations, life: Life
-    ) -> None:
-        self._transport = transport
-        self._registrations = registrations
-        self._life = life
-        self._pool: Pool | None = None
-
-    @property
-    def threads(self) -> list[threading.Thread]:
-        """All of them."""
-        return [] if self._pool is None else self._pool.threads
-
-    def start(self) -> None:
-        """Begin, if they have not begun."""
-        if self._pool is None:
-            self._pool = Pool(PROVIDER_THREADS, "zndraw-provider")
-
-    def close(self) -> None:
-        """Let the threads end."""
-        if self._pool is not None:
-            self._pool.close()
-
-    def request(self, data: dict[str, Any]) -> None:
-        """Have a request answered, if it is for a provider of this worker."""
-        provider = self._registrations.providers.get(data["provider_name"])
-        if provider is not None and self._pool is not None:
-            self._pool.submit(partial(self._read, provider, data))
-
-    def _read(self, provider: OfferedProvider, data: dict[str, Any]) -> None:
-        """Read from a provider for somebody, and send what was read, or why not."""
-        name = str(provider.name)
-        if self._registrations.providers.get(name) is not provider:
-            return
-        send = partial(self._send, provider, data["request_id"])
-        try:
-            params = json.loads(data["params"])
-            content = read_content(provider.cls, provider.handler, params)
-        except BaseException as exc:
-            # SystemExit and the like end this request, not the thread
-            error = describe(exc)
-            log.exception("provider %s could not be read", name)
-        else:
-            refused = send(content, {"Content-Type": provider.cls.content_type})
-            if not refused:
-                return
-            error = f"the host refused the result: {refused}"
-        problem = ProviderExecutionFailed.create(detail=storable(error))
-        send(
-            problem.model_dump_json(exclude_none=True).encode(),
-            {"Content-Type": PROBLEM_JSON, "X-Result-Status": "error"},
-        )
-
-    def _send(
-        self,
-        provider: OfferedProvider,
-        digest: str,
-        content: bytes,
-        headers: dict[str, str],
-    ) -> str:
-        """Answer a reader; return why the host doesn't want the answer, if it doesn't."""
-        try:
-            answer = self._transport.send(
-                "post",
-                path("providers", provider.id, "results"),
-                content=content,
-                headers={"X-Request-Hash": digest, **headers},
-                retries=ANSWER_RETRIES,
-                stop=self._life.stopping,
-            )
-        except (Unreachable, PermissionError) as exc:
-            # the reader is told of a timeout
-            log.warning("could not answer a reader of %s: %s", provider.name, exc)
-            return ""
-        return answer.reason if answer.problem else ""
+        busy = len(self.heartbeat.held) > 0 and self.heartbeat.host_counts_attempts
+        return min(BUSY_BEAT_SECONDS, self.interval) if busy else self.interval

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+from zndraw_joblib.client_answers import Answer
 from zndraw_joblib.client_connection import Socket
-from zndraw_joblib.client_transport import Answer, SafeLogger, Transport, path
+from zndraw_joblib.client_transport import SafeLogger, Transport, path
 from zndraw_joblib.events import (
     FrozenEvent,
     JoinJobRoom,
@@ -138,8 +139,9 @@ class Registrations:
             # first here, and listening: readers may come as soon as the host knows of it
             self.providers[full_name] = provider
             self.socket.settle()
-            self.socket.call(
-                JoinProviderRoom(provider_name=full_name, worker_id=worker_id)
+            self.socket.emit(
+                JoinProviderRoom(provider_name=full_name, worker_id=worker_id),
+                wait=True,
             )
             try:
                 self.as_worker(partial(self._put_provider, provider))

@@ -12,15 +12,8 @@ from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from zndraw_joblib import telemetry
-from zndraw_joblib.client_transport import (
-    CONNECT_SECONDS,
-    Answer,
-    Transport,
-    Unreachable,
-    has_waited,
-    path,
-    prefer,
-)
+from zndraw_joblib.client_answers import Answer, Unreachable, has_waited
+from zndraw_joblib.client_transport import CONNECT_SECONDS, Transport, path, prefer
 from zndraw_joblib.exceptions import PayloadTooLarge
 from zndraw_joblib.extension import Extension, category_of, parameters_of
 from zndraw_joblib.lifecycle import TERMINAL, UNPRINTABLE, FullName, check_room

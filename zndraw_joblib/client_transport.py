@@ -1,9 +1,4 @@
-"""How a worker's process talks to its host: what counts as an answer, and what is repeated.
-
-Only what is recognizably the host's is taken for its verdict: a success that can be read,
-or a problem of its own (RFC 9457). All else comes from something in between, and the
-request is made again.
-"""
+"""How a worker's process asks its host, and what it repeats."""
 
 import inspect
 import logging
@@ -14,38 +9,31 @@ import threading
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import httpx
 
-from zndraw_joblib.exceptions import (
-    PROBLEM_JSON,
-    InternalJobNotConfigured,
-    InvalidRequest,
-    Problem,
+from zndraw_joblib.client_answers import (
+    Answer,
+    LoginRefused,
+    SlowDown,
+    Unreachable,
+    has_no_route,
+    judge,
 )
 
 PREFIX = "/v1/joblib"
-PROBLEMS = "/v1/problems/"
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 5.0
-# how long an answer may put off the next request
-LONGEST_RETRY_AFTER_SECONDS = 60.0
 CONNECT_SECONDS = 10.0
 # proxies commonly give up on an answer after 30 s, or after 60 s
 LONGEST_WAIT_SECONDS = 20
 # a client that can't be told to wait longer gives up after 5 s, if it is like httpx
 LONGEST_WAIT_OF_OTHERS_SECONDS = 3
-# an answer that took less did not wait, whatever its headers say
-WAITED_SECONDS = 0.5
 # how long a host without the newer routes is taken for an older one
 OLDER_SECONDS = 60.0
-#: What FastAPI answers where there is no such route.
-NO_ROUTE = {404: "Not Found", 405: "Method Not Allowed"}
 #: What goes wrong on the way, and what to do about it.
 HINTS = {
     "CERTIFICATE_VERIFY_FAILED": "name the file of your own authority in SSL_CERT_FILE",
@@ -78,28 +66,6 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
 log = SafeLogger(logging.getLogger(__name__))
 
 
-class Unreachable(ConnectionError):
-    """No answer came that is recognizably the host's.
-
-    Attributes
-    ----------
-    retry_after : float
-        Seconds after which to ask again, at the earliest.
-    """
-
-    def __init__(self, message: str, retry_after: float = 0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class SlowDown(Unreachable):
-    """The host is there, and asks for fewer requests (429)."""
-
-
-class LoginRefused(PermissionError):
-    """The host does not take this token, or this user and password (401)."""
-
-
 class Api(Protocol):
     """What a worker needs to know of its host."""
 
@@ -127,44 +93,6 @@ class Limits(NamedTuple):
     max_heartbeat_tasks: int = 256
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the host answered.
-
-    Attributes
-    ----------
-    response : httpx.Response
-        As it came.
-    value : object
-        What was read from it, if it is a success.
-    problem : dict or None
-        The problem, if it is one.
-    """
-
-    response: Any
-    value: Any = None
-    problem: dict[str, Any] | None = None
-
-    def is_problem(self, problem: type[Problem]) -> bool:
-        """Return whether it is this kind of problem."""
-        return (self.problem or {}).get("type") == problem.type_uri()
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return int(self.response.status_code)
-
-    @property
-    def no_route(self) -> bool:
-        """Whether the host, an older one, has no such route."""
-        return self.problem == {}
-
-    @property
-    def reason(self) -> str:
-        """What is wrong, in words."""
-        return str((self.problem or {}).get("detail", self.problem))[:1000]
-
-
 def path(*parts: object) -> str:
     """Return a path of the API, its parts percent-encoded."""
     return PREFIX + "".join("/" + quote(str(part), safe="@:") for part in parts)
@@ -176,24 +104,6 @@ LIMITS = path("limits")
 def prefer(wait: int) -> dict[str, str]:
     """Return the header that asks a host to wait with its answer (RFC 7240)."""
     return {"Prefer": f"wait={wait}"} if wait else {}
-
-
-def has_waited(answer: Answer, asked: float) -> bool:
-    """Return whether the host waited before it gave this answer.
-
-    Parameters
-    ----------
-    answer : Answer
-        The answer.
-    asked : float
-        When it was asked for, in the seconds of `time.monotonic`.
-    """
-    # the clock as well: a host that says so and yet answers at once would be asked
-    # without a pause
-    return (
-        "preference-applied" in answer.response.headers
-        and time.monotonic() - asked > WAITED_SECONDS
-    )
 
 
 class Transport:
@@ -300,7 +210,7 @@ class Transport:
             if response.status_code != 401 or attempt:
                 break
             # the token may have expired: its owner is asked for a new one, once
-        if optional and _has_no_route(response) and self._lacks(path):
+        if optional and has_no_route(response) and self._lacks(path):
             answer = Answer(response, problem={})
         else:
             answer = judge(response, read, url)
@@ -446,89 +356,9 @@ def backoff(attempt: int) -> float:
     return delay * random.uniform(0.5, 1)
 
 
-def judge(response: Any, read: Callable[[Any], Any] | None, url: str) -> Answer:
-    """Return what an answer says, if it is the host's own.
-
-    Raises
-    ------
-    Unreachable, LoginRefused
-        When it isn't, or does not say that the request was judged.
-    """
-    status = int(response.status_code)
-    body = json_of(response)
-    if 200 <= status < 300:
-        try:
-            if read is not None:
-                return Answer(response, read(body))
-            if status == 204:
-                return Answer(response)
-            raise ValueError(f"{status} instead of 204")
-        except Exception as exc:
-            why = f"{type(exc).__name__}: {exc}"[:200]
-            raise Unreachable(
-                f"{url}: what came can't be read as the host's answer ({why})"
-            ) from None
-    if status == 401 and isinstance(body, dict):
-        raise LoginRefused(f"{url}: the host refuses this login (401)")
-    if status == 429:
-        raise SlowDown(f"{url}: asks for fewer requests (429)", _retry_after(response))
-    if isinstance(body, dict):
-        if status == 422 and isinstance(body.get("detail"), list):
-            # FastAPI's own, of a host that has not registered the handler
-            return Answer(response, problem={**body, "type": InvalidRequest.type_uri()})
-        if is_verdict(response, body):
-            return Answer(response, problem=body)
-    if 300 <= status < 400:
-        told = f"leads elsewhere ({status}), to {response.headers.get('location')}:"
-        told += " connect to the address that the host has there"
-    else:
-        told = f"answered {status}, which isn't an answer of a host of zndraw-joblib"
-        if isinstance(body, dict) and "type" in body:
-            told = f"answered {status}: {body.get('detail')}"
-    raise Unreachable(f"{url} {told}", _retry_after(response))
-
-
-def is_verdict(response: Any, body: dict[str, Any]) -> bool:
-    """Return whether this is a problem of the host's, and not one that will pass."""
-    kind = str(body.get("type"))
-    return (
-        response.headers.get("content-type", "").startswith(PROBLEM_JSON)
-        and kind.startswith(PROBLEMS)
-        and body.get("status") == response.status_code
-        and (response.status_code < 500 or kind == InternalJobNotConfigured.type_uri())
-    )
-
-
-def _has_no_route(response: Any) -> bool:
-    said = NO_ROUTE.get(int(response.status_code))
-    return said is not None and json_of(response) == {"detail": said}
-
-
-def json_of(response: Any) -> Any:
-    """Return the JSON of an answer, or None if it is no JSON."""
-    if "json" not in response.headers.get("content-type", ""):
-        return None
-    try:
-        return response.json()
-    except ValueError:
-        return None
-
-
 def _read_limits(told: dict[str, Any]) -> Limits:
     known = {k: told[k] for k in Limits._fields if isinstance(told.get(k), int)}
     return Limits(**{k: max(1, n) for k, n in known.items()})
-
-
-def _retry_after(response: Any) -> float:
-    given = response.headers.get("retry-after", "")
-    try:
-        seconds = float(given)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(given).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS)
 
 
 def _explain(exc: Exception, secret: dict[str, str]) -> str:
