@@ -129,6 +129,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             tsio=state.tsio,
             registry=registry,
             on_providers_removed=on_providers_removed,
+            app=app,
         )
     )
     yield
@@ -178,7 +179,8 @@ def create_app() -> FastAPI:
         state.result_backend = joblib.RedisResults(state.redis)
         state.wakeups = joblib.RedisWakeups(state.redis)
     state.tsio = socket_server(app, state.redis_url)
-    app.mount("/socket.io", socketio.ASGIApp(state.tsio))
+    # beneath whichever path the app itself is served
+    app.mount("/socket.io", socketio.ASGIApp(state.tsio, socketio_path=None))
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
     app.add_exception_handler(RequestValidationError, joblib.problem_exception_handler)
     app.include_router(joblib.router)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from anyio.lowlevel import checkpoint
 from conftest import Sent, User
 from fastapi import FastAPI
+from sqlalchemy import insert
+from sqlalchemy.exc import StatementError
 from steps import JOB, at_once, claim, offer, report, submit
 
 from zndraw_joblib import JobLibSettings, get_joblib_settings, get_tsio
 from zndraw_joblib.dependencies import split_unquoted
+from zndraw_joblib.models import Job, execute
 from zndraw_joblib.runtime import runtime_of
 
 HANG = 30
@@ -216,14 +220,40 @@ async def test_what_fails_for_good_is_no_503(app, ada, caplog):
     body = {"payload": {"password": secret}}
     with pytest.raises(Exception, match="no such table") as failed:
         await ada.post(f"/rooms/lab/tasks/{JOB}", json=body)
-    import traceback
-
     printed = "".join(traceback.format_exception(failed.value))
     assert "routes_tasks" in printed
     assert secret not in printed + caplog.text
     app.dependency_overrides[get_tsio] = broken
     with pytest.raises(FileNotFoundError):
         await ada.get("/workers")
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        return "hunter2"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": None},
+        {"schema": "hunter2"},
+        {"schema": Unspeakable()},
+        {"id": "hunter2"},
+    ],
+    ids=["a column is empty", "twice", "no JSON", "of another type"],
+)
+async def test_a_failing_statement_shows_no_values(session_maker, values):
+    """Whoever logs it, and however."""
+    row = {"room_id": "hunter2", "category": "a", "name": "b", "deleted": False}
+    statement = insert(Job).values({**row, **values})
+    async with session_maker() as session:
+        if values == {"schema": "hunter2"}:
+            await execute(session, statement)
+        with pytest.raises(StatementError) as failed:
+            await execute(session, statement)
+    shown = traceback.format_exception(failed.value)
+    assert "hunter2" not in "".join([*shown, repr(failed.value)])
 
 
 @pytest.mark.parametrize(

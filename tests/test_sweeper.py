@@ -3,6 +3,7 @@
 import logging
 import time
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import pairwise
 from uuid import UUID, uuid4
 
@@ -27,6 +28,7 @@ from steps import (
 
 from zndraw_joblib import sweeper
 from zndraw_joblib.models import Job, Task, Worker, WorkerJobLink, now
+from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.settings import JobLibSettings, get_settings
 from zndraw_joblib.sweeper import (
     TASKS_A_BATCH,
@@ -258,6 +260,36 @@ async def test_one_worker_can_be_retired_by_name(ada, session_maker, tsio, event
     assert await cleanup_worker(session_maker, UUID(worker), tsio=tsio)
     assert not await cleanup_worker(session_maker, UUID(worker), tsio=tsio)
     assert told(events) == [(task["id"], "failed")]
+
+
+async def test_what_is_swept_leaves_as_what_is_asked_does(
+    app, ada, session_maker, tsio, events
+):
+    """Through the app's own queue: who waits is woken, though nobody looks."""
+    app.state.joblib_settings = JobLibSettings(
+        recheck_seconds=600, sweeper_interval_seconds=0.01, worker_timeout_seconds=30
+    )
+    worker, task = await offer(ada), await submit(ada)
+    await claim(ada, worker)
+    ended = []
+
+    async def wait():
+        prefer = {"Prefer": "wait=60"}
+        ended.append((await ada.get(f"/tasks/{task['id']}", headers=prefer)).json())
+        group.cancel_scope.cancel()
+
+    settings = app.state.joblib_settings
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            while not len(runtime_of(app).waiters):
+                await anyio.sleep(0.01)
+            await silence(session_maker, worker)
+            group.start_soon(
+                partial(run_sweeper, session_maker, settings, tsio, app=app)
+            )
+    assert [end["error_type"] for end in ended] == ["worker_lost"]
+    assert told(events)[-1] == (task["id"], "failed")
 
 
 async def test_the_sweeper_goes_on_whatever_happens(ada, session_maker, caplog):

@@ -561,7 +561,7 @@ class JobManager:
                 )
 
     def _listen_to(self, socket: Socket) -> None:
-        self._socket = self._registrations.socket = socket
+        self._socket = self._own_socket = self._registrations.socket = socket
         socket.on("connect", self._on_connect)
         for event, handler in (
             (TaskAvailable, self._on_task_available),

@@ -303,12 +303,16 @@ class Socket:
         self._closed.set()
         if self._opening is not None and self.tsio is not None:
             self._opening.join(CLOSE_SECONDS)
-            self.tsio.shutdown()
+            # without WebSocket its last request waits for the server's next word
+            closing = threading.Thread(target=self.tsio.shutdown, daemon=True)
+            closing.start()
+            closing.join(CLOSE_SECONDS)
 
     def _connect(self) -> None:
         assert self._api is not None
         tsio, api, pause = self.tsio, self._api, 1.0
-        base = httpx.URL(api.base_url).path.strip("/")
+        # as it is sent: what is decoded, a WebSocket's first line would break at
+        base = httpx.URL(api.base_url).raw_path.decode().strip("/")
         while not self._closed.is_set():
             try:
                 tsio.connect(

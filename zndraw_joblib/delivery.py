@@ -213,19 +213,6 @@ async def _emit(outbox: Outbox, transports: Transports) -> bool:
     return await emit(transports.tsio, outbox.emissions, timeout=patience)
 
 
-async def deliver(outbox: Outbox, transports: Transports) -> None:
-    """Send what a transaction left in its outbox, where there is no app with a queue.
-
-    Call it with no session open. What can't leave is logged; an ``@internal`` task that
-    can't leave is failed.
-    """
-    _log(outbox)
-    await _emit(outbox, transports)
-    failed = await _send_rest(outbox, transports)
-    if failed.leaves:
-        await deliver(failed, transports)
-
-
 async def _send_rest(outbox: Outbox, transports: Transports) -> Outbox:
     """Send messages and call the hook; return what is to be told of it."""
     failed = await _dispatch(outbox.dispatches, transports)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import quote
+from uuid import UUID
 
 import anyio
 from fastapi import Depends, Header, Query, Request, Response
@@ -339,6 +340,19 @@ def json_response(
     return Response(to_json(content), status_code, headers, "application/json")
 
 
+def location_of_task(request: Request, task_id: UUID) -> str:
+    """Return the path of a task, beneath whatever these routes are served."""
+    above, routes, _ = _full_path(request).partition("/v1/joblib/")
+    return quote(f"{above}{routes}tasks/{task_id}")
+
+
+def _full_path(request: Request) -> str:
+    # a proxy may have cut off what the app is told to be beneath
+    root, path = request.scope.get("root_path", ""), request.scope["path"]
+    beneath = path == root or path.startswith(f"{root.rstrip('/')}/")
+    return path if beneath else f"{root.rstrip('/')}{path}"
+
+
 def page_response(
     request: Request, query: PageQuery, listing: Listing, items: list[Any]
 ) -> Response:
@@ -348,8 +362,7 @@ def page_response(
         url = request.url.remove_query_params("offset").include_query_params(
             cursor=listing.next.encode()
         )
-        path = quote(request.scope["path"])
-        headers["Link"] = f'<{path}?{url.query}>; rel="next"'
+        headers["Link"] = f'<{quote(_full_path(request))}?{url.query}>; rel="next"'
     page = {
         "items": items,
         "total": listing.total,

@@ -52,6 +52,7 @@ from zndraw_joblib.models import (
     held,
     number,
     queued,
+    scalar,
     served_to,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
@@ -182,23 +183,25 @@ async def register(
         deleted=False,
         **(JobPolicy().model_dump() | policy),
     )
-    arrived = await session.scalar(
+    arrived = await scalar(
+        session,
         fresh.on_conflict_do_update(
             index_elements=[JOB.c.room_id, JOB.c.category, JOB.c.name],
             set_={"schema": fresh.excluded.schema, "deleted": False}
             | {field: fresh.excluded[field] for field in JobPolicy.model_fields},
             where=JOB.c.deleted.is_(True),
-        ).returning(JOB.c.id)
+        ).returning(JOB.c.id),
     )
     job_id = arrived or await _same(session, name, schema)
     kept = False
     if policy and arrived is None:
         kept = not await _set_policy(session, job_id, policy, caller, settings)
-    joined = await session.scalar(
+    joined = await scalar(
+        session,
         upsert(LINK)
         .values(worker_id=worker_id, job_id=job_id)
         .on_conflict_do_nothing()
-        .returning(LINK.c.job_id)
+        .returning(LINK.c.job_id),
     )
     if arrived is not None:
         theirs = (
@@ -239,13 +242,14 @@ async def _set_policy(
         .where(alive_within(settings.worker_timeout_seconds))
     )
     same = and_(*(JOB.c[field].is_not_distinct_from(policy[field]) for field in policy))
-    changed = await session.scalar(
+    changed = await scalar(
+        session,
         update(JOB)
         .where(
             JOB.c.id == job_id, true() if caller.is_superuser else or_(same, ~others)
         )
         .values(**policy)
-        .returning(JOB.c.id)
+        .returning(JOB.c.id),
     )
     return changed is not None
 
@@ -276,7 +280,7 @@ async def admit(
             .where(named(name), alive_within(settings.worker_timeout_seconds))
             .limit(number(1))
         )
-        if await session.scalar(alive) is None:
+        if await scalar(session, alive) is None:
             raise NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
 

@@ -39,6 +39,7 @@ from sqlalchemy import (
     literal_column,
     true,
 )
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -312,11 +313,38 @@ async def execute(
     """Run a statement on any kind of session.
 
     SQLModel's warns of its own ``execute``, and of all that goes through it.
+    What fails shows no values, whoever logs it.
     """
-    ran = await session.run_sync(
-        Session.execute, statement, values, execution_options={"prebuffer_rows": True}
-    )
+    options = {"prebuffer_rows": True}
+    try:
+        ran = await session.run_sync(
+            Session.execute, statement, values, execution_options=options
+        )
+    except StatementError as exc:
+        raise without_values(exc) from None
     return cast(CursorResult[Any], ran)
+
+
+async def scalar(session: AsyncSession, statement: Executable) -> Any:
+    """Return the first value of what a statement brings, None if there is none."""
+    return (await execute(session, statement)).scalar()
+
+
+def without_values(exc: Exception) -> Exception:
+    """Return an exception whose text and causes show nothing that a client sent.
+
+    SQLAlchemy prints a statement's parameters, and drivers what they could not take.
+    """
+    if isinstance(exc, StatementError):
+        state = getattr(exc.orig, "sqlstate", None)
+        # SQLite's first line names tables and columns
+        known = isinstance(exc, DBAPIError) and not state
+        text = str(exc.orig).partition("\n")[0] if known else state or ""
+        exc.args = (f"{type(exc.orig).__name__} {text}",)
+        exc.hide_parameters = True
+        exc.__cause__ = None
+        exc.__suppress_context__ = True
+    return exc
 
 
 class Job(Base):

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
@@ -32,6 +32,7 @@ from zndraw_joblib.exceptions import (
     Unauthorized,
     invalid_request,
 )
+from zndraw_joblib.models import without_values
 from zndraw_joblib.schemas import parse_json
 from zndraw_joblib.telemetry import continuing
 
@@ -131,6 +132,7 @@ class ProblemRoute(APIRoute):
         try:
             await super().handle(scope, receive, keep)
         except Exception as exc:
+            without_values(exc)
             if not begun:
                 raise
             # the session's end: its connection was lost meanwhile
@@ -201,20 +203,6 @@ def _raised_below_sqlalchemy(exc: Exception) -> bool:
             return True
         traceback = traceback.tb_next
     return False
-
-
-def without_values(exc: Exception) -> Exception:
-    """Return an exception whose text and causes show nothing that a client sent.
-
-    SQLAlchemy prints a statement's parameters, and drivers what they could not take.
-    """
-    if isinstance(exc, StatementError):
-        exc.hide_parameters = True
-        if isinstance(exc, DBAPIError):
-            state = getattr(exc.orig, "sqlstate", None)
-            text = "" if state else str(exc.orig).partition("\n")[0]
-            exc.args = (f"{type(exc.orig).__name__} {state or text}",)
-    return exc
 
 
 # --- what OpenAPI says ---

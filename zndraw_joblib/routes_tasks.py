@@ -29,6 +29,7 @@ from zndraw_joblib.dependencies import (
     context_of,
     enter,
     json_response,
+    location_of_task,
     page_response,
     preferred_wait,
     wait_headers,
@@ -131,7 +132,8 @@ async def submit_task(
         context.outbox.task_changed(task)
         context.outbox.dispatch([task])
     await context.commit(session)
-    headers = {"Location": f"/v1/joblib/tasks/{task.id}", "Retry-After": "1"}
+    where = location_of_task(request, task.id)
+    headers = {"Location": where, "Retry-After": "1"}
     return json_response(task, 202, headers)
 
 
@@ -448,4 +450,5 @@ async def retry_task(
     context.outbox.task_changed(task)
     context.outbox.dispatch([task])
     await context.commit(session)
-    return json_response(task, 202, {"Location": f"/v1/joblib/tasks/{task.id}"})
+    where = location_of_task(request, task.id)
+    return json_response(task, 202, {"Location": where})

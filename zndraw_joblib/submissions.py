@@ -50,6 +50,7 @@ from zndraw_joblib.models import (
     number,
     queued,
     returned,
+    scalar,
 )
 from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
@@ -521,7 +522,7 @@ async def retry(
             places = [row.queue_order for row in rows]
             await _check_quota(session, task.created_by_id, settings, places)
         return (await read_changed(session, rows, settings))[0]
-    if await session.scalar(select(of_job(JOB.c.deleted)).where(TASK.c.id == task_id)):
+    if await scalar(session, select(of_job(JOB.c.deleted)).where(TASK.c.id == task_id)):
         raise JobNotFound.exception("job not found: the task's job is gone")
     raise InvalidTaskTransition.exception("only a terminal task can be tried again")
 
@@ -556,7 +557,7 @@ async def _check_quota(
         .limit(number(most + 1))
         .subquery()
     )
-    waiting = await session.scalar(select(func.count()).select_from(theirs)) or 0
+    waiting = await scalar(session, select(func.count()).select_from(theirs)) or 0
     if waiting > most:
         raise QuotaExceeded.exception(
             f"waiting tasks are limited to {most} for each user",

@@ -5,25 +5,27 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 import anyio
 from sqlalchemy import Select, select
-from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
 from zndraw_joblib.delivery import (
+    Delivery,
     Dispatcher,
     ProvidersRemoved,
     SessionMaker,
     Transports,
-    deliver,
 )
 from zndraw_joblib.events import Emitter, Outbox, worker_key
 from zndraw_joblib.models import JOB, WORKER, execute, now, number, silent_for
+from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
+from zndraw_joblib.waiting import Waiters, wakeups_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class _Sweep:
         Opens one session a batch.
     transports : Transports
         What carries changes out of this process.
+    delivery : Delivery
+        The queue by which they leave.
     reported : set of tuple
         Rows that could not be swept, with the cause: each is logged once.
     looked_at : UUID
@@ -61,8 +65,15 @@ class _Sweep:
 
     session_maker: SessionMaker
     transports: Transports
+    delivery: Delivery
     reported: set[tuple[UUID, str]] = field(default_factory=set)
     looked_at: UUID = FIRST
+
+    async def deliver(self, outbox: Outbox) -> None:
+        """Return when what a transaction left in its outbox has left, or can't."""
+        published = self.delivery.publish(outbox, self.transports)
+        if published is not None:
+            await published
 
 
 async def retire(
@@ -119,7 +130,7 @@ async def _drain(sweep: _Sweep, rows: Rows, end: End, size: int) -> int:
         async with sweep.session_maker() as session:
             handled = await end(session, some, outbox)
             await session.commit()
-        await deliver(outbox, sweep.transports)
+        await sweep.deliver(outbox)
         total += handled
         if not handled:
             return total
@@ -251,12 +262,15 @@ def _sweep(
     tsio: Emitter | None = None,
     registry: Dispatcher | None = None,
     on_providers_removed: ProvidersRemoved | None = None,
+    app: Any = None,
 ) -> _Sweep:
     settings = settings or get_settings()
+    wakeups = None if app is None else wakeups_of(app)
     transports = Transports(
-        settings, tsio, registry, session_maker, on_providers_removed
+        settings, tsio, registry, session_maker, on_providers_removed, wakeups
     )
-    return _Sweep(session_maker, transports)
+    delivery = Delivery(Waiters()) if app is None else runtime_of(app).delivery
+    return _Sweep(session_maker, transports, delivery)
 
 
 async def cleanup_stale_workers(
@@ -294,7 +308,7 @@ async def cleanup_worker(
         if removed.worker_ids:
             await retire(session, removed, sweep.transports.settings, outbox)
         await session.commit()
-    await deliver(outbox, sweep.transports)
+    await sweep.deliver(outbox)
     return bool(removed.worker_ids)
 
 
@@ -336,7 +350,7 @@ async def expel(
         await session.commit()
     outbox.jobs_changed(removed.job_rooms)
     outbox.providers_gone(removed.providers)
-    await deliver(outbox, sweep.transports)
+    await sweep.deliver(outbox)
     return len(removed.worker_ids) + len(removed.providers)
 
 
@@ -420,6 +434,7 @@ async def run_sweeper(
     tsio: Emitter | None = None,
     registry: Dispatcher | None = None,
     on_providers_removed: ProvidersRemoved | None = None,
+    app: Any = None,
 ) -> None:
     """Sweep every ``sweeper_interval_seconds`` until cancelled; on every replica.
 
@@ -440,6 +455,9 @@ async def run_sweeper(
         Where ``@internal`` tasks are sent again whose message was lost.
     on_providers_removed : coroutine function, optional
         Hears of the providers that went away with their workers.
+    app : FastAPI, optional
+        Whose requests run in this process: what is swept wakes those that wait, and its
+        events leave by the same queue as theirs, in their order.
 
     Raises
     ------
@@ -447,7 +465,9 @@ async def run_sweeper(
         When the environment's settings can't be read.
     """
     try:
-        sweep = _sweep(session_maker, settings, tsio, registry, on_providers_removed)
+        sweep = _sweep(
+            session_maker, settings, tsio, registry, on_providers_removed, app
+        )
         interval = sweep.transports.settings.sweeper_interval_seconds
         log.info(
             "sweeper began, every %g s", interval, extra={"event": "sweeper began"}
@@ -498,10 +518,7 @@ async def _logged(name: str, run: Callable[[], Awaitable[int]]) -> None:
         if count := await run():
             fields = {"event": "swept", "sweep": name, "count": count}
             log.info("%s: %d", name, count, extra=fields)
-    except Exception as exc:
-        if isinstance(exc, StatementError):
-            # what people submit is not for the log
-            exc.hide_parameters = True
+    except Exception:
         # the next pass finds what this one left
         log.exception("%s failed", name)
 

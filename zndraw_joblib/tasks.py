@@ -39,6 +39,7 @@ from zndraw_joblib.models import (
     now,
     number,
     queued,
+    scalar,
 )
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import TaskResponse
@@ -395,11 +396,12 @@ async def last_unfinished(
     session: AsyncSession, task_ids: Sequence[UUID]
 ) -> UUID | None:
     """Return which of the tasks will probably end last; None when all have ended."""
-    last: UUID | None = await session.scalar(
+    last: UUID | None = await scalar(
+        session,
         select(TASK.c.id)
         .where(TASK.c.id.in_(task_ids), TASK.c.status.not_in(TERMINAL))
         .order_by(TASK.c.queue_order.desc())
-        .limit(number(1))
+        .limit(number(1)),
     )
     return last
 

@@ -46,6 +46,7 @@ from zndraw_joblib.models import (
     execute,
     now,
     number,
+    scalar,
     served_to,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
@@ -420,7 +421,7 @@ def _may_command(caller: Caller) -> ColumnElement[bool]:
 
 
 async def _explain(session: AsyncSession, worker_id: UUID) -> None:
-    known = await session.scalar(select(WORKER.c.id).where(WORKER.c.id == worker_id))
+    known = await scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id))
     if known is None:
         raise WorkerNotFound.exception(f"worker {worker_id} not found")
 
