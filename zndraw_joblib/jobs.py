@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -53,7 +54,8 @@ from zndraw_joblib.models import (
     number,
     queued,
     scalar,
-    served_to,
+    seen_from,
+    served,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject
@@ -452,10 +454,15 @@ async def read_named(
     return JobResponse(**_fields(found(rows.one_or_none(), room, full_name)))
 
 
+@lru_cache(maxsize=8)
+def _listed(worker_timeout: float) -> Select[Any]:
+    return _view(worker_timeout).where(served())
+
+
 async def list_visible(
     session: AsyncSession, room: str, page: Page, worker_timeout: float
 ) -> tuple[list[JobSummary], Listing]:
     """Return a page of the jobs that ``room`` sees."""
-    statement = _view(worker_timeout).where(served_to(room))
-    listing = await paginate(session, statement, JOB, page)
+    statement = _listed(worker_timeout)
+    listing = await paginate(session, statement, JOB, page, seen_from(room))
     return [JobSummary(**_fields(row)) for row in listing.rows], listing

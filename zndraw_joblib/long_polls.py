@@ -44,9 +44,8 @@ from zndraw_joblib.models import (
     number,
     queued,
 )
-from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import ahead
+from zndraw_joblib.tasks import TaskJson, ahead
 from zndraw_joblib.waiting import Receive, Waiters, Wakeups
 from zndraw_joblib.workers import Caller
 
@@ -165,8 +164,8 @@ def subscribed(poll: LongPoll, subscription: Subscription) -> Iterator[None]:
 
 
 async def for_end(
-    poll: LongPoll, task_id: UUID, look: Callable[[], Awaitable[TaskResponse]]
-) -> TaskResponse:
+    poll: LongPoll, task_id: UUID, look: Callable[[], Awaitable[TaskJson]]
+) -> TaskJson:
     """Return what ``look`` says of a task once it has ended, or when time is up."""
     deadline = anyio.current_time() + poll.seconds
     with poll.waiters.waiting_for([task_key(task_id)]) as waiter:

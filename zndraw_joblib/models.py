@@ -33,6 +33,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
     and_,
+    bindparam,
     case,
     false,
     literal,
@@ -560,14 +561,19 @@ JOB, WORKER, LINK, PROVIDER, TASK = (
 )
 
 
-def visible_from(entry: Table, room: str) -> ColumnElement[bool]:
-    """Return the condition under which ``room`` sees a job or a provider."""
-    return entry.c.room_id.in_(visible_rooms(room))
+def seen_from(room: str) -> dict[str, Any]:
+    """Return the parameters of :func:`visible` and :func:`served`: whose view it is."""
+    return {"rooms": visible_rooms(room)}
 
 
-def served_to(room: str) -> ColumnElement[bool]:
-    """Return the condition under which a job can be submitted to from ``room``."""
-    return and_(visible_from(JOB, room), JOB.c.deleted.is_(False))
+def visible(entry: Table) -> ColumnElement[bool]:
+    """Return the condition under which a room sees a job or a provider."""
+    return entry.c.room_id.in_(bindparam("rooms", expanding=True))
+
+
+def served() -> ColumnElement[bool]:
+    """Return the condition under which a job can be submitted to from a room."""
+    return and_(visible(JOB), JOB.c.deleted.is_(False))
 
 
 def silent_for(seconds: float) -> ColumnElement[bool]:

@@ -2,27 +2,29 @@
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Row,
     Select,
     Table,
     Text,
+    bindparam,
     cast,
     func,
-    literal,
     select,
     tuple_,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib.models import execute, number
+from zndraw_joblib.models import execute, number, octets
 from zndraw_joblib.schemas import MAX_INT
 
 
@@ -87,9 +89,45 @@ class Listing:
 
 
 def size_of(*columns: Any) -> ColumnElement[int]:
-    """Return how many characters columns take together, as text."""
-    sizes = (func.coalesce(func.length(cast(c, Text)), number(0)) for c in columns)
+    """Return how many bytes columns take together, as text."""
+    sizes = (func.coalesce(octets(cast(c, Text)), number(0)) for c in columns)
     return sum(sizes, start=number(0))
+
+
+Completion = Callable[[Select[Any]], Select[Any]]
+
+
+def _as_chosen(chosen: Select[Any]) -> Select[Any]:
+    return chosen
+
+
+@lru_cache(maxsize=64)
+def _counting(statement: Select[Any], table: Table) -> Select[tuple[int]]:
+    counted = statement.with_only_columns(table.c.id, maintain_column_froms=True)
+    return select(func.count()).select_from(counted.subquery())
+
+
+@lru_cache(maxsize=256)
+def _page(
+    statement: Select[Any],
+    table: Table,
+    limit: int,
+    continued: bool,
+    complete: Completion,
+) -> Select[Any]:
+    # built once for each shape: to build a statement takes longer than to run it
+    newest_first = statement.order_by(table.c.created_at.desc(), table.c.id.desc())
+    if continued:
+        newest_first = newest_first.where(
+            tuple_(table.c.created_at, table.c.id)
+            < tuple_(
+                bindparam("last_moment", type_=table.c.created_at.type),
+                bindparam("last_id", type_=table.c.id.type),
+            )
+        )
+    else:
+        newest_first = newest_first.offset(bindparam("offset", type_=BigInteger()))
+    return complete(newest_first.limit(number(limit + 1)))
 
 
 async def paginate(
@@ -97,33 +135,47 @@ async def paginate(
     statement: Select[Any],
     table: Table,
     page: Page,
-    complete: Callable[[Select[Any]], Select[Any]] = lambda chosen: chosen,
+    values: Mapping[str, Any],
+    complete: Completion = _as_chosen,
 ) -> Listing:
     """Run one page of ``statement``, whose rows carry ``created_at`` and ``id``.
 
-    Counts only without a cursor: counting is the one cost that grows with the table.
-    What ``complete`` adds to the chosen rows, it adds to those of the page alone.
+    Counts only without a cursor, and where more than this page is there: counting is the
+    one cost that grows with the table.
+
+    Parameters
+    ----------
+    session : AsyncSession
+        Nothing is written.
+    statement : Select
+        Built once for each shape, as ``complete`` is: what is made of them is kept.
+    table : Table
+        Of ``created_at`` and ``id``.
+    page : Page
+        Which part is asked for.
+    values : mapping
+        Of the statement's parameters.
+    complete : callable, optional
+        What it adds to the chosen rows, it adds to those of the page alone.
     """
-    newest_first = statement.order_by(table.c.created_at.desc(), table.c.id.desc())
-    if page.cursor is not None:
-        total = page.cursor.total
-        newest_first = newest_first.where(
-            tuple_(table.c.created_at, table.c.id)
-            < tuple_(
-                literal(page.cursor.created_at, table.c.created_at.type),
-                literal(page.cursor.id, table.c.id.type),
-            )
+    cursor = page.cursor
+    rows: Sequence[Row[Any]] = []
+    if page.limit:
+        asked = _page(statement, table, page.limit, cursor is not None, complete)
+        start = (
+            {"last_moment": cursor.created_at, "last_id": cursor.id}
+            if cursor
+            else {"offset": page.offset}
         )
-    else:
-        counted = statement.with_only_columns(table.c.id, maintain_column_froms=True)
-        counting = select(func.count()).select_from(counted.subquery())
-        total = ((await execute(session, counting)).scalars()).one()
-        newest_first = newest_first.offset(page.offset)
-    if page.limit == 0:
-        return Listing([], total, None)
-    chosen = newest_first.limit(number(page.limit + 1))
-    rows = (await execute(session, complete(chosen))).all()
+        rows = (await execute(session, asked, {**values, **start})).all()
     shown = rows[: page.limit]
     more = len(rows) > page.limit
+    if cursor:
+        total = cursor.total
+    elif page.limit and not more and (shown or not page.offset):
+        total = page.offset + len(shown)
+    else:
+        counting = _counting(statement, table)
+        total = (await execute(session, counting, dict(values))).scalars().one()
     last = Cursor(shown[-1].created_at, shown[-1].id, total) if more else None
     return Listing(shown, total, last)

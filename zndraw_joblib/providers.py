@@ -1,9 +1,22 @@
 """Providers: data that a connected worker serves on demand."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, and_, case, delete, literal, select, true
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    case,
+    delete,
+    literal,
+    select,
+    true,
+)
 
 # ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
 # construct for both.
@@ -19,7 +32,7 @@ from zndraw_joblib.lifecycle import (
     split_full_name,
     visible_rooms,
 )
-from zndraw_joblib.models import PROVIDER, execute, number, visible_from
+from zndraw_joblib.models import PROVIDER, execute, seen_from, visible
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
 from zndraw_joblib.settings import JobLibSettings
@@ -169,22 +182,26 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
     return _view(row)
 
 
-async def list_visible(
-    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
-) -> tuple[list[ProviderResponse], Listing]:
-    """Return a page of the providers that ``room`` sees."""
+@lru_cache(maxsize=1)
+def _listed() -> Select[Any]:
     schema = PROVIDER.c.schema
-    fits = size_of(schema) <= number(settings.max_page_bytes // max(page.limit, 1))
+    fits = size_of(schema) <= bindparam("largest", type_=BigInteger())
     shown = [
         case((fits, schema), else_=literal({}, schema.type)).label("schema")
         if column is schema
         else column
         for column in _VIEW
     ]
-    statement = select(*shown, (~fits).label("abridged")).where(
-        visible_from(PROVIDER, room)
-    )
-    listing = await paginate(session, statement, PROVIDER, page)
+    return select(*shown, (~fits).label("abridged")).where(visible(PROVIDER))
+
+
+async def list_visible(
+    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
+) -> tuple[list[ProviderResponse], Listing]:
+    """Return a page of the providers that ``room`` sees."""
+    largest = settings.max_page_bytes // max(page.limit, 1)
+    values = seen_from(room) | {"largest": largest}
+    listing = await paginate(session, _listed(), PROVIDER, page, values)
     return [_view(row) for row in listing.rows], listing
 
 

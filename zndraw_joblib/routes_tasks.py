@@ -4,6 +4,7 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import Query, Request, Response, status
+from pydantic_core import to_json
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import (
@@ -33,6 +34,7 @@ from zndraw_joblib.dependencies import (
     page_response,
     preferred_wait,
     wait_headers,
+    written,
 )
 from zndraw_joblib.exceptions import (
     Forbidden,
@@ -306,7 +308,7 @@ async def read_task(
     """Show a task; with `Prefer: wait` once it has ended."""
     context = await context_of(request, user)
 
-    async def look() -> TaskResponse:
+    async def look() -> tasks.TaskJson:
         async with session_maker() as session:
             return await tasks.read(
                 session, task_id, context.caller, may_enter, context.settings
@@ -315,7 +317,7 @@ async def read_task(
     wait = _preferred(context)
     poll = context.long_poll(session_maker, wait)
     task = await long_polls.for_end(poll, task_id, look)
-    return json_response(task, headers=wait_headers(wait))
+    return json_response(task.json, headers=wait_headers(wait))
 
 
 @router.post(
@@ -345,7 +347,8 @@ async def query_tasks(
     async with session_maker() as session:
         found = await tasks.read_many(session, there, context.settings)
     missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
-    answer = TaskQueryResponse(tasks=found, missing=sorted(missing))
+    shown = written(task.json for task in found)
+    answer = b'{"tasks":%b,"missing":%b}' % (shown, to_json(sorted(missing)))
     return json_response(answer, headers=wait_headers(wait))
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -21,7 +22,8 @@ from zndraw_joblib.models import (
     now,
     number,
     queued,
-    served_to,
+    seen_from,
+    served,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobStats
@@ -48,8 +50,8 @@ def _waiting(count_max: int, *order: Any, where: ColumnElement[bool]) -> Any:
     )
 
 
-def _statement(settings: JobLibSettings) -> Select[Any]:
-    most = settings.queue_position_max
+@lru_cache(maxsize=8)
+def _statement(most: int, worker_timeout: float) -> Select[Any]:
     first = _waiting(most, ahead.c.queue_order, where=queued(ahead.c))
     delayed = _waiting(
         most, ahead.c.available_at, where=ahead.c.available_at.is_not(None)
@@ -59,10 +61,7 @@ def _statement(settings: JobLibSettings) -> Select[Any]:
         select(func.count())
         .select_from(LINK)
         .join(WORKER, WORKER.c.id == LINK.c.worker_id)
-        .where(
-            LINK.c.job_id == JOB.c.id,
-            alive_within(settings.worker_timeout_seconds),
-        )
+        .where(LINK.c.job_id == JOB.c.id, alive_within(worker_timeout))
         .scalar_subquery()
     )
     return select(
@@ -131,15 +130,22 @@ async def queue_stats(
         ``queue_position_max`` for each job; a worker is alive that was heard within
         ``worker_timeout_seconds``.
     """
-    statement = _statement(settings or get_settings()).where(JOB.c.deleted.is_(False))
-    rows = await execute(session, statement.order_by(JOB.c.id))
+    settings = settings or get_settings()
+    statement = _statement(settings.queue_position_max, settings.worker_timeout_seconds)
+    live = statement.where(JOB.c.deleted.is_(False))
+    rows = await execute(session, live.order_by(JOB.c.id))
     return await _views(session, rows.all())
+
+
+@lru_cache(maxsize=8)
+def _listed(most: int, worker_timeout: float) -> Select[Any]:
+    return _statement(most, worker_timeout).where(served())
 
 
 async def list_visible(
     session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> tuple[list[JobStats], Listing]:
     """Return a page of what goes on in the jobs that ``room`` sees."""
-    statement = _statement(settings).where(served_to(room))
-    listing = await paginate(session, statement, JOB, page)
+    statement = _listed(settings.queue_position_max, settings.worker_timeout_seconds)
+    listing = await paginate(session, statement, JOB, page, seen_from(room))
     return await _views(session, listing.rows), listing

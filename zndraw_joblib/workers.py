@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -47,7 +48,8 @@ from zndraw_joblib.models import (
     now,
     number,
     scalar,
-    served_to,
+    seen_from,
+    served,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.settings import JobLibSettings
@@ -540,7 +542,8 @@ async def correct_moments(session: AsyncSession) -> int:
     return len(corrected.all())
 
 
-def _summaries(settings: JobLibSettings) -> Select[Any]:
+@lru_cache(maxsize=8)
+def _summaries(worker_timeout: float) -> Select[Any]:
     job_count = (
         select(func.count())
         .select_from(LINK)
@@ -553,7 +556,7 @@ def _summaries(settings: JobLibSettings) -> Select[Any]:
         WORKER.c.state,
         WORKER.c.created_at,
         job_count.label("job_count"),
-        alive_within(settings.worker_timeout_seconds).label("alive"),
+        alive_within(worker_timeout).label("alive"),
     )
 
 
@@ -561,18 +564,21 @@ async def list_all(
     session: AsyncSession, page: Page, settings: JobLibSettings
 ) -> Listing:
     """Return a page of all workers."""
-    return await paginate(session, _summaries(settings), WORKER, page)
+    statement = _summaries(settings.worker_timeout_seconds)
+    return await paginate(session, statement, WORKER, page, {})
+
+
+@lru_cache(maxsize=8)
+def _serving(worker_timeout: float) -> Select[Any]:
+    serving = (
+        select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id).where(served())
+    )
+    return _summaries(worker_timeout).where(WORKER.c.id.in_(serving))
 
 
 async def list_serving(
     session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> Listing:
     """Return a page of the workers of the jobs that ``room`` sees."""
-    serving = (
-        select(LINK.c.worker_id)
-        .join(JOB, JOB.c.id == LINK.c.job_id)
-        .where(served_to(room))
-    )
-    return await paginate(
-        session, _summaries(settings).where(WORKER.c.id.in_(serving)), WORKER, page
-    )
+    statement = _serving(settings.worker_timeout_seconds)
+    return await paginate(session, statement, WORKER, page, seen_from(room))
