@@ -148,7 +148,22 @@ async def in_turn(session_maker, jobs, most):
                 or_(TASK.c.available_at.is_(None), TASK.c.available_at <= now()),
             )
         )
-    rows = sorted(found.all(), key=lambda row: row.queue_order)
+    everybody = found.all()
+
+    def place(row):
+        alike = [
+            r
+            for r in everybody
+            if (r.job_name, r.priority) == (row.job_name, row.priority)
+        ]
+        queued = [r.queue_order for r in alike if r.available_at is None]
+        if row.available_at is None:
+            return row.queue_order, row.id
+        # beside the first of the queue, or all at the clock where it is empty
+        beside = min(queued) if queued else max(r.queue_order for r in alike)
+        return max(row.queue_order, beside), row.id
+
+    rows = sorted(everybody, key=place)
     queues = [[row for row in rows if row.job_name == job] for job in jobs]
 
     def turn(queue):
