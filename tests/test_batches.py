@@ -400,7 +400,9 @@ async def test_waiting_for_many(app, ada, bob):
 # --- what it costs ---
 
 
-async def test_statements_do_not_grow_with_the_batch(ada, engine):
+async def test_statements_do_not_grow_with_the_batch(app, ada, engine):
+    # no heartbeat gets due meanwhile
+    app.state.joblib_settings = JobLibSettings(worker_timeout_seconds=3600)
     worker = await offer(ada, max_attempts=2)
     # as it is once jobs are remembered
     await submit(ada)
