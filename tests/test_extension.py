@@ -278,7 +278,7 @@ def test_names_have_one_spelling():
             "2024-02-29T12:00:00.000000001",
         ),
         (Inner(Kept=3), {"Kept": 3, "path": "."}),
-        ((n for n in range(2)), [0, 1]),
+        pytest.param((n for n in range(2)), [0, 1], id="generator"),
         (np.clongdouble(1 + 2j), "1+2j"),
     ],
     ids=str,
