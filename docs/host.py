@@ -7,6 +7,7 @@ PostgreSQL any number of replicas may run); ``ZNDRAW_AUTH_...`` and
 """
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -110,6 +111,9 @@ async def on_providers_removed(names: list[Any]) -> None:
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Run TaskIQ and the sweeper beside the app."""
     state = app.state
+    # or the garbage collector goes through all that was imported, while everybody waits
+    gc.collect()
+    gc.freeze()
     await prepare_database(state)
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host")
     broker = ListQueueBroker(state.redis_url) if state.redis_url else InMemoryBroker()

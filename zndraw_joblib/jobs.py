@@ -1,6 +1,5 @@
 """Jobs: registered by workers, seen by rooms, gone when nobody serves them."""
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
@@ -58,7 +57,13 @@ from zndraw_joblib.models import (
     served,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
-from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject
+from zndraw_joblib.schemas import (
+    JobPolicy,
+    JobResponse,
+    JobSummary,
+    JsonObject,
+    equal_json,
+)
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.validation import differences
 from zndraw_joblib.workers import Caller, check_length, check_quota
@@ -220,7 +225,7 @@ async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UU
     # the upsert locked the row: what is read here stands until the commit
     rows = await execute(session, select(JOB.c.id, JOB.c.schema).where(named(name)))
     job = rows.one()
-    if json.dumps(job.schema, sort_keys=True) != json.dumps(schema, sort_keys=True):
+    if not equal_json(job.schema, schema):
         where = ", ".join(islice(differences(job.schema, schema), MAX_ERRORS))
         raise SchemaConflict.exception(
             f"schema mismatch: job {name} exists with another schema; they differ at"

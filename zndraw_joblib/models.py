@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
+from pydantic_core import to_json
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -57,6 +58,7 @@ from zndraw_joblib.lifecycle import (
     WorkerState,
     visible_rooms,
 )
+from zndraw_joblib.schemas import uncollected
 
 T = TypeVar("T")
 
@@ -91,10 +93,13 @@ class JsonText(TypeDecorator[Any]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
-        return None if value is None else json.dumps(value)
+        return None if value is None else to_json(value).decode()
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        return None if value is None else json.loads(value)
+        if value is None:
+            return None
+        with uncollected():
+            return json.loads(value)
 
 
 class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
@@ -280,7 +285,7 @@ def _standard_octets(element: octets, compiler: SQLCompiler, **kw: Any) -> str:
 @compiles(octets, "sqlite")
 def _sqlite_octets(element: octets, compiler: SQLCompiler, **kw: Any) -> str:
     # octet_length is there from 3.43 on
-    return f"length({compiler.process(element.clauses, **kw)})"
+    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
 
 
 def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:

@@ -1,6 +1,5 @@
 """Reports: what workers and users say becomes of a task."""
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -45,7 +44,7 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
 )
 from zndraw_joblib.models import JOB, TASK, constant, execute, in_states, now, rechecked
-from zndraw_joblib.schemas import TaskResponse, TaskUpdateRequest
+from zndraw_joblib.schemas import TaskResponse, TaskUpdateRequest, equal_json
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
@@ -332,11 +331,6 @@ def _entitled(row: Row[Any], status: TaskStatus, caller: Caller) -> bool:
     return caller.is_superuser or row.holder_id == caller.id or submitted
 
 
-def _says(told: Any) -> str:
-    # True is not 1, and 1 is not 1.0
-    return json.dumps([told.error, told.result], sort_keys=True)
-
-
 def _explain(
     row: Row[Any], entitled: bool, request: TaskUpdateRequest, key: str | None
 ) -> TaskResponse:
@@ -351,7 +345,10 @@ def _explain(
     repeated = (
         status == request.status
         and status in REPORTABLE
-        and (status not in TERMINAL or _says(row) == _says(request))
+        and (
+            status not in TERMINAL
+            or equal_json([row.error, row.result], [request.error, request.result])
+        )
     )
     fenced_out = not current or (request.attempt is not None and status not in HELD)
     if not entitled:

@@ -1,7 +1,6 @@
 """Submissions: how a task, or a batch of them, gets into its queue, once or again."""
 
 import hashlib
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -52,7 +51,7 @@ from zndraw_joblib.models import (
     returned,
     scalar,
 )
-from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest
+from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest, canonical
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
     VIEW,
@@ -70,8 +69,9 @@ from zndraw_joblib.tasks import (
 from zndraw_joblib.workers import Caller, RoomAccess, permits
 
 
-def _digest(asked: Any) -> str:
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+def _digest(*requests: TaskSubmitRequest) -> str:
+    asked = canonical([dict(request) for request in requests])
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 class Submitted(NamedTuple):
@@ -171,7 +171,12 @@ def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) ->
     return (
         insert(TASK)
         .from_select([column.key for column in columns], source)
-        .returning(TASK.c.queue_order, queue_position.label("queue_position"), *VIEW)
+        .returning(
+            TASK.c.queue_order,
+            queue_position.label("queue_position"),
+            # but for what the request told, and nobody need read twice
+            *(column for column in VIEW if column is not TASK.c.payload),
+        )
     )
 
 
@@ -276,13 +281,13 @@ async def submit(
         "submitter": caller.id,
         "checked": check(target),
         "key": idempotency_key,
-        "digest": idempotency_key and _digest(request.model_dump(mode="json")),
+        "digest": idempotency_key and _digest(request),
         "trace": telemetry.submitting(full_name, new_id),
     }
     row = await _insert(session, target, request, settings, names)
     if row is not None:
         await _check_quota(session, caller.id, settings, [row.queue_order])
-        return Submitted(read_view(row), created=True)
+        return Submitted(read_view(row, payload=request.payload), created=True)
     statement = seen(settings.queue_position_max)
     row = await _earlier(session, statement, target, room, full_name, names)
     return Submitted(read_view(row), created=False)
@@ -315,7 +320,6 @@ async def submit_many(
         For this user, room and job it names one batch, as long as anything of it is kept.
     """
     target = await _target(session, room, full_name)
-    asked = [request.model_dump(mode="json") for request in requests]
     names = {
         # Its last bits are zero, so that the ids of a batch can follow each other in the
         # order of the request, and one tells all.
@@ -324,7 +328,7 @@ async def submit_many(
         "submitter": caller.id,
         "checked": check(target),
         "key": idempotency_key,
-        "digest": idempotency_key and _digest(asked),
+        "digest": idempotency_key and _digest(*requests),
         # one trace for all of them
         "trace": telemetry.submitting(full_name),
     }
@@ -429,7 +433,7 @@ async def _add(
         ranked = list(zip(places, _ids(first.id, len(own)), strict=True))
         most = settings.queue_position_max
         positions = await _positions(session, job_id, ranked, most)
-    shown = read_view(first)
+    shown = read_view(first, payload=requests[0].payload)
     return [
         shown.model_copy(
             update={

@@ -271,13 +271,17 @@ def last_errors(row: Row[Any]) -> list[str]:
     return row.errors.split("\n")[-KEPT_ERRORS:] if row.errors else []
 
 
-def read_view(row: Row[Any], queue_position: int | None = None) -> TaskResponse:
-    """Make the wire view of a row of :data:`VIEW`."""
+def read_view(
+    row: Row[Any],
+    queue_position: int | None = None,
+    payload: dict[str, Any] | None = None,
+) -> TaskResponse:
+    """Make the wire view of a row of :data:`VIEW`, which may lack a known payload."""
     return TaskResponse(
         **{
             "queue_position": queue_position,
             **row._mapping,
-            "payload": row.payload or {},
+            "payload": row.payload or {} if payload is None else payload,
             "available_at": row.available_at or row.created_at,
             "errors": [json.loads(line) for line in last_errors(row)],
         }
