@@ -211,6 +211,10 @@ REQUESTS = {
     "many keys": body(json.dumps({"payload": {f"{n}": 0 for n in range(80_000)}}), 202),
     "many unknown fields": body(json.dumps({f"{n}": 0 for n in range(80_000)}), 202),
     "the same key": body('{"payload": {' + ",".join(['"a": 0'] * 120_000) + "}}", 202),
+    "lists alone": body('{"payload": {"a": [[]' + ",[]" * 340_000 + "]}}"),
+    "lists in an unknown field": body('{"payload": {}, "x": [[]' + ",[]" * 340_000 + "]}"),
+    "lists of lists": body('{"payload": {"a": [' + ",".join(["[" * 150 + "]" * 150] * 3400) + "]}}"),
+    "a thousand priorities": body(json.dumps({"tasks": [{"priority": n - 500} for n in range(1000)]}), 202, f"/rooms/lab/batches/{JOB}"),
     "a payload that is a list": body('{"payload": [' + "0," * 500_000 + "0]}", 422),
     "many errors": body('{"tasks": [' + "0," * 500_000 + "0]}", 422, f"/rooms/lab/batches/{JOB}"),
     "many errors each": body('{"tasks": [' + ",".join(['{"payload":0,"priority":"x"}'] * 999) + "]}", 422, f"/rooms/lab/batches/{JOB}"),
@@ -331,4 +335,54 @@ async def test_nobody_waits_for_what_another_sends(tmp_path: Path):
                 or bystander.grown > GROWTH
             ):
                 noticed.append(f"{told}: {answer.text[:300]}")
+    assert not noticed, "\n".join(noticed)
+
+
+PAIRS = '{"payload":{"a":[[]' + ",[1,2]" * 170_000 + "]}}"
+SENT = {"Content-Type": "application/json"}
+
+
+@pytest.mark.timeout(400)
+async def test_nobody_waits_for_many_large_tasks(tmp_path: Path):
+    """What names many tasks at once is answered in a size that nobody notices."""
+    noticed: list[str] = []
+    keeping = {"ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "600"}
+    async with (
+        hosting(tmp_path, **keeping) as host,
+        host.client() as ada,
+        host.client() as bob,
+    ):
+        bystander = Bystander(bob, host.process.popen.pid)
+        job = (await ada.put(JOBS, json={**NEW, "name": "Attacked"})).json()
+        worker = job["worker_id"]
+        for _ in range(12):
+            submitted = await ada.post(TASKS, content=PAIRS, headers=SENT)
+            assert submitted.status_code == 202, submitted.text
+        listed = (await ada.get("/rooms/lab/tasks?limit=500")).json()["items"]
+        query = {"ids": [task["id"] for task in listed]}
+        claim = {"worker_id": worker, "max_tasks": 32, "start": True}
+        held: list[Any] = []
+        told: dict[str, Any] = {"tasks": []}
+        for name, asked in {
+            "a query": Request("POST", "/tasks/query", query, answered=200),
+            "a claim": Request("POST", "/tasks/claim", claim, answered=200),
+            "the next claim": Request("POST", "/tasks/claim", claim, answered=200),
+            "a heartbeat": Request("PATCH", f"/workers/{worker}", told, answered=200),
+            "a lost worker": Request("DELETE", f"/workers/{worker}", answered=204),
+        }.items():
+            if name == "a heartbeat":
+                told["tasks"] = [
+                    {"id": task["id"], "attempt": 1, "progress": 0.5} for task in held
+                ]
+            async with bystander.watching():
+                answer = await send(ada, asked)
+            assert answer.status_code == asked.answered, answer.text[:300]
+            if asked.path == "/tasks/claim":
+                # a part of them, and all that it brings is whole
+                tasks = answer.json()["tasks"]
+                assert 1 <= len(tasks) <= 2
+                assert all(len(task["payload"]["a"]) == 170_001 for task in tasks)
+                held += tasks
+            if bystander.longest > DELAY or bystander.grown > GROWTH:
+                noticed.append(f"{name}: {bystander.longest:.2f} s, {bystander.grown}")
     assert not noticed, "\n".join(noticed)

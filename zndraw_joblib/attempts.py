@@ -54,6 +54,7 @@ from zndraw_joblib.models import (
 from zndraw_joblib.schemas import MAX_INT, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
+    BRIEF,
     VIEW,
     back_in_queue,
     born_claimed,
@@ -139,7 +140,7 @@ async def fail(
     )
     ended = await execute(
         session,
-        update(TASK).where(rechecked(held()), chosen).values(values).returning(*VIEW),
+        update(TASK).where(rechecked(held()), chosen).values(values).returning(*BRIEF),
     )
     return await read_changed(session, ended.all(), settings)
 
@@ -159,7 +160,7 @@ def _losing(limit: int, longest_backoff: float) -> ReturningUpdate[Any]:
         error, error_entry(error, error_type), error_type, longest_backoff, true()
     )
     lost = update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs))
-    return lost.values(values).returning(*VIEW)
+    return lost.values(values).returning(*BRIEF)
 
 
 async def lose(
@@ -234,7 +235,7 @@ async def release_unstarted(
         update(TASK)
         .where(TASK.c.id.in_(chosen))
         .values(back_in_queue())
-        .returning(*VIEW),
+        .returning(*BRIEF),
     )
     return await read_changed(session, released.all(), settings)
 
@@ -294,7 +295,7 @@ async def start_internal(
                 TASK.c.deadline_at: None,
             }
         )
-        .returning(*VIEW),
+        .returning(*BRIEF),
     )
     return await read_changed(session, started.all(), settings)
 

@@ -39,6 +39,7 @@ from zndraw_joblib.models import (
     one_of,
     queued,
 )
+from zndraw_joblib.paging import size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import VIEW, ahead, of_job, place_again, read_view
@@ -46,6 +47,8 @@ from zndraw_joblib.workers import Caller
 
 # Due tasks that one claim moves into the queue.
 PROMOTED = 1000
+# What the payloads of a claim may take together, but for the last of them, in bytes.
+MAX_BYTES = 1024 * 1024
 
 _WORKER: ColumnElement[UUID] = bindparam("worker", type_=WORKER.c.id.type)
 _FULL_NAME = JOB.c.room_id + ":" + JOB.c.category + ":" + JOB.c.name
@@ -97,13 +100,26 @@ def _next_by_lateral(limit: int, named: bool) -> Select[Any]:
         .order_by(first_of.c.priority.desc(), first_of.c.queued_at, link.c.job_id)
         .subquery("turn")
     )
-    some = _queue(waiting.c, turn.c.job_id, waiting.c.id).limit(number(limit))
+    size = size_of(waiting.c.payload).label("size")
+    some = _queue(waiting.c, turn.c.job_id, waiting.c.id, size).limit(number(limit))
     next_of = some.with_for_update(skip_locked=True).lateral("next")
-    return (
-        select(next_of.c.id)
+    chosen = (
+        select(next_of.c.id, next_of.c.size)
         .select_from(turn.join(next_of, true()))
         .limit(number(limit))
     )
+    return _bounded(chosen, limit)
+
+
+def _bounded(chosen: Select[Any], limit: int) -> Select[Any]:
+    """Return the ids of the first of ``chosen``, as far as their sizes allow."""
+    tasks = chosen.subquery("chosen")
+    if limit == 1:
+        return select(tasks.c.id)
+    up_to_here = func.sum(tasks.c.size).over(rows=(None, 0))
+    sizes = select(tasks.c.id, (up_to_here - tasks.c.size).label("before"))
+    bounded = sizes.subquery("bounded")
+    return select(bounded.c.id).where(bounded.c.before < number(MAX_BYTES))
 
 
 def _next_by_heads(limit: int, named: bool) -> Select[Any]:
@@ -112,8 +128,8 @@ def _next_by_heads(limit: int, named: bool) -> Select[Any]:
     head, first, waiting, some = map(TASK.alias, ("head", "first", "waiting", "next"))
     first_of = _queue(first.c, link.c.job_id, first.c.id).limit(number(1))
     some_of = _queue(some.c, link.c.job_id, some.c.id).limit(number(limit))
-    return (
-        select(waiting.c.id)
+    chosen = (
+        select(waiting.c.id, size_of(waiting.c.payload).label("size"))
         .select_from(link)
         .join(head, head.c.id == first_of.correlate(link).scalar_subquery())
         .join(waiting, waiting.c.id.in_(some_of.correlate(link).scalar_subquery()))
@@ -124,6 +140,7 @@ def _next_by_heads(limit: int, named: bool) -> Select[Any]:
         )
         .limit(number(limit))
     )  # fmt: skip
+    return _bounded(chosen, limit)
 
 
 def _first_of_all(column: ColumnElement[Any], which: ColumnElement[bool]) -> Any:

@@ -29,7 +29,7 @@ from zndraw_joblib.schemas import (
     WorkerUpdateRequest,
 )
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import VIEW, read_changed
+from zndraw_joblib.tasks import BRIEF, read_changed
 from zndraw_joblib.workers import Caller
 
 
@@ -172,6 +172,6 @@ async def _store(
                 ),
             }
         )
-        .returning(*VIEW),
+        .returning(*BRIEF),
     )
     return await read_changed(session, stored.all(), settings)

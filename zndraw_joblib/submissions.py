@@ -10,6 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     Float,
     Row,
     Select,
@@ -54,6 +55,7 @@ from zndraw_joblib.models import (
 from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest, canonical
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (
+    BRIEF,
     VIEW,
     back_in_queue,
     born_claimed,
@@ -345,6 +347,19 @@ async def submit_many(
     return Batch([task.id for task in created], created)
 
 
+# Priorities whose queues one statement looks at.
+_PLACED = 16
+
+
+@lru_cache(maxsize=1)
+def _placing() -> CompoundSelect[Any]:
+    # built once: to make it takes longer than to run it
+    job = _parameter("job", TASK.c.job_id)
+    user = _parameter("submitter", TASK.c.created_by_id)
+    ranks = [_parameter(f"rank_{n}", TASK.c.queue_order) for n in range(_PLACED)]
+    return union_all(*(select(rank, new_place(job, rank, user)) for rank in ranks))
+
+
 async def _places(
     session: AsyncSession,
     job_id: UUID,
@@ -354,16 +369,11 @@ async def _places(
     """Return the places of a batch, whose tasks follow each other in each queue."""
     following = {first.priority: first.queue_order}
     others = sorted({request.priority for request in requests} - {first.priority})
-    # SQLite takes at most 500 of them together
-    for start in range(0, len(others), 100):
-        some = others[start : start + 100]
-        ranks = [literal(priority, TASK.c.queue_order.type) for priority in some]
-        job = literal(job_id, TASK.c.job_id.type)
-        user = literal(first.created_by_id, TASK.c.created_by_id.type)
-        found = await execute(
-            session,
-            union_all(*(select(rank, new_place(job, rank, user)) for rank in ranks)),
-        )
+    for start in range(0, len(others), _PLACED):
+        some = others[start : start + _PLACED]
+        ranks = {f"rank_{n}": some[n % len(some)] for n in range(_PLACED)}
+        asked = {"job": job_id, "submitter": first.created_by_id, **ranks}
+        found = await execute(session, _placing(), asked)
         following |= dict(found.tuples().all())
     places = []
     for request in requests:
@@ -480,7 +490,7 @@ async def retry(
     # locked, what was read here may be over by the time of the write
     found = await execute(
         session,
-        select(*VIEW, JOB.c.room_id.label("of_room"))
+        select(*BRIEF, TASK.c.errors, JOB.c.room_id.label("of_room"))
         .join(JOB, TASK.c.job_id == JOB.c.id)
         .where(TASK.c.id == task_id)
         .with_for_update(read=True, key_share=True, of=JOB),

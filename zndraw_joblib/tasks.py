@@ -161,6 +161,10 @@ VIEW = (
     TASK.c.payload_checked,
 )
 
+_CONTENTS = frozenset({TASK.c.payload.key, TASK.c.result.key, TASK.c.errors.key})
+#: The same without contents, of which nobody hears: those of many tasks are large.
+BRIEF = tuple(column for column in VIEW if column.key not in _CONTENTS)
+
 
 def position(
     job_id: Any, order: Any, task_id: Any, position_max: int
@@ -268,7 +272,8 @@ def _placed(listed: Select[Any], position_max: int) -> Select[Any]:
 
 def last_errors(row: Row[Any]) -> list[str]:
     """Return of a row's ``errors`` the lines of the last :data:`KEPT_ERRORS`."""
-    return row.errors.split("\n")[-KEPT_ERRORS:] if row.errors else []
+    errors: str | None = row._mapping.get(TASK.c.errors.key)
+    return errors.split("\n")[-KEPT_ERRORS:] if errors else []
 
 
 def read_view(
@@ -276,12 +281,14 @@ def read_view(
     queue_position: int | None = None,
     payload: dict[str, Any] | None = None,
 ) -> TaskResponse:
-    """Make the wire view of a row of :data:`VIEW`, which may lack a known payload."""
+    """Make the wire view of a row of :data:`VIEW`, or of :data:`BRIEF`."""
+    if payload is None:
+        payload = row._mapping.get(TASK.c.payload.key) or {}
     return TaskResponse(
         **{
             "queue_position": queue_position,
             **row._mapping,
-            "payload": row.payload or {} if payload is None else payload,
+            "payload": payload,
             "available_at": row.available_at or row.created_at,
             "errors": [json.loads(line) for line in last_errors(row)],
         }
