@@ -42,6 +42,7 @@ KINDS = {
     "python",
     "sh",
     "sql",
+    "postgresql",
     "json",
     "ini",
     "mermaid",

@@ -129,7 +129,7 @@ async def test_a_page_leaves_large_contents_out(app, ada):
     assert not any(t["abridged"] for t in (await ada.get(f"{url}1")).json()["items"])
 
     # of tasks that are asked for by their ids, as many are whole as fit together
-    app.state.joblib_settings.max_query_bytes = 8_000
+    app.state.joblib_settings.max_query_bytes = 3_000
     ids = [task["id"] for task in tasks]
     found = (await ada.post("/tasks/query", json={"ids": ids})).json()["tasks"]
     assert [(t["abridged"], bool(t["payload"])) for t in found] == [
