@@ -92,9 +92,7 @@ def fuzz(session: nox.Session, maker: str) -> None:
     """Make up requests from the OpenAPI document for minutes; posargs go to pytest."""
     install(session, "test")
     command = f"pytest --maker {maker} --timeout 0 -s tests/test_fuzz.py"
-    session.run(
-        *command.split(), *session.posargs, env={"FUZZ_EXAMPLES": "150"}, **PATIENT
-    )
+    session.run(*command.split(), *session.posargs, env={"FUZZ_EXAMPLES": "150"}, **PATIENT)
 
 
 @nox.session
@@ -144,9 +142,7 @@ def history(session: nox.Session) -> None:
 def sweep(session: nox.Session) -> None:
     """Measure heartbeats while the sweeper ends what 10,000 silent workers held."""
     install(session, "test")
-    session.run(
-        "pytest", "-s", "--maker", "locked", "tests/sweep_load.py", *session.posargs
-    )
+    session.run("pytest", "-s", "--maker", "locked", "tests/sweep_load.py", *session.posargs)
 
 
 @nox.session

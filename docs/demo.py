@@ -130,12 +130,8 @@ def answers(http: httpx.Client) -> bool:
 
 def log_in(http: httpx.Client, email: str, password: str) -> str:
     """Register a user and return a token."""
-    http.post(
-        "/auth/register", json={"email": email, "password": password}
-    ).raise_for_status()
-    answer = http.post(
-        "/auth/jwt/login", data={"username": email, "password": password}
-    )
+    http.post("/auth/register", json={"email": email, "password": password}).raise_for_status()
+    answer = http.post("/auth/jwt/login", data={"username": email, "password": password})
     return answer.raise_for_status().json()["access_token"]
 
 
@@ -285,8 +281,7 @@ def main() -> None:
         wait_until(lambda: served(http), "the registration of the jobs", *checks)
 
         structures = {
-            path.stem: Structure.from_atoms(read(path))
-            for path in sorted(STRUCTURES.glob("*.xyz"))
+            path.stem: Structure.from_atoms(read(path)) for path in sorted(STRUCTURES.glob("*.xyz"))
         }
         manager = stack.enter_context(JobManager.connect(url, token=token))
         tasks = {
@@ -295,9 +290,7 @@ def main() -> None:
             for name, structure in structures.items()
         }
         print(f"tasks    {len(tasks)}, for {len(structures)} structures\n", flush=True)
-        wait_until(
-            lambda: progress.all_ended(list(tasks)), "the end of the tasks", *checks
-        )
+        wait_until(lambda: progress.all_ended(list(tasks)), "the end of the tasks", *checks)
         results = {
             key: manager.wait_for(task, timeout=PATIENCE_SECONDS).result
             for task, key in tasks.items()

@@ -45,11 +45,7 @@ def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
     """Return a Socket.IO server for people in rooms and for workers."""
     # else the manager would pause for up to a minute after Redis is back
     again = {"retry": Retry(ConstantBackoff(0.5), retries=-1)}
-    manager = (
-        socketio.AsyncRedisManager(redis_url, redis_options=again)
-        if redis_url
-        else None
-    )
+    manager = socketio.AsyncRedisManager(redis_url, redis_options=again) if redis_url else None
     tsio = socketio.AsyncServer(async_mode="asgi", client_manager=manager)
 
     async def connect(sid: str, environ: dict[str, Any], shown: Any) -> None:
@@ -72,9 +68,7 @@ def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
     ):
         for verb, change in (("join", tsio.enter_room), ("leave", tsio.leave_room)):
 
-            async def handle(
-                sid: str, data: Any, key=key, channel=channel, change=change
-            ) -> None:
+            async def handle(sid: str, data: Any, key=key, channel=channel, change=change) -> None:
                 if isinstance(data, dict) and isinstance(data.get(key), str):
                     await change(sid, channel(data[key]))
 
@@ -151,9 +145,7 @@ def create_app() -> FastAPI:
     """Return the host; nothing is opened before its lifespan begins."""
     app = FastAPI(title="A host of zndraw-joblib", lifespan=lifespan)
     state = app.state
-    database_url = os.environ.get(
-        "DATABASE_URL", "sqlite+aiosqlite:///zndraw-joblib.db"
-    )
+    database_url = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///zndraw-joblib.db")
     state.redis_url = os.environ.get("REDIS_URL")
     state.auth_settings = auth.AuthSettings()
     state.joblib_settings = joblib.JobLibSettings()

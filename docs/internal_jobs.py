@@ -20,12 +20,7 @@ from taskiq_redis import ListQueueBroker
 from zndraw_auth import AuthSettings, User
 from zndraw_auth.users import get_jwt_strategy
 
-from zndraw_joblib import (
-    Category,
-    Extension,
-    InternalExecutor,
-    register_internal_tasks,
-)
+from zndraw_joblib import Category, Extension, InternalExecutor, register_internal_tasks
 from zndraw_joblib.exceptions import describe
 from zndraw_joblib.registry import MintToken
 
@@ -107,9 +102,7 @@ def make_executor(
         async def report(**body: Any) -> httpx.Response:
             # the number of the attempt: what comes late is not taken for the next one's
             body = {"attempt": attempt, **body}
-            return await http.patch(
-                f"/v1/joblib/tasks/{task_id}", json=body, headers=headers
-            )
+            return await http.patch(f"/v1/joblib/tasks/{task_id}", json=body, headers=headers)
 
         started = await report(status="running")
         if started.status_code == 409:

@@ -17,12 +17,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Gauge,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from zndraw_auth import SessionDep
 
 from zndraw_joblib import JobStats, queue_stats
@@ -31,9 +26,7 @@ from zndraw_joblib.settings import settings_of
 PAGE = Path(__file__).parent / "page.html"
 
 router = APIRouter(include_in_schema=False)
-Bearer = Annotated[
-    HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
-]
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
 @router.get("/")
@@ -58,9 +51,7 @@ async def metrics(request: Request, session: SessionDep) -> Response:
     for name in JobStats.model_fields:
         if name == "job_name":
             continue
-        gauge = Gauge(
-            f"zndraw_joblib_{name}", name.replace("_", " "), ["job"], registry=registry
-        )
+        gauge = Gauge(f"zndraw_joblib_{name}", name.replace("_", " "), ["job"], registry=registry)
         for job in jobs:
             if (value := getattr(job, name)) is not None:
                 gauge.labels(job.job_name).set(value)

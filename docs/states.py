@@ -31,11 +31,7 @@ def draw(transitions: tuple[Transition, ...] = TRANSITIONS) -> str:
     """Return the picture."""
     bottom = TOP + ROW * len(transitions) + 20
     width = max(X.values()) + 70
-    rows = [
-        line
-        for n, way in enumerate(transitions)
-        for line in draw_way(way, TOP + ROW * n + 30)
-    ]
+    rows = [line for n, way in enumerate(transitions) for line in draw_way(way, TOP + ROW * n + 30)]
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom}">',

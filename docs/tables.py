@@ -21,8 +21,7 @@ def table(*head: str, rows: Iterable[Iterable[str]]) -> str:
     kept = [n for n in range(len(head)) if any(row[n] for row in filled)]
     lines = [list(head), ["---"] * len(head), *filled]
     return "\n".join(
-        "| " + " | ".join(line[n].replace("|", "\\|") for n in kept) + " |"
-        for line in lines
+        "| " + " | ".join(line[n].replace("|", "\\|") for n in kept) + " |" for line in lines
     )
 
 
@@ -81,12 +80,7 @@ def settings() -> str:
         for name, field in JobLibSettings.model_fields.items():
             schema = JobLibSettings.model_json_schema()["properties"][name]
             default = field.get_default(call_default_factory=True)
-            yield [
-                code(name),
-                kind(schema),
-                as_json(default),
-                str(field.description),
-            ]
+            yield [code(name), kind(schema), as_json(default), str(field.description)]
 
     return table("setting", "type", "default", "what", rows=rows())
 
@@ -182,8 +176,7 @@ def routes() -> str:
         for method, path, operation in sorted(operations(document), key=place)
     ]
     models = [
-        model(name, schema)
-        for name, schema in sorted(document["components"]["schemas"].items())
+        model(name, schema) for name, schema in sorted(document["components"]["schemas"].items())
     ]
     return "\n\n".join([*sections, "## Bodies", *models])
 
@@ -202,12 +195,7 @@ def route(method: str, path: str, operation: dict[str, Any]) -> str:
     parameters = [p for p in operation.get("parameters", ()) if p["in"] != "path"]
     if parameters:
         rows = (
-            [
-                f"`{p['name']}`",
-                p["in"],
-                kind(p["schema"]),
-                p.get("description", ""),
-            ]
+            [f"`{p['name']}`", p["in"], kind(p["schema"]), p.get("description", "")]
             for p in parameters
         )
         lines.append(table("parameter", "in", "type", "what", rows=rows))
@@ -255,9 +243,7 @@ def model(name: str, schema: dict[str, Any]) -> str:
         ]
         for field, part in schema.get("properties", {}).items()
     )
-    described = " ".join(
-        cleandoc(schema.get("description", "")).split("\n\n")[0].split()
-    )
+    described = " ".join(cleandoc(schema.get("description", "")).split("\n\n")[0].split())
     body = (
         table("field", "type", "default", "what", rows=rows)
         if "properties" in schema

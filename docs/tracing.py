@@ -51,10 +51,7 @@ def process_span(
             context=propagate.extract({"traceparent": traceparent or ""}),
             kind=trace.SpanKind.CONSUMER,
             attributes=attributes
-            | {
-                "messaging.message.id": task_id,
-                "zndraw_joblib.task.attempt": attempt or 0,
-            },
+            | {"messaging.message.id": task_id, "zndraw_joblib.task.attempt": attempt or 0},
         ):
             yield
     except BaseException as exc:
@@ -77,9 +74,7 @@ def traced(execute: Callable[[ClaimedTask], Any]) -> Callable[[ClaimedTask], Any
     return run
 
 
-def traced_executor(
-    executor: Callable[..., Awaitable[None]],
-) -> Callable[..., Awaitable[None]]:
+def traced_executor(executor: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     """Return an executor of ``@internal`` jobs that runs each task in a span.
 
     Parameters
@@ -100,9 +95,7 @@ def traced_executor(
     ) -> None:
         name = str(internal_name(extension))
         with process_span(name, task_id, attempt, traceparent):
-            await executor(
-                extension, payload, room_id, task_id, attempt=attempt, token=token
-            )
+            await executor(extension, payload, room_id, task_id, attempt=attempt, token=token)
 
     return run
 
@@ -122,7 +115,5 @@ class TaskCounter(logging.Handler):
             "error.type": getattr(record, "error_type", None),
         }
         metrics.get_meter(NAME).create_counter(
-            "zndraw_joblib.task.changes",
-            "{change}",
-            "Changes of tasks, by what happened.",
+            "zndraw_joblib.task.changes", "{change}", "Changes of tasks, by what happened."
         ).add(1, {key: value for key, value in about.items() if value is not None})

@@ -120,9 +120,7 @@ class Listing(Provider):
     def read(self, handler: Path) -> list[dict[str, Any]]:
         files = sorted(inside(handler, self.path).iterdir())
         return [
-            {"name": file.name, "size": file.stat().st_size}
-            for file in files
-            if file.is_file()
+            {"name": file.name, "size": file.stat().st_size} for file in files if file.is_file()
         ]
 
 
@@ -159,10 +157,7 @@ def execute(task: ClaimedTask) -> Any:
 
 def main(url: str) -> None:
     manager = JobManager.connect(
-        url,
-        user=os.environ["WORKER_USER"],
-        password=os.environ["WORKER_PASSWORD"],
-        execute=execute,
+        url, user=os.environ["WORKER_USER"], password=os.environ["WORKER_PASSWORD"], execute=execute
     )
     with manager:
         manager.register(RadialDistribution)

@@ -69,9 +69,7 @@ Turns = dict[str, list[Slice | None]]
 def ratio(over: list[Slice | None], under: list[Slice | None], field: str) -> float:
     """Return the median of what one side takes, in units of another's."""
     pairs = [
-        (getattr(a, field), getattr(b, field))
-        for a, b in zip(over, under, strict=True)
-        if a and b
+        (getattr(a, field), getattr(b, field)) for a, b in zip(over, under, strict=True) if a and b
     ]
     return statistics.median([a / b for a, b in pairs if b] or [float("nan")])
 
@@ -82,12 +80,7 @@ def median(turns: list[Slice | None], field: str) -> float:
 
 
 async def throughput(
-    hosts: dict[str, Host],
-    on: Database,
-    connections: int,
-    rounds: int,
-    each: int,
-    warm: int,
+    hosts: dict[str, Host], on: Database, connections: int, rounds: int, each: int, warm: int
 ) -> dict[str, Turns]:
     """Measure every operation of every side at so many connections."""
     measured: dict[str, Turns] = {o: {name: [] for name in hosts} for o in OPERATIONS}
@@ -106,9 +99,7 @@ async def throughput(
     return measured
 
 
-def tell_throughput(
-    kind: str, override: str, connections: int, measured: dict[str, Turns]
-) -> Any:
+def tell_throughput(kind: str, override: str, connections: int, measured: dict[str, Turns]) -> Any:
     """Print one table and return its rows."""
     how = "a dependency overridden" if override == "override" else "nothing overridden"
     plural = "s" * (connections > 1)
@@ -126,20 +117,14 @@ def tell_throughput(
             "database_cpu_ms": 1000 * median(tree, "database_cpu"),
             "wal_bytes": median(tree, "wal"),
         }
-        for name, there in (
-            (BARE, "of_bare"),
-            (FLOOR, "of_floor"),
-            (PEER, "of_release"),
-        ):
+        for name, there in ((BARE, "of_bare"), (FLOOR, "of_floor"), (PEER, "of_release")):
             if name in turns:
                 theirs = turns[name]
                 if name == PEER:
                     theirs = measured[INSTEAD.get(operation, operation)][name]
                 row[there] = ratio(theirs, tree, "seconds")
                 row[f"{there}_cpu"] = ratio(theirs, tree, "cpu")
-        refused = {
-            name: sum(turn.failed for turn in turns[name] if turn) for name in turns
-        }
+        refused = {name: sum(turn.failed for turn in turns[name] if turn) for name in turns}
         row["refused"] = {name: count for name, count in refused.items() if count}
         rows[operation] = row
         print(
@@ -162,18 +147,14 @@ def tell_throughput(
     return rows | {"geometric_means": means}
 
 
-async def bench(
-    kind: str, override: str, options: argparse.Namespace
-) -> dict[str, Any]:
+async def bench(kind: str, override: str, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     value = OVERRIDES[override]
     with database(kind) as on:
         async with AsyncExitStack() as stack:
             hosts: dict[str, Host] = {}
             url = await on.create()
-            host = stack.enter_context(
-                running(sys.executable, url, kind, "floor", override=value)
-            )
+            host = stack.enter_context(running(sys.executable, url, kind, "floor", override=value))
             hosts |= dict.fromkeys((TREE, BARE, FLOOR), host)
             if options.release:
                 url = await on.create()
@@ -184,12 +165,8 @@ async def bench(
                 each = max(-(-options.requests // connections), 2)
                 # PostgreSQL plans a statement anew five times for each connection
                 warm = each if options.quick else max(each, 10)
-                measured = await throughput(
-                    hosts, on, connections, options.rounds, each, warm
-                )
-                found[str(connections)] = tell_throughput(
-                    kind, override, connections, measured
-                )
+                measured = await throughput(hosts, on, connections, options.rounds, each, warm)
+                found[str(connections)] = tell_throughput(kind, override, connections, measured)
             memory = {name: host.memory() for name, host in hosts.items()}
             print(f"memory, MiB: { {k: round(v) for k, v in memory.items()} }")
     return {"throughput": found, "memory": memory}
@@ -205,15 +182,10 @@ async def depths(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         for name, jobs, steps in bench_depth.shapes(options.most):
             if options.quick and jobs == 1:
                 continue
-            found = await bench_depth.series(
-                on, pythons, jobs, steps, options.rounds, options.each
-            )
+            found = await bench_depth.series(on, pythons, jobs, steps, options.rounds, options.each)
             told[name] = {"depth": [depth for _, depth, _ in steps]} | {
                 operation: {
-                    who: [
-                        1000 * median(at[operation][who], "seconds")
-                        for at in found.values()
-                    ]
+                    who: [1000 * median(at[operation][who], "seconds") for at in found.values()]
                     for who in next(iter(found.values()))[operation]
                 }
                 for operation in bench_depth.OPERATIONS
@@ -233,9 +205,7 @@ def tell_depths(kind: str, name: str, told: dict[str, Any], labels: list[str]) -
         print("  ".join(row), flush=True)
 
 
-async def wake_ups(
-    kind: str, options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+async def wake_ups(kind: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Measure how soon a waiting request hears of what it waits for, in ms."""
     found: dict[str, dict[str, float]] = {}
     with database(kind) as on, redis_server() as redis_url, ExitStack() as stack:
@@ -251,14 +221,9 @@ async def wake_ups(
             # a lock of one process can't keep another one out
             pairs["another process"] = first, host(url)
             shared = await on.create()
-            pairs["another process, Redis"] = (
-                host(shared, redis_url),
-                host(shared, redis_url),
-            )
+            pairs["another process, Redis"] = (host(shared, redis_url), host(shared, redis_url))
         if options.release:
-            release = stack.enter_context(
-                running(options.release, await on.create(), kind, "")
-            )
+            release = stack.enter_context(running(options.release, await on.create(), kind, ""))
             pairs[PEER] = release, release
         for name, (here, there) in pairs.items():
             async with side("", here, 1) as one, side("", there, 1) as other:
@@ -272,10 +237,7 @@ async def wake_ups(
                         partial(until_claimed, asking, waiting), options.rounds
                     )
     for name, lag in found.items():
-        print(
-            f"{name:32} {lag['median']:8.1f} ms, worst {lag['worst']:8.1f} ms",
-            flush=True,
-        )
+        print(f"{name:32} {lag['median']:8.1f} ms, worst {lag['worst']:8.1f} ms", flush=True)
     return found
 
 
@@ -368,15 +330,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--no-release", action="store_true")
     options = parser.parse_args()
-    options.connections = options.connections or (
-        [1, 8] if options.quick else [1, 8, 32]
-    )
-    options.kinds = options.kinds or (
-        "locked,postgres" if options.quick else ",".join(KINDS)
-    )
-    options.overrides = options.overrides or (
-        "override" if options.quick else ",".join(OVERRIDES)
-    )
+    options.connections = options.connections or ([1, 8] if options.quick else [1, 8, 32])
+    options.kinds = options.kinds or ("locked,postgres" if options.quick else ",".join(KINDS))
+    options.overrides = options.overrides or ("override" if options.quick else ",".join(OVERRIDES))
     options.most = options.most or (10**5 if options.quick else 10**6)
     options.each = 4 if options.quick else 8
     options.tasks = options.tasks or (500 if options.quick else 10**4)
@@ -384,9 +340,7 @@ def parse() -> argparse.Namespace:
     options.batch_rounds = options.rounds or (1 if options.quick else 3)
     options.rounds = options.rounds or (2 if options.quick else 7)
     options.requests = options.requests or (16 if options.quick else 64)
-    options.release = (
-        None if options.no_release else release_python(Path(sys.prefix) / "release")
-    )
+    options.release = None if options.no_release else release_python(Path(sys.prefix) / "release")
     return options
 
 
@@ -411,9 +365,7 @@ def main() -> None:
             found[kind]["batches"] = rows
         if "depth" in options.parts:
             found[kind]["depth"] = asyncio.run(depths(kind, options))
-            draw(
-                kind, found[kind]["depth"], options.out / f"depth-{PICTURES[kind]}.svg"
-            )
+            draw(kind, found[kind]["depth"], options.out / f"depth-{PICTURES[kind]}.svg")
         (options.out / "bench.json").write_text(json.dumps(found, indent=1))
 
 

@@ -105,11 +105,7 @@ async def heartbeat(worker_id: str, user: CurrentUser, session: SessionDep) -> R
 
 @router.post("/rooms/{room_id}/tasks/{job_name:path}")
 async def submit(
-    request: Request,
-    room_id: str,
-    job_name: str,
-    user: CurrentUser,
-    session: SessionDep,
+    request: Request, room_id: str, job_name: str, user: CurrentUser, session: SessionDep
 ) -> Response:
     body = await request.json()
     values = {

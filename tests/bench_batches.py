@@ -18,17 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_sides import (
-    HERE,
-    PEER,
-    TREE,
-    Database,
-    Host,
-    cpu_of,
-    database,
-    environment,
-    running,
-)
+from bench_sides import HERE, PEER, TREE, Database, Host, cpu_of, database, environment, running
 
 QUEUE = "procrastinate"
 #: how many of this tree's tasks there are for one of the release's
@@ -124,9 +114,7 @@ class Contender(NamedTuple):
             }
 
 
-async def batches(
-    kind: str, release: Path | None, tasks: int, rounds: int
-) -> dict[str, Any]:
+async def batches(kind: str, release: Path | None, tasks: int, rounds: int) -> dict[str, Any]:
     """Measure all of them in turns, print a table and return its rows."""
     with database(kind) as on, ExitStack() as stack:
         contenders = []
@@ -138,9 +126,7 @@ async def batches(
             host = stack.enter_context(running(python, await on.create(), kind, beside))
             own = tasks if name == TREE else max(tasks // FEWER, FEWEST)
             words = f"http://127.0.0.1:{host.port}", host.token
-            contenders.append(
-                Contender(name, own, host, python, "bench_worker.py", words)
-            )
+            contenders.append(Contender(name, own, host, python, "bench_worker.py", words))
         if kind == "postgres":
             url = (await on.create()).replace("+asyncpg", "")
             python, script = sys.executable, "bench_queue.py"

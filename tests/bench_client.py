@@ -86,9 +86,7 @@ class User:
         self.submitted = ""
         self.cursor = ""
 
-    async def ask(
-        self, method: str, path: str, body: Any = None, more: str = ""
-    ) -> bytes:
+    async def ask(self, method: str, path: str, body: Any = None, more: str = "") -> bytes:
         asked = await self.connection.ask(method, self.prefix + path, body, more)
         return asked[1]
 

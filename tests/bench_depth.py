@@ -10,16 +10,7 @@ from bench_client import ROOM
 from bench_sides import FLOOR, PEER, TREE, Database, Host, Side, Slice, running, side
 
 #: in an order in which each finds what it needs
-OPERATIONS = (
-    "submit",
-    "claim",
-    "start",
-    "status",
-    "complete",
-    "heartbeat",
-    "list",
-    "list_on",
-)
+OPERATIONS = ("submit", "claim", "start", "status", "complete", "heartbeat", "list", "list_on")
 #: of one request, what is drawn
 DRAWN = ("submit", "claim", "status", "list", "list_on")
 
@@ -80,9 +71,7 @@ async def fill(url: str, name: str, jobs: int, *loads: Load) -> None:
             completed=sql["moment"] if done else "NULL",
             available=sql["later"] if load.delayed else "NULL",
             jobs=jobs,
-            numbers=sql["numbers"].format(
-                first=load.first, last=load.first + load.count - 1
-            ),
+            numbers=sql["numbers"].format(first=load.first, last=load.first + load.count - 1),
         )
         statements.append(statement)
     if sql is _SQLITE:

@@ -72,15 +72,9 @@ workers = Table(
 )
 
 SUBMIT = (
-    insert(tasks)
-    .values(status="pending", created_at=now(), available_at=now())
-    .returning(*tasks.c)
+    insert(tasks).values(status="pending", created_at=now(), available_at=now()).returning(*tasks.c)
 )
-TAKEN = {
-    "worker_id": bindparam("worker"),
-    "attempt": tasks.c.attempt + 1,
-    "claimed_at": now(),
-}
+TAKEN = {"worker_id": bindparam("worker"), "attempt": tasks.c.attempt + 1, "claimed_at": now()}
 CLAIM, START = (
     update(tasks)
     .where(
@@ -101,9 +95,7 @@ CLAIM, START = (
 )
 MOVE = {
     state: update(tasks)
-    .where(
-        tasks.c.id == bindparam("task"), tasks.c.status == literal_column(f"'{old}'")
-    )
+    .where(tasks.c.id == bindparam("task"), tasks.c.status == literal_column(f"'{old}'"))
     .values({"status": state, moment: now()})
     .returning(*tasks.c)
     for state, old, moment in (
@@ -144,25 +136,19 @@ class Report(BaseModel):
 
 
 def answer(row: Any, status: int = 200) -> Response:
-    return Response(
-        to_json(row and row._asdict()), status, media_type="application/json"
-    )
+    return Response(to_json(row and row._asdict()), status, media_type="application/json")
 
 
 @router.post("/workers")
 async def create_worker(user: CurrentUser, session: SessionDep) -> Response:
-    made = insert(workers).values(
-        state="active", desired_state="active", cancelled="[]", lost="[]"
-    )
+    made = insert(workers).values(state="active", desired_state="active", cancelled="[]", lost="[]")
     row = (await session.execute(made.returning(workers.c.id), {"id": uuid7()})).one()
     await session.commit()
     return answer(row, 201)
 
 
 @router.patch("/workers/{worker_id}")
-async def heartbeat(
-    worker_id: UUID, user: CurrentUser, session: SessionDep
-) -> Response:
+async def heartbeat(worker_id: UUID, user: CurrentUser, session: SessionDep) -> Response:
     row = (await session.execute(BEAT, {"worker": worker_id})).one()
     await session.commit()
     return answer(row)
@@ -170,11 +156,7 @@ async def heartbeat(
 
 @router.post("/rooms/{room_id}/tasks/{job_name:path}")
 async def submit(
-    room_id: str,
-    job_name: str,
-    body: Submission,
-    user: CurrentUser,
-    session: SessionDep,
+    room_id: str, job_name: str, body: Submission, user: CurrentUser, session: SessionDep
 ) -> Response:
     values = {
         "id": uuid7(),
@@ -196,9 +178,7 @@ async def claim(body: Claim, user: WaitingUser, session_maker: Sessions) -> Resp
         claimed = await session.execute(claim, {"worker": body.worker_id})
         row = claimed.one_or_none()
         await session.commit()
-    return Response(
-        to_json({"task": row and row._asdict()}), media_type="application/json"
-    )
+    return Response(to_json({"task": row and row._asdict()}), media_type="application/json")
 
 
 @router.get("/tasks/{task_id}")
@@ -209,9 +189,7 @@ async def read(task_id: UUID, user: WaitingUser, session_maker: Sessions) -> Res
 
 
 @router.patch("/tasks/{task_id}")
-async def report(
-    task_id: UUID, body: Report, user: CurrentUser, session: SessionDep
-) -> Response:
+async def report(task_id: UUID, body: Report, user: CurrentUser, session: SessionDep) -> Response:
     row = (await session.execute(MOVE[body.status], {"task": task_id})).one()
     await session.commit()
     return answer(row)
@@ -219,10 +197,7 @@ async def report(
 
 @router.get("/rooms/{room_id}/tasks")
 async def list_tasks(
-    room_id: str,
-    user: CurrentUser,
-    session: SessionDep,
-    limit: Annotated[int, Query()] = 50,
+    room_id: str, user: CurrentUser, session: SessionDep, limit: Annotated[int, Query()] = 50
 ) -> Response:
     rows = (await session.execute(LIST, {"room": room_id})).all()
     listed = {"items": [row._asdict() for row in rows], "total": 0, "limit": limit}

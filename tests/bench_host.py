@@ -17,19 +17,13 @@ from uuid import UUID
 import uvicorn
 import zndraw_auth as auth
 from fastapi import FastAPI
-from sqlalchemy.ext.asyncio import (
-    AsyncSession,
-    async_sessionmaker,
-    create_async_engine,
-)
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from starlette.types import ASGIApp, Receive, Scope, Send
 from zndraw_auth.users import get_jwt_strategy
 
 import zndraw_joblib as joblib
 
-USER = auth.User(
-    id=UUID(int=1), email="a@example.org", hashed_password="", is_superuser=True
-)
+USER = auth.User(id=UUID(int=1), email="a@example.org", hashed_password="", is_superuser=True)
 
 
 def make_app(database_url: str, kind: str) -> FastAPI:
@@ -129,9 +123,7 @@ async def main(database_url: str, kind: str, beside: str) -> None:
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(1024)
-    config = uvicorn.Config(
-        served, lifespan="off", log_level="critical", timeout_keep_alive=600
-    )
+    config = uvicorn.Config(served, lifespan="off", log_level="critical", timeout_keep_alive=600)
     server = uvicorn.Server(config)
     told: dict[str, Any] = {"port": listener.getsockname()[1], "token": token}
     os.write(1, json.dumps(told).encode() + b"\n")

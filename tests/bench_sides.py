@@ -24,11 +24,7 @@ TREE, PEER = "tree", f"release {RELEASE}"
 BARE, FLOOR = "bare", "floor"
 PREFIXES = {BARE: "/bare", FLOOR: "/floor"}
 #: how a host opens its database
-KINDS = {
-    "locked": "SQLite, lock-wrapped",
-    "wal": "SQLite, WAL",
-    "postgres": "PostgreSQL",
-}
+KINDS = {"locked": "SQLite, lock-wrapped", "wal": "SQLite, WAL", "postgres": "PostgreSQL"}
 #: the release pages by offset alone, and its claims start nothing
 NOT_THERE = {(PEER, "list_on"), (PEER, "short_cycle")}
 #: whether hosts override a dependency, as every real one does
@@ -44,9 +40,7 @@ def release_python(directory: Path) -> Path:
         uv = [sys.executable, "-m", "uv"]
         subprocess.run([*uv, "venv", "-q", "-p", sys.executable, directory], check=True)
         wanted = [f"zndraw-joblib=={RELEASE}", "aiosqlite", "asyncpg", "uvicorn"]
-        subprocess.run(
-            [*uv, "pip", "install", "-q", "--python", python, *wanted], check=True
-        )
+        subprocess.run([*uv, "pip", "install", "-q", "--python", python, *wanted], check=True)
     return python
 
 
@@ -131,8 +125,7 @@ class Host:
             [python, HERE / "bench_host.py", url, kind, beside],
             stdout=subprocess.PIPE,
             # nothing of this tree on the path of the release
-            env=environment(beside == "floor")
-            | {"REDIS_URL": redis_url, "OVERRIDE": override},
+            env=environment(beside == "floor") | {"REDIS_URL": redis_url, "OVERRIDE": override},
         )
         assert self.process.stdout
         told = json.loads(self.process.stdout.readline())
@@ -153,12 +146,7 @@ class Host:
 
 @contextmanager
 def running(
-    python: str | Path,
-    url: str,
-    kind: str,
-    beside: str,
-    redis_url: str = "",
-    override: str = "1",
+    python: str | Path, url: str, kind: str, beside: str, redis_url: str = "", override: str = "1"
 ) -> Iterator[Host]:
     """Run a host; with Redis it tells others of its database whom to wake."""
     host = Host(python, url, kind, beside, redis_url, override)
@@ -211,14 +199,9 @@ class Side:
 
 
 @asynccontextmanager
-async def side(
-    name: str, host: Host, connections: int, jobs: int = 1
-) -> AsyncIterator[Side]:
+async def side(name: str, host: Host, connections: int, jobs: int = 1) -> AsyncIterator[Side]:
     prefix = PREFIXES.get(name, "/v1/joblib")
-    users = [
-        User(await Connection.open(host.port, host.token), prefix)
-        for _ in range(connections)
-    ]
+    users = [User(await Connection.open(host.port, host.token), prefix) for _ in range(connections)]
     for user in users:
         await user.begin(0 if name in PREFIXES else jobs)
     yield Side(name, host, users)

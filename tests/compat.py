@@ -54,9 +54,7 @@ async def program(pair: Pair, role: str, log: Path) -> AsyncIterator[Process]:
     command = (HERE / "compat_worker.py", role, pair.host.url, pair.host.token)
     # not ours, where 0.1.7 is to be found
     path = "" if pair.python == OLD else str(HERE.parent)
-    async with running(
-        *command, log=log, python=pair.python, PYTHONPATH=path
-    ) as process:
+    async with running(*command, log=log, python=pair.python, PYTHONPATH=path) as process:
         yield process
 
 
@@ -81,10 +79,7 @@ async def ended(http: Any, task_id: str) -> Any:
 
 
 async def test_a_program_claims_by_hand(pair: Pair, tmp_path: Path):
-    async with (
-        program(pair, "claims", tmp_path / "log") as process,
-        pair.host.client() as http,
-    ):
+    async with program(pair, "claims", tmp_path / "log") as process, pair.host.client() as http:
         assert await process.ends() == 0, process.written()
         told = facts(process)
         assert told["nothing"]
@@ -94,13 +89,8 @@ async def test_a_program_claims_by_hand(pair: Pair, tmp_path: Path):
         assert told["failed is over"]
         assert told["by id is over"]
         assert told["cancelled is over"]
-        tasks = {
-            name: await read(http, f"/tasks/{task}")
-            for name, task in told["tasks"].items()
-        }
-        assert {
-            name: (task["status"], task["error"]) for name, task in tasks.items()
-        } == {
+        tasks = {name: await read(http, f"/tasks/{task}") for name, task in told["tasks"].items()}
+        assert {name: (task["status"], task["error"]) for name, task in tasks.items()} == {
             "completed": ("completed", None),
             "failed": ("failed", "it did not work"),
             "by id": ("failed", "nor did this"),
@@ -113,10 +103,7 @@ async def test_a_program_claims_by_hand(pair: Pair, tmp_path: Path):
 
 
 async def test_a_program_serves_until_it_is_told_to_go(pair: Pair, tmp_path: Path):
-    async with (
-        program(pair, "serves", tmp_path / "log") as process,
-        pair.host.client() as http,
-    ):
+    async with program(pair, "serves", tmp_path / "log") as process, pair.host.client() as http:
         await process.writes(r'"worker"')
         assert facts(process)["jobs"] == [JOB]
         assert await offered(http) == [JOB, PROVIDER]
@@ -151,10 +138,7 @@ async def test_a_program_serves_until_it_is_told_to_go(pair: Pair, tmp_path: Pat
 
 
 async def test_a_program_that_is_killed(pair: Pair, tmp_path: Path):
-    async with (
-        program(pair, "serves", tmp_path / "log") as process,
-        pair.host.client() as http,
-    ):
+    async with program(pair, "serves", tmp_path / "log") as process, pair.host.client() as http:
         await process.writes(r'"worker"')
         # longer than its silence may last: until then its heartbeats keep it
         task_id = await submit(http, "lab", JOB, seconds=60)

@@ -90,9 +90,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with app.state.session_maker() as session:
             yield session
 
-    sweeping = asyncio.create_task(
-        run_sweeper(get_session, app.state.joblib_settings, tsio)
-    )
+    sweeping = asyncio.create_task(run_sweeper(get_session, app.state.joblib_settings, tsio))
     yield
     sweeping.cancel()
     await engine.dispose()

@@ -65,9 +65,7 @@ from zndraw_auth import (
     get_user_db,
     get_user_manager,
 )
-from zndraw_auth import (
-    User as UserRow,
-)
+from zndraw_auth import User as UserRow
 from zndraw_auth.settings import get_auth_settings
 
 PREFIX = "/v1/joblib"
@@ -78,9 +76,7 @@ AUTH_SETTINGS = AuthSettings(
     default_admin_password=PASSWORD,
 )
 #: argon2 as it is, made cheap: the suite logs in thousands of times
-CHEAP = PasswordHelper(
-    PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),))
-)
+CHEAP = PasswordHelper(PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,33 +86,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="plain",
         help="the session maker that the host sets (default: plain)",
     )
+    parser.addoption("--renew", action="store_true", help="write docs/statements.md anew")
     parser.addoption(
-        "--renew", action="store_true", help="write docs/statements.md anew"
-    )
-    parser.addoption(
-        "--seconds",
-        type=float,
-        default=4,
-        help="how long replicas are put under load (default: 4)",
+        "--seconds", type=float, default=4, help="how long replicas are put under load (default: 4)"
     )
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[
-    None, pytest.TestReport, pytest.TestReport
-]:
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     # a process tells another in UTF-8 what a test logged
     report.sections = [
-        (name, text.encode("utf-8", "replace").decode())
-        for name, text in report.sections
+        (name, text.encode("utf-8", "replace").decode()) for name, text in report.sections
     ]
     return report
 
 
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     maker = config.option.maker
 
     def is_needless(item: pytest.Item) -> bool:
@@ -136,9 +122,7 @@ def maker(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def anyio_backend(maker: str) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {
-        "loop_factory": strict.new_event_loop if maker == "strict" else None
-    }
+    return "asyncio", {"loop_factory": strict.new_event_loop if maker == "strict" else None}
 
 
 @pytest.fixture(scope="session")
@@ -206,9 +190,7 @@ async def engine(maker: str, database_url: str) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest.fixture
-async def session_maker(
-    maker: str, engine: AsyncEngine
-) -> AsyncIterator[makers.SessionMaker]:
+async def session_maker(maker: str, engine: AsyncEngine) -> AsyncIterator[makers.SessionMaker]:
     """Yield what the host sets as its session maker."""
     session_maker, in_use = makers.make_session_maker(maker, engine)
     yield session_maker
@@ -313,9 +295,7 @@ async def log_in(client: httpx.AsyncClient, app: FastAPI, email: str) -> User:
 
 
 @pytest.fixture
-async def register(
-    app: FastAPI, client: httpx.AsyncClient
-) -> Callable[[str], Awaitable[User]]:
+async def register(app: FastAPI, client: httpx.AsyncClient) -> Callable[[str], Awaitable[User]]:
     """Return a function that registers an ordinary user and logs it in."""
 
     async def register(name: str) -> User:

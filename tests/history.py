@@ -146,9 +146,7 @@ def read(directory: Path) -> tuple[list[Call], list[Run]]:
                 case {"ask": ask, "at": at, **asked}:
                     calls[ask] = Call(path.stem, asked=at, **asked)
                 case {"answer": ask, "at": at, "status": status, "body": body}:
-                    calls[ask] = calls[ask]._replace(
-                        answered=at, status=status, answer=body
-                    )
+                    calls[ask] = calls[ask]._replace(answered=at, status=status, answer=body)
                 case {"run": run, "task": task, "attempt": attempt, "at": at}:
                     # a second one under the same name would be a mistake of the actor
                     assert run not in runs, (path, number)
@@ -303,9 +301,7 @@ def an_attempt_has_one_holder(history: History) -> Finding:
     for call in history.calls:
         if is_claim(call):
             for task in views(call):
-                holders[task["id"], task["attempt"]].add(
-                    (call.body["worker_id"], call.key)
-                )
+                holders[task["id"], task["attempt"]].add((call.body["worker_id"], call.key))
     for (task, attempt), claims in holders.items():
         workers = {worker for worker, _ in claims}
         if len(workers) > 1:
@@ -396,9 +392,7 @@ def nothing_runs_unseen(history: History) -> Finding:
         if is_retry(call):
             retried.add(task_of(call))
     rows = {row.id: row for row in history.rows}
-    for (task, attempt), times in Counter(
-        (run.task, run.attempt) for run in history.runs
-    ).items():
+    for (task, attempt), times in Counter((run.task, run.attempt) for run in history.runs).items():
         if times > 1:
             yield f"attempt {attempt} of {task} was executed {times} times"
         if (task, attempt) not in started:
@@ -459,17 +453,9 @@ def count_up(history: History) -> dict[str, int]:
         "answered 409": sum(call.status == 409 for call in calls),
         "submissions acknowledged": answered(filter(is_submission, calls)),
         "tasks": len(rows),
-        **{
-            status: sum(row.status == status for row in rows)
-            for status in sorted(ENDED)
-        },
+        **{status: sum(row.status == status for row in rows) for status in sorted(ENDED)},
         "claims": len(
-            {
-                (task["id"], task["attempt"])
-                for c in calls
-                if is_claim(c)
-                for task in views(c)
-            }
+            {(task["id"], task["attempt"]) for c in calls if is_claim(c) for task in views(c)}
         ),
         "attempts that failed": sum(len(row.errors) for row in rows),
         "executions": len(runs),
@@ -486,7 +472,5 @@ def count_up(history: History) -> dict[str, int]:
         "executions stopped by a cancel": len(stopped),
         "ms until they stopped, median": int(1000 * median(stopped or [0])),
         "retries acknowledged": answered(filter(is_retry, calls)),
-        "completions acknowledged": answered(
-            c for c in calls if is_report(c, "completed")
-        ),
+        "completions acknowledged": answered(c for c in calls if is_report(c, "completed")),
     }

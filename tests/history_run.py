@@ -169,10 +169,7 @@ class Chaos:
 
     def run(self) -> None:
         end = time.monotonic() + self.plan.seconds
-        due = {
-            self.hit_worker: self.plan.between_workers,
-            self.hit_host: self.plan.between_hosts,
-        }
+        due = {self.hit_worker: self.plan.between_workers, self.hit_host: self.plan.between_hosts}
         next_at = {hit: time.monotonic() + self.draw(due[hit]) for hit in due}
         while (now := time.monotonic()) < end:
             for hit, at in next_at.items():
@@ -257,10 +254,7 @@ def submit(manager: JobManager, name: str, rng: random.Random) -> list[str]:
     room = {"room": ROOM, "idempotency_key": name}
     if rng.random() < 0.1:
         again = partial(
-            manager.submit,
-            internal_jobs.Composition(symbols=[name]),
-            job_room="@internal",
-            **room,
+            manager.submit, internal_jobs.Composition(symbols=[name]), job_room="@internal", **room
         )
     else:
         job = rng.choices((Often, Once), (4, 1))[0]
@@ -332,11 +326,7 @@ async def read_rows(database_url: str, *, ended: bool) -> list[history.Row]:
             row.attempt,
             row.payload.get("name") or row.payload["symbols"][0],
             row.result,
-            tuple(
-                json.loads(line)["attempt"]
-                for line in (row.errors or "").split("\n")
-                if line
-            ),
+            tuple(json.loads(line)["attempt"] for line in (row.errors or "").split("\n") if line),
             row.failed_attempts,
             row.max_attempts,
             row.job_name.startswith("@internal:"),
@@ -375,10 +365,7 @@ def replicas(
         env = {**SETTINGS, "DATABASE_URL": database_url, "REDIS_URL": redis_url}
         ports = free_ports(count)
         urls = [f"http://127.0.0.1:{port}" for port in ports]
-        actors = [
-            Actor(directory / f"replica-{port}.log", serve, (port, env))
-            for port in ports
-        ]
+        actors = [Actor(directory / f"replica-{port}.log", serve, (port, env)) for port in ports]
         stack.enter_context(living(actors))
         for url in urls:
             assert wait_until(lambda url=url: bool(httpx.get(url)), START_SECONDS), url
@@ -411,9 +398,7 @@ def run(plan: Plan, directory: Path) -> Outcome:
     """Run it all, and judge what was written down."""
     with ExitStack() as stack:
         database_url = stack.enter_context(postgres_server())
-        hosts, urls = stack.enter_context(
-            replicas(directory, plan.replicas, database_url)
-        )
+        hosts, urls = stack.enter_context(replicas(directory, plan.replicas, database_url))
         # two users, so that nothing is allowed because one may do everything
         owner, submitter = register(urls[0], "owner"), register(urls[0], "submitter")
         workers = [
@@ -431,10 +416,7 @@ def run(plan: Plan, directory: Path) -> Outcome:
             for n in range(plan.workers)
         ]
         stack.enter_context(living(workers))
-        wait_until(
-            lambda: asyncio.run(count_workers(database_url)) >= plan.workers,
-            START_SECONDS,
-        )
+        wait_until(lambda: asyncio.run(count_workers(database_url)) >= plan.workers, START_SECONDS)
         chaos = Chaos(plan, workers, hosts)
         stop = threading.Event()
         pool, submitters = submitting(plan, directory, submitter, urls, stop)
@@ -481,9 +463,7 @@ def main() -> None:
             directory = tempfile.mkdtemp(prefix="history")
             out(f"written to {directory}\n")
         else:
-            directory = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="history")
-            )
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="history"))
         outcome = run(plan, Path(directory))
     for what, times in (outcome.done_to | outcome.figures).items():
         out(f"{times:8} {what}\n")

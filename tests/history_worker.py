@@ -59,9 +59,7 @@ class Replicas:
         self.raise_for_status = HostApi(urls[0], token=token).raise_for_status
         self.headers = {"Authorization": f"Bearer {token}"}
         # an answer that takes longer is one that is lost
-        self.http = httpx.Client(
-            timeout=8, event_hooks=history.recorded(record, rng, LOST)
-        )
+        self.http = httpx.Client(timeout=8, event_hooks=history.recorded(record, rng, LOST))
 
     @property
     def base_url(self) -> str:

@@ -107,17 +107,13 @@ class Load:
             if len(self.taken) % 5 == 0:
                 # in bounds: who submits waits now and then
                 url = f"/tasks/{self.taken[-1]}"
-                answer = await self.ask(
-                    at, "wait", "GET", url, headers={"Prefer": "wait=5"}
-                )
+                answer = await self.ask(at, "wait", "GET", url, headers={"Prefer": "wait=5"})
                 assert answer.status_code == 200, answer.text
         self._submitting -= 1
 
     async def register(self, at: int) -> str:
         job = {"category": "modifiers", "name": "Work", "schema": {}}
-        answer = await self.ask(
-            at, "register", "PUT", f"/rooms/{self.room}/jobs", json=job
-        )
+        answer = await self.ask(at, "register", "PUT", f"/rooms/{self.room}/jobs", json=job)
         return answer.json()["worker_id"]
 
     async def work(self, at: int, worker: str) -> None:
@@ -164,9 +160,7 @@ class Load:
         """Load every replica while the block runs, then work off what is left."""
         self.stopped = False
         async with AsyncExitStack() as stack:
-            self._clients = [
-                await stack.enter_async_context(host.client()) for host in self.hosts
-            ]
+            self._clients = [await stack.enter_async_context(host.client()) for host in self.hosts]
             async with anyio.create_task_group() as group:
                 for at in range(len(self.hosts)):
                     worker = await self.register(at)

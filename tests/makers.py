@@ -30,21 +30,15 @@ MAKERS = ("plain", "locked", "locked-memory", "strict", "postgres")
 SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 
 
-def make_session_maker(
-    name: str, engine: AsyncEngine
-) -> tuple[SessionMaker, Callable[[], bool]]:
+def make_session_maker(name: str, engine: AsyncEngine) -> tuple[SessionMaker, Callable[[], bool]]:
     """Return a maker, and a function that tells whether it has a session open."""
     base_maker = async_sessionmaker(engine)
     if name == "locked":
         # as hosts do that use SQLModel: it warns of its own `execute`
-        base_maker = async_sessionmaker(
-            engine, class_=SQLModelSession, expire_on_commit=False
-        )
+        base_maker = async_sessionmaker(engine, class_=SQLModelSession, expire_on_commit=False)
     connections = _count_connections(engine)
     if name == "strict":
-        return strict.strict_maker(base_maker), lambda: bool(
-            strict.open_sessions() or connections
-        )
+        return strict.strict_maker(base_maker), lambda: bool(strict.open_sessions() or connections)
     if name.startswith("locked"):
         db_lock = asyncio.Lock()
 
@@ -61,12 +55,8 @@ def make_session_maker(
 def _count_connections(engine: AsyncEngine) -> set[int]:
     """Return a set that holds the connections that are checked out."""
     out: set[int] = set()
-    event.listen(
-        engine.sync_engine, "checkout", lambda dbapi, record, proxy: out.add(id(record))
-    )
-    event.listen(
-        engine.sync_engine, "checkin", lambda dbapi, record: out.discard(id(record))
-    )
+    event.listen(engine.sync_engine, "checkout", lambda dbapi, record, proxy: out.add(id(record)))
+    event.listen(engine.sync_engine, "checkin", lambda dbapi, record: out.discard(id(record)))
     return out
 
 

@@ -130,9 +130,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
             yield f"{called(node)} left out", inner
         case ast.Raise() | ast.Expr(value=ast.Await() | ast.Call()):
             yield "does not happen", None
-        case ast.Dict(keys=keys) if keys and all(
-            isinstance(key, ast.Attribute) for key in keys
-        ):
+        case ast.Dict(keys=keys) if keys and all(isinstance(key, ast.Attribute) for key in keys):
             for n, key in enumerate(keys):
                 changed = copy.deepcopy(node)
                 del changed.keys[n], changed.values[n]

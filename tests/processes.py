@@ -33,9 +33,7 @@ SECRET = {"ZNDRAW_AUTH_SECRET_KEY": secrets.token_urlsafe()}
 
 
 async def until(
-    done: Callable[[], Any],
-    told: Callable[[], Any] = lambda: "in vain",
-    within: float = HANG,
+    done: Callable[[], Any], told: Callable[[], Any] = lambda: "in vain", within: float = HANG
 ) -> None:
     with anyio.move_on_after(within):
         while not done():
@@ -67,9 +65,7 @@ class Process:
         return self.popen.returncode
 
 
-def start(
-    *command: Any, log: Path, python: str = sys.executable, **env: str
-) -> Process:
+def start(*command: Any, log: Path, python: str = sys.executable, **env: str) -> Process:
     with log.open("wb") as output:
         popen = subprocess.Popen(
             [python, *map(str, command)],
@@ -114,11 +110,7 @@ class Host:
 
 @asynccontextmanager
 async def starting(
-    directory: Path,
-    *,
-    name: str = "host",
-    script: Path = DOCS / "host.py",
-    **env: str,
+    directory: Path, *, name: str = "host", script: Path = DOCS / "host.py", **env: str
 ) -> AsyncIterator[Process]:
     """Run a host, by default on a SQLite file; it ends in peace, unless it was killed."""
     settings = {

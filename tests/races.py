@@ -33,10 +33,7 @@ _seat: ContextVar[int | None] = ContextVar("seat", default=None)
 
 
 async def meet_before_writes(
-    engine: AsyncEngine,
-    hold: Hold,
-    *requests: Callable[[], Awaitable[Any]],
-    alone: bool,
+    engine: AsyncEngine, hold: Hold, *requests: Callable[[], Awaitable[Any]], alone: bool
 ) -> list[Any]:
     """Stop requests before their first write until all are there, and let them write.
 
@@ -69,9 +66,7 @@ async def meet_before_writes(
             arrived[at].set()
             await_only(turn[at].wait())
 
-    def after(
-        connection: Any, cursor: Any, sql: str, names: Any, context: Any, many: bool
-    ) -> None:
+    def after(connection: Any, cursor: Any, sql: str, names: Any, context: Any, many: bool) -> None:
         at = writing(context)
         if at is not None and not wrote[at].is_set():
             wrote[at].set()
@@ -163,9 +158,7 @@ Race = Callable[[Scene, int], Awaitable[None]]
 
 def links(worker: str) -> Hold:
     """Hold what goes after its worker is locked."""
-    return locking(
-        select(WorkerJobLink.job_id).where(WorkerJobLink.worker_id == UUID(worker))
-    )
+    return locking(select(WorkerJobLink.job_id).where(WorkerJobLink.worker_id == UUID(worker)))
 
 
 async def all_links(session: AsyncSession) -> None:
@@ -209,18 +202,16 @@ async def complete_and_cancel(scene: Scene, first: int) -> None:
     assert codes(answers) == [200, 409]
     stored = await read(scene.ada, task)
     # never the state of one and the result of the other
-    assert (stored["status"], stored["result"]) == (
-        ("completed", {"n": 1}),
-        ("cancelled", None),
-    )[first]
+    assert (stored["status"], stored["result"]) == (("completed", {"n": 1}), ("cancelled", None))[
+        first
+    ]
     await scene.hears(task, "pending", "claimed", "running", stored["status"])
 
 
 async def two_starts(scene: Scene, first: int) -> None:
     task = await scene.task(await scene.offer(), "claimed")
     starts = [
-        partial(report, user, task, "running", attempt=1)
-        for user in (scene.ada, scene.elsewhere)
+        partial(report, user, task, "running", attempt=1) for user in (scene.ada, scene.elsewhere)
     ]
     answers = await scene.meet(row(Task, task["id"]), *turned(starts, first))
     assert codes(answers) == [200, 200]
@@ -336,8 +327,7 @@ async def two_deletions(scene: Scene, first: int) -> None:
     worker = await scene.offer()
     task = await scene.task(worker, "running")
     deletions = [
-        partial(user.delete, f"/workers/{worker}")
-        for user in (scene.ada, scene.elsewhere)
+        partial(user.delete, f"/workers/{worker}") for user in (scene.ada, scene.elsewhere)
     ]
     answers = await scene.meet(row(Worker, worker), *turned(deletions, first))
     assert codes(answers) == [204, 404]
@@ -348,10 +338,7 @@ async def two_deletions(scene: Scene, first: int) -> None:
 
 
 async def two_registrations(scene: Scene, first: int) -> None:
-    offers = [
-        partial(steps.register, user, room=scene.room)
-        for user in (scene.ada, scene.bob)
-    ]
+    offers = [partial(steps.register, user, room=scene.room) for user in (scene.ada, scene.bob)]
     answers = await scene.meet(all_links, *turned(offers, first))
     assert codes(answers) == [201, 200]
     assert len({answer.json()["id"] for answer in answers}) == 1
@@ -408,8 +395,7 @@ async def two_submissions_under_a_key(scene: Scene, first: int) -> None:
     url, key = f"/rooms/{scene.room}/tasks/{scene.job}", {"Idempotency-Key": "k"}
     # keys are a user's own
     submissions = [
-        partial(user.post, url, json={}, headers=key)
-        for user in (scene.ada, scene.elsewhere)
+        partial(user.post, url, json={}, headers=key) for user in (scene.ada, scene.elsewhere)
     ]
     answers = await scene.meet(await scene.job_row(), *turned(submissions, first))
     assert codes(answers) == [202, 202]
@@ -473,9 +459,7 @@ async def register_and_delete_the_last(scene: Scene, first: int) -> None:
     assert (await scene.found())["workers"] == [answers[first]]
 
 
-async def _delete_the_last(
-    scene: Scene, first: int, worker: str, url: str, content: Any
-) -> None:
+async def _delete_the_last(scene: Scene, first: int, worker: str, url: str, content: Any) -> None:
     requests = [
         partial(scene.bob.post, url, json=content),
         partial(scene.ada.delete, f"/workers/{worker}"),
@@ -577,8 +561,7 @@ async def intact(scene: Scene) -> None:
         "ended tasks without an end, or the reverse": select(Task.id).where(
             Task.room_id == scene.room,
             or_(
-                and_(ended, Task.completed_at == null()),
-                and_(~ended, Task.completed_at != null()),
+                and_(ended, Task.completed_at == null()), and_(~ended, Task.completed_at != null())
             ),
         ),
     }

@@ -33,11 +33,7 @@ async def serve(asgi: Any, **options: Any) -> AsyncIterator[str]:
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(
-            asgi,
-            lifespan="off",
-            log_level="warning",
-            timeout_graceful_shutdown=3,
-            **options,
+            asgi, lifespan="off", log_level="warning", timeout_graceful_shutdown=3, **options
         )
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -12,14 +12,7 @@ from sqlalchemy import Executable, Select, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.exceptions import PROBLEM_JSON
-from zndraw_joblib.models import (
-    Job,
-    ProviderRecord,
-    Task,
-    Worker,
-    WorkerJobLink,
-    now,
-)
+from zndraw_joblib.models import Job, ProviderRecord, Task, Worker, WorkerJobLink, now
 
 JOB = "lab:modifiers:Rotate"
 BLOCKED = text("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted")
@@ -35,9 +28,7 @@ async def register(
     return await user.put(f"/rooms/{room}/jobs", json=body)
 
 
-async def offer(
-    user: User, name: str = "Rotate", room: str = "lab", **fields: Any
-) -> str:
+async def offer(user: User, name: str = "Rotate", room: str = "lab", **fields: Any) -> str:
     """Register a job and return the id of the worker that serves it."""
     answer = await register(user, name, room, **fields)
     assert answer.status_code in (200, 201), answer.text
@@ -165,7 +156,5 @@ async def silence(session_maker: SessionMaker, *workers: str) -> None:
     """Let an hour pass in which nothing was heard of workers."""
     await execute(
         session_maker,
-        update(Worker)
-        .where(Worker.id.in_(map(UUID, workers)))
-        .values(last_heartbeat=now(-3600)),
+        update(Worker).where(Worker.id.in_(map(UUID, workers))).values(last_heartbeat=now(-3600)),
     )

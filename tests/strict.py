@@ -162,9 +162,7 @@ def _await_chain(awaitable: Any) -> Iterator[FrameType]:
         else:
             # an async generator's step, or a coroutine's `__await__`, shows what it
             # runs to nobody but the garbage collector
-            awaitable = next(
-                (o for o in gc.get_referents(awaitable) if _is_running_code(o)), None
-            )
+            awaitable = next((o for o in gc.get_referents(awaitable) if _is_running_code(o)), None)
 
 
 def _is_running_code(o: Any) -> bool:

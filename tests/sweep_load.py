@@ -44,12 +44,7 @@ async def fall_silent(user: User, session_maker: SessionMaker) -> None:
     for first in range(0, WORKERS, AT_ONCE):
         ids = [uuid4() for _ in range(min(AT_ONCE, WORKERS - first))]
         tasks = [
-            {
-                **task,
-                "id": uuid4(),
-                "worker_id": worker,
-                "queue_order": first * TASKS_EACH + n,
-            }
+            {**task, "id": uuid4(), "worker_id": worker, "queue_order": first * TASKS_EACH + n}
             for n, worker in enumerate(ids * TASKS_EACH)
         ]
         async with session_maker() as session:

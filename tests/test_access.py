@@ -13,26 +13,10 @@ import pytest
 from conftest import PREFIX
 from fastapi import FastAPI
 from sqlalchemy import update
-from steps import (
-    claim,
-    execute,
-    move,
-    offer,
-    problem,
-    register,
-    report,
-    stored,
-    submit,
-)
+from steps import claim, execute, move, offer, problem, register, report, stored, submit
 from zndraw_auth import User as UserRow
 
-from zndraw_joblib import (
-    Action,
-    expel,
-    get_room_access,
-    request_hash,
-    verify_writable_room,
-)
+from zndraw_joblib import Action, expel, get_room_access, request_hash, verify_writable_room
 from zndraw_joblib.exceptions import Forbidden
 from zndraw_joblib.workers import RoomAccess
 
@@ -82,9 +66,7 @@ class Scene:
 
     async def read(self, user: httpx.AsyncClient) -> httpx.Response:
         """Read from the provider, whose worker answers as soon as it is asked."""
-        reading = asyncio.create_task(
-            user.get(f"/rooms/{self.room}/providers/{self.provider}")
-        )
+        reading = asyncio.create_task(user.get(f"/rooms/{self.room}/providers/{self.provider}"))
         # what was not asked for is dropped
         while not reading.done():
             await self.upload(self.owner)
@@ -97,15 +79,11 @@ class Scene:
         body = {"category": "modifiers", "name": uuid4().hex, "schema": {}, **fields}
         return await user.put(f"/rooms/{room or self.room}/{noun}", json=body)
 
-    async def report(
-        self, user: httpx.AsyncClient, before: str, status: str
-    ) -> httpx.Response:
+    async def report(self, user: httpx.AsyncClient, before: str, status: str) -> httpx.Response:
         await self.bring_to(before)
         return await user.patch(f"/tasks/{self.task['id']}", json={"status": status})
 
-    async def report_in_batch(
-        self, user: httpx.AsyncClient, status: str
-    ) -> httpx.Response:
+    async def report_in_batch(self, user: httpx.AsyncClient, status: str) -> httpx.Response:
         """Return the answer as if it were that of the one report in it."""
         await self.bring_to("running")
         reports = [{"id": self.task["id"], "status": status}]
@@ -135,30 +113,20 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("POST /workers", ""): lambda s, u: u.post("/workers"),
     ("GET /workers", ""): lambda s, u: u.get("/workers"),
     ("GET /limits", ""): lambda s, u: u.get("/limits"),
-    ("PATCH /workers/{worker_id}", "heartbeat"): lambda s, u: u.patch(
-        f"/workers/{s.worker}"
-    ),
+    ("PATCH /workers/{worker_id}", "heartbeat"): lambda s, u: u.patch(f"/workers/{s.worker}"),
     ("PATCH /workers/{worker_id}", "state"): lambda s, u: u.patch(
         f"/workers/{s.worker}", json={"state": "draining"}
     ),
     ("DELETE /workers/{worker_id}", ""): lambda s, u: u.delete(f"/workers/{s.worker}"),
-    ("GET /rooms/{room_id}/workers", ""): lambda s, u: u.get(
-        f"/rooms/{s.room}/workers"
-    ),
+    ("GET /rooms/{room_id}/workers", ""): lambda s, u: u.get(f"/rooms/{s.room}/workers"),
     ("PUT /rooms/{room_id}/jobs", ""): lambda s, u: s.offer(u, "jobs"),
-    ("PUT /rooms/{room_id}/jobs", "in `@global`"): lambda s, u: s.offer(
-        u, "jobs", "@global"
-    ),
-    ("PUT /rooms/{room_id}/jobs", "in `@internal`"): lambda s, u: s.offer(
-        u, "jobs", "@internal"
-    ),
+    ("PUT /rooms/{room_id}/jobs", "in `@global`"): lambda s, u: s.offer(u, "jobs", "@global"),
+    ("PUT /rooms/{room_id}/jobs", "in `@internal`"): lambda s, u: s.offer(u, "jobs", "@internal"),
     ("PUT /rooms/{room_id}/jobs", "with the owner's worker"): lambda s, u: s.offer(
         u, "jobs", worker_id=s.worker
     ),
     ("GET /rooms/{room_id}/jobs", ""): lambda s, u: u.get(f"/rooms/{s.room}/jobs"),
-    ("GET /rooms/{room_id}/jobs", "of `@global`"): lambda s, u: u.get(
-        "/rooms/@global/jobs"
-    ),
+    ("GET /rooms/{room_id}/jobs", "of `@global`"): lambda s, u: u.get("/rooms/@global/jobs"),
     ("GET /rooms/{room_id}/stats", ""): lambda s, u: u.get(f"/rooms/{s.room}/stats"),
     ("GET /rooms/{room_id}/jobs/{job_name}", ""): lambda s, u: u.get(
         f"/rooms/{s.room}/jobs/{s.job}"
@@ -172,36 +140,22 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("POST /rooms/{room_id}/tasks/{job_name}", ""): lambda s, u: u.post(
         f"/rooms/{s.room}/tasks/{s.job}", json={}
     ),
-    ("POST /rooms/{room_id}/tasks/{job_name}", "from another room"): lambda s, u: (
-        u.post(f"/rooms/open/tasks/{s.job}", json={})
+    ("POST /rooms/{room_id}/tasks/{job_name}", "from another room"): lambda s, u: u.post(
+        f"/rooms/open/tasks/{s.job}", json={}
     ),
     ("POST /rooms/{room_id}/batches/{job_name}", ""): lambda s, u: u.post(
         f"/rooms/{s.room}/batches/{s.job}", json={"tasks": [{}]}
     ),
     ("GET /rooms/{room_id}/tasks", ""): lambda s, u: u.get(f"/rooms/{s.room}/tasks"),
-    ("POST /tasks/claim", ""): lambda s, u: u.post(
-        "/tasks/claim", json={"worker_id": s.worker}
-    ),
+    ("POST /tasks/claim", ""): lambda s, u: u.post("/tasks/claim", json={"worker_id": s.worker}),
     ("GET /tasks/{task_id}", ""): lambda s, u: u.get(f"/tasks/{s.task['id']}"),
     ("POST /tasks/query", "404: `missing`"): lambda s, u: s.query(u),
-    ("PATCH /tasks", "outcome of `completed`"): lambda s, u: s.report_in_batch(
-        u, "completed"
-    ),
-    ("PATCH /tasks", "outcome of `cancelled`"): lambda s, u: s.report_in_batch(
-        u, "cancelled"
-    ),
-    ("PATCH /tasks/{task_id}", "`running`"): lambda s, u: s.report(
-        u, "claimed", "running"
-    ),
-    ("PATCH /tasks/{task_id}", "`completed`"): lambda s, u: s.report(
-        u, "running", "completed"
-    ),
-    ("PATCH /tasks/{task_id}", "`failed`"): lambda s, u: s.report(
-        u, "running", "failed"
-    ),
-    ("PATCH /tasks/{task_id}", "`cancelled`"): lambda s, u: s.report(
-        u, "running", "cancelled"
-    ),
+    ("PATCH /tasks", "outcome of `completed`"): lambda s, u: s.report_in_batch(u, "completed"),
+    ("PATCH /tasks", "outcome of `cancelled`"): lambda s, u: s.report_in_batch(u, "cancelled"),
+    ("PATCH /tasks/{task_id}", "`running`"): lambda s, u: s.report(u, "claimed", "running"),
+    ("PATCH /tasks/{task_id}", "`completed`"): lambda s, u: s.report(u, "running", "completed"),
+    ("PATCH /tasks/{task_id}", "`failed`"): lambda s, u: s.report(u, "running", "failed"),
+    ("PATCH /tasks/{task_id}", "`cancelled`"): lambda s, u: s.report(u, "running", "cancelled"),
     ("POST /tasks/{task_id}/retry", ""): lambda s, u: s.retry(u),
     ("PUT /rooms/{room_id}/providers", ""): lambda s, u: s.offer(u, "providers"),
     ("PUT /rooms/{room_id}/providers", "in the owner's place"): lambda s, u: s.offer(
@@ -213,21 +167,16 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("PUT /rooms/{room_id}/providers", "in `@internal`"): lambda s, u: s.offer(
         u, "providers", "@internal"
     ),
-    ("GET /rooms/{room_id}/providers", ""): lambda s, u: u.get(
-        f"/rooms/{s.room}/providers"
-    ),
+    ("GET /rooms/{room_id}/providers", ""): lambda s, u: u.get(f"/rooms/{s.room}/providers"),
     ("GET /rooms/{room_id}/providers/{provider_name}/info", ""): lambda s, u: u.get(
         f"/rooms/{s.room}/providers/{s.provider}/info"
     ),
     ("GET /rooms/{room_id}/providers/{provider_name}", ""): lambda s, u: s.read(u),
-    (
-        "GET /rooms/{room_id}/providers/{provider_name}",
-        "from another room",
-    ): lambda s, u: u.get(f"/rooms/open/providers/{s.provider}"),
-    ("POST /providers/{provider_id}/results", ""): lambda s, u: s.upload(u),
-    ("DELETE /providers/{provider_id}", ""): lambda s, u: u.delete(
-        f"/providers/{s.provider_id}"
+    ("GET /rooms/{room_id}/providers/{provider_name}", "from another room"): lambda s, u: u.get(
+        f"/rooms/open/providers/{s.provider}"
     ),
+    ("POST /providers/{provider_id}/results", ""): lambda s, u: s.upload(u),
+    ("DELETE /providers/{provider_id}", ""): lambda s, u: u.delete(f"/providers/{s.provider_id}"),
 }
 
 
@@ -249,9 +198,7 @@ async def users(app: FastAPI, client, admin, register, session_maker) -> dict[st
         users[role] = await register(role)
     users["superuser"] = admin
     inactive = UserRow.id == users["inactive"].id
-    await execute(
-        session_maker, update(UserRow).where(inactive).values(is_active=False)
-    )
+    await execute(session_maker, update(UserRow).where(inactive).values(is_active=False))
     members = {users[role].id for role in ("member", "submitter", "owner")}
 
     async def may_enter(session: Any, caller: Any, room_id: str) -> bool:
@@ -339,9 +286,7 @@ async def test_the_host_is_told_what_it_is_asked_for(app, ada, bob, admin):
             assert answer.is_success or answer.status_code in (403, 404)
 
 
-async def test_a_room_that_is_archived_takes_nothing(
-    app, ada, bob, admin, session_maker
-):
+async def test_a_room_that_is_archived_takes_nothing(app, ada, bob, admin, session_maker):
     """Each route that writes asks for that room; refused, it leaves nothing."""
     scene = Scene("lab", {"owner": ada, "submitter": bob})
     await scene.set_up()
@@ -397,9 +342,7 @@ async def test_who_lost_a_room_retries_nothing_there(app, ada, bob, admin):
     assert (await bob.post(retry)).status_code == 202
 
 
-async def test_who_is_expelled_serves_nothing_there(
-    ada, bob, session_maker, tsio, events
-):
+async def test_who_is_expelled_serves_nothing_there(ada, bob, session_maker, tsio, events):
     """What is elsewhere stays, and so does what others offer in the room."""
     worker = await offer(bob)
     await register(bob, "Alone", worker_id=worker)

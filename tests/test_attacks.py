@@ -293,9 +293,7 @@ async def send(client: httpx.AsyncClient, asked: Request) -> httpx.Response:
     if asked.json is not None:
         content = json.dumps(asked.json, separators=(",", ":")).encode()
         headers["Content-Type"] = "application/json"
-    return await client.request(
-        asked.method, asked.path, content=content, headers=headers
-    )
+    return await client.request(asked.method, asked.path, content=content, headers=headers)
 
 
 @pytest.mark.timeout(400)
@@ -305,21 +303,14 @@ async def test_nobody_waits_for_what_another_sends(tmp_path: Path):
     for n, (name, sent) in enumerate(SUBMISSIONS.items()):
         job = {**NEW, "name": f"J{n}", "schema": sent.schema}
         attacks[f"schema of {name}"] = Request("PUT", JOBS, job, answered=201)
-        path, payload = (
-            f"/rooms/lab/tasks/lab:modifiers:J{n}",
-            {"payload": sent.payload},
-        )
+        path, payload = (f"/rooms/lab/tasks/lab:modifiers:J{n}", {"payload": sent.payload})
         attacks[name] = Request("POST", path, payload, answered=sent.answered)
     noticed: list[str] = []
     many = {
         "ZNDRAW_JOBLIB_MAX_TASKS_PER_USER": "100000",
         "ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "600",
     }
-    async with (
-        hosting(tmp_path, **many) as host,
-        host.client() as ada,
-        host.client() as bob,
-    ):
+    async with hosting(tmp_path, **many) as host, host.client() as ada, host.client() as bob:
         bystander = Bystander(bob, host.process.popen.pid)
         await ada.put(JOBS, json={**NEW, "name": "Attacked"})
         for name, asked in attacks.items():
@@ -347,11 +338,7 @@ async def test_nobody_waits_for_many_large_tasks(tmp_path: Path):
     """What names many tasks at once is answered in a size that nobody notices."""
     noticed: list[str] = []
     keeping = {"ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "600"}
-    async with (
-        hosting(tmp_path, **keeping) as host,
-        host.client() as ada,
-        host.client() as bob,
-    ):
+    async with hosting(tmp_path, **keeping) as host, host.client() as ada, host.client() as bob:
         bystander = Bystander(bob, host.process.popen.pid)
         job = (await ada.put(JOBS, json={**NEW, "name": "Attacked"})).json()
         worker = job["worker_id"]
@@ -371,9 +358,7 @@ async def test_nobody_waits_for_many_large_tasks(tmp_path: Path):
             "a lost worker": Request("DELETE", f"/workers/{worker}", answered=204),
         }.items():
             if name == "a heartbeat":
-                told["tasks"] = [
-                    {"id": task["id"], "attempt": 1, "progress": 0.5} for task in held
-                ]
+                told["tasks"] = [{"id": task["id"], "attempt": 1, "progress": 0.5} for task in held]
             async with bystander.watching():
                 answer = await send(ada, asked)
             assert answer.status_code == asked.answered, answer.text[:300]

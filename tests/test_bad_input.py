@@ -13,17 +13,7 @@ import httpx
 import pytest
 from conftest import User
 from makers import SessionMaker
-from steps import (
-    JOB,
-    claim,
-    offer,
-    problem,
-    read,
-    register,
-    report,
-    stored,
-    submit,
-)
+from steps import JOB, claim, offer, problem, read, register, report, stored, submit
 
 from zndraw_joblib.exceptions import PROBLEM_JSON
 
@@ -219,8 +209,7 @@ async def test_no_names(ada, scene, path):
 
 
 @pytest.mark.parametrize(
-    "room",
-    ["a@b", "@", "@lab", "@global ", "a:b", ":", "a%00", "%0A", "r" * 256, "%7F"],
+    "room", ["a@b", "@", "@lab", "@global ", "a:b", ":", "a%00", "%0A", "r" * 256, "%7F"]
 )
 async def test_no_rooms(ada, admin, scene, room):
     worker = {"category": "modifiers", "name": "New", "schema": {}}
@@ -244,8 +233,7 @@ async def test_no_rooms(ada, admin, scene, room):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["lab:modifiers:%00", "lab:%00:Rotate", "%00:modifiers:Rotate", "%ff%fe", "%"],
+    "name", ["lab:modifiers:%00", "lab:%00:Rotate", "%00:modifiers:Rotate", "%ff%fe", "%"]
 )
 async def test_no_full_names(ada, scene, name):
     for path in (f"jobs/{name}", f"jobs/{name}/tasks"):
@@ -267,9 +255,7 @@ async def test_no_ids(ada, scene):
             body = {"status": "running"} if path == "/tasks/" else {}
             answer = await ada.request(method, path + quote(bad, "%"), json=body)
             await scene.refuses(answer, 422)
-        await scene.refuses(
-            await ada.post("/tasks/claim", json={"worker_id": bad}), 422
-        )
+        await scene.refuses(await ada.post("/tasks/claim", json={"worker_id": bad}), 422)
         await scene.refuses(await register(ada, "New", worker_id=bad), 422)
 
 
@@ -384,9 +370,7 @@ async def test_no_bodies(ada, scene):
 
 
 @pytest.mark.parametrize("length_is_said", [True, False])
-async def test_a_body_above_the_limit_is_not_read_to_its_end(
-    app, ada, scene, length_is_said
-):
+async def test_a_body_above_the_limit_is_not_read_to_its_end(app, ada, scene, length_is_said):
     app.state.joblib_settings.max_payload_bytes = 1000
     read_by_the_host = 0
 
@@ -412,9 +396,7 @@ async def test_a_schema_cannot_make_a_payload_cost_for_ever(ada, scene):
     """Each of them doubles what is to be looked at, over and over."""
 
     def chain(keyword):
-        step = {
-            f"a{n}": {keyword: [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)
-        }
+        step = {f"a{n}": {keyword: [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)}
         return {"$defs": {**step, "a60": {"type": "object"}}, "$ref": "#/$defs/a0"}
 
     node = {"properties": {"a": {"$ref": "#/$defs/n"}}}
@@ -428,9 +410,7 @@ async def test_a_schema_cannot_make_a_payload_cost_for_ever(ada, scene):
         if answer.status_code == 422:
             continue
         nested = json.loads('{"a":' * 150 + "1" + "}" * 150)
-        task = await ada.post(
-            "/rooms/lab/tasks/lab:modifiers:New", json={"payload": nested}
-        )
+        task = await ada.post("/rooms/lab/tasks/lab:modifiers:New", json={"payload": nested})
         assert task.status_code in (202, 422)
         if task.status_code == 202:
             await report(ada, task.json(), "cancelled")
@@ -454,9 +434,7 @@ async def test_what_went_wrong_does_not_come_back(ada, scene):
     schema = {"properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     worker = await offer(ada, "Strict", schema=schema)
     for payload in ({"a": long}, {long: 1}, {f"k{n}": n for n in range(5000)}):
-        answer = await ada.post(
-            "/rooms/lab/tasks/lab:modifiers:Strict", json={"payload": payload}
-        )
+        answer = await ada.post("/rooms/lab/tasks/lab:modifiers:Strict", json={"payload": payload})
         assert len(answer.content) < 10_000
         problem(answer, 422, "payload-mismatch")
     await ada.delete(f"/workers/{worker}")

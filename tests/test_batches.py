@@ -8,18 +8,7 @@ from uuid import uuid4
 import anyio
 import pytest
 from sqlalchemy import event
-from steps import (
-    JOB,
-    at_once,
-    claim,
-    move,
-    offer,
-    problem,
-    read,
-    report,
-    stored,
-    submit,
-)
+from steps import JOB, at_once, claim, move, offer, problem, read, report, stored, submit
 from taskiq import InMemoryBroker
 
 from zndraw_joblib import get_room_access, register_internal_jobs
@@ -30,9 +19,7 @@ BATCH = f"/rooms/lab/batches/{JOB}"
 
 
 async def submit_many(user: Any, *tasks: Any, job: str = JOB, **options: Any) -> Any:
-    answer = await user.post(
-        f"/rooms/lab/batches/{job}", json={"tasks": list(tasks)}, **options
-    )
+    answer = await user.post(f"/rooms/lab/batches/{job}", json={"tasks": list(tasks)}, **options)
     assert answer.status_code == 202, answer.text
     return answer.json()["ids"]
 
@@ -84,9 +71,7 @@ async def test_a_batch_is_many_submissions_told_once_to_workers(ada, events):
     assert [t["id"] for t in claimed] == [ids[1], ids[4], waiting["id"], ids[0], ids[3]]
 
 
-async def test_a_batch_is_submitted_as_a_whole_or_not_at_all(
-    ada, events, session_maker
-):
+async def test_a_batch_is_submitted_as_a_whole_or_not_at_all(ada, events, session_maker):
     await offer(ada, schema=NUMBER)
     events.clear()
     tasks: list[Any] = [{"payload": {"n": n}} for n in range(20)]
@@ -94,10 +79,7 @@ async def test_a_batch_is_submitted_as_a_whole_or_not_at_all(
     tasks[3] = {"payload": {"n": 0.5}}
     answer = await ada.post(BATCH, json={"tasks": tasks})
     errors = problem(answer, 422, "payload-mismatch")["errors"]
-    assert [e["pointer"] for e in errors] == [
-        "/body/tasks/3/payload/n",
-        "/body/tasks/17/payload/n",
-    ]
+    assert [e["pointer"] for e in errors] == ["/body/tasks/3/payload/n", "/body/tasks/17/payload/n"]
     tasks = [{}, {"priority": 10**6}]
     answer = await ada.post(BATCH, json={"tasks": tasks})
     (error,) = problem(answer, 422, "invalid-request")["errors"]
@@ -154,12 +136,8 @@ async def test_a_batch_for_the_broker(app, ada, session_maker, events, hangs):
     patience = 0.5 if hangs else 30
     app.state.joblib_settings = JobLibSettings(dispatch_timeout_seconds=patience)
     broker = Broker(await_inplace=True)
-    await register_internal_jobs(
-        app, broker, [Echo], executor=execute, session_maker=session_maker
-    )
-    answer = await ada.post(
-        f"/rooms/lab/batches/{job}", json={"tasks": [{}, {"delay_seconds": 1}]}
-    )
+    await register_internal_jobs(app, broker, [Echo], executor=execute, session_maker=session_maker)
+    answer = await ada.post(f"/rooms/lab/batches/{job}", json={"tasks": [{}, {"delay_seconds": 1}]})
     (error,) = problem(answer, 422, "invalid-request")["errors"]
     assert error["pointer"] == "/body/tasks/1/delay_seconds"
     with anyio.fail_after(30):
@@ -169,9 +147,7 @@ async def test_a_batch_for_the_broker(app, ada, session_maker, events, hangs):
     if hangs:
         assert taken == ids[:1]
         assert tasks[0]["status"] == "running"
-        assert {(t["status"], t["error_type"]) for t in tasks[1:]} == {
-            ("failed", "dispatch")
-        }
+        assert {(t["status"], t["error_type"]) for t in tasks[1:]} == {("failed", "dispatch")}
     else:
         assert taken == ids
         assert {(t["status"], t["attempt"]) for t in tasks} == {("running", 1)}
@@ -337,9 +313,7 @@ async def test_a_worker_that_goes_while_it_reports(ada):
         ids = await submit_many(ada, *[{}] * 8)
         await claim(ada, worker, max_tasks=8, start=True)
         reports = [{"id": id_, "status": "completed"} for id_ in ids]
-        outcomes, gone = await at_once(
-            report_many(ada, *reports), ada.delete(f"/workers/{worker}")
-        )
+        outcomes, gone = await at_once(report_many(ada, *reports), ada.delete(f"/workers/{worker}"))
         assert gone.status_code == 204
         (code,) = {outcome["status"] for outcome in outcomes}
         left = {task["status"] for task in await read_many(ada, ids)}
@@ -369,9 +343,7 @@ async def test_waiting_for_many(app, ada, bob):
 
     async def work() -> None:
         # the last of them ends first
-        for n, task in enumerate(
-            reversed(await claim(ada, worker, max_tasks=6, start=True))
-        ):
+        for n, task in enumerate(reversed(await claim(ada, worker, max_tasks=6, start=True))):
             await anyio.sleep(0.05)
             assert not answered, n
             await report(ada, task, "completed", result=n)
@@ -380,9 +352,7 @@ async def test_waiting_for_many(app, ada, bob):
     async with anyio.create_task_group() as group:
         group.start_soon(work)
         with anyio.fail_after(20):
-            answer = await bob.post(
-                "/tasks/query", json=asked, headers={"Prefer": "wait=60"}
-            )
+            answer = await bob.post("/tasks/query", json=asked, headers={"Prefer": "wait=60"})
             answered.append(answer)
     assert answer.headers["preference-applied"] == "wait=60"
     results = {t["id"]: t["result"] for t in answer.json()["tasks"]}

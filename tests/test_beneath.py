@@ -70,9 +70,7 @@ async def test_all_of_it_works_beneath_a_path(
         try:
             await run_sync(lambda: manager.register(Double, room="lab"))
             await run_sync(
-                lambda: manager.register_provider(
-                    Count, name="count", handler=[3], room="lab"
-                )
+                lambda: manager.register_provider(Count, name="count", handler=[3], room="lab")
             )
             assert manager.tsio.connected
             tasks = f"{base}/v1/joblib/rooms/lab/tasks"
@@ -86,9 +84,7 @@ async def test_all_of_it_works_beneath_a_path(
             page = await http.get(tasks, params={"limit": 1})
             beyond = await http.get(httpx.URL(url).join(page.links["next"]["url"]))
             assert beyond.json()["items"][0]["payload"] == {"number": 1}
-            read = await http.get(
-                f"{base}/v1/joblib/rooms/lab/providers/lab:files:count"
-            )
+            read = await http.get(f"{base}/v1/joblib/rooms/lab/providers/lab:files:count")
             assert (read.status_code, read.json()) == (200, [3])
         finally:
             await run_sync(manager.disconnect)

@@ -125,9 +125,7 @@ async def test_a_lost_answer_loses_no_task(ada, events):
 async def test_how_many_can_be_asked_for(ada, most):
     worker = await offer(ada)
     task = await submit(ada)
-    answer = await ada.post(
-        "/tasks/claim", json={"worker_id": worker, "max_tasks": most}
-    )
+    answer = await ada.post("/tasks/claim", json={"worker_id": worker, "max_tasks": most})
     problem(answer, 422, "invalid-request")
     assert (await read(ada, task))["status"] == "pending"
 
@@ -151,11 +149,7 @@ async def in_turn(session_maker, jobs, most):
     everybody = found.all()
 
     def place(row):
-        alike = [
-            r
-            for r in everybody
-            if (r.job_name, r.priority) == (row.job_name, row.priority)
-        ]
+        alike = [r for r in everybody if (r.job_name, r.priority) == (row.job_name, row.priority)]
         queued = [r.queue_order for r in alike if r.available_at is None]
         if row.available_at is None:
             return row.queue_order, row.id
@@ -242,9 +236,7 @@ async def test_a_queue_that_never_empties_starves_no_other(ada, session_maker, h
         # of a queue that is never empty the places fall behind the clock
         behind = TASK.c.queue_order - TASK.c.priority - 10**12
         busy = TASK.c.job_name == ROTATE, TASK.c.queue_order > 10**15
-        await execute(
-            session_maker, update(TASK).where(*busy).values(queue_order=behind)
-        )
+        await execute(session_maker, update(TASK).where(*busy).values(queue_order=behind))
 
     for _ in range(3):
         await more()
@@ -275,9 +267,7 @@ async def test_a_waiting_claim_is_woken_for_the_jobs_that_it_names(app, ada):
 
     async def wait_for(job):
         answer = await ada.post(
-            "/tasks/claim",
-            json={"worker_id": worker, "jobs": [job]},
-            headers={"Prefer": "wait=20"},
+            "/tasks/claim", json={"worker_id": worker, "jobs": [job]}, headers={"Prefer": "wait=20"}
         )
         return ids(answer.json()["tasks"])
 
@@ -285,9 +275,7 @@ async def test_a_waiting_claim_is_woken_for_the_jobs_that_it_names(app, ada):
         await anyio.sleep(0.5)
         return ids([await submit(ada, job) for job in (ROTATE, SCALE)])
 
-    scale, rotate, tasks = await at_once(
-        wait_for(SCALE), wait_for(ROTATE), submit_both()
-    )
+    scale, rotate, tasks = await at_once(wait_for(SCALE), wait_for(ROTATE), submit_both())
     assert [*rotate, *scale] == tasks
     body = {"worker_id": worker, "jobs": []}
     problem(await ada.post("/tasks/claim", json=body), 422, "invalid-request")
@@ -304,9 +292,7 @@ async def heard(session_maker, worker):
 
 @pytest.mark.parametrize("keyed", [False, True])
 @pytest.mark.parametrize("waiting", [False, True])
-async def test_a_claim_is_a_heartbeat_where_one_is_due(
-    app, ada, session_maker, waiting, keyed
-):
+async def test_a_claim_is_a_heartbeat_where_one_is_due(app, ada, session_maker, waiting, keyed):
     # one is due after a sixtieth of it
     app.state.joblib_settings.worker_timeout_seconds = 6000
     worker = await offer(ada)

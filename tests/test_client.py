@@ -151,9 +151,7 @@ class Meddler:
     ) -> None:
         body = b"" if status in (204, 304) else body
         headers = [(b"content-type", kind.encode()), *headers] if kind else [*headers]
-        await send(
-            {"type": "http.response.start", "status": status, "headers": headers}
-        )
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     def count(self, method: str, path: str) -> int:
@@ -261,16 +259,10 @@ async def test_whatever_a_task_does_the_next_one_is_run(make: MakeManager, ada: 
     assert (await ended(ada, tasks[""]))["status"] == "completed"
 
 
-async def test_a_task_of_an_unknown_job_is_failed(
-    make: MakeManager, ada: Any, admin: Any
-):
+async def test_a_task_of_an_unknown_job_is_failed(make: MakeManager, ada: Any, admin: Any):
     manager = make(execute=lambda task: None)
     await run_sync(manager.register, Work)
-    stranger = {
-        "category": "analysis",
-        "name": "Else",
-        "worker_id": str(manager.worker_id),
-    }
+    stranger = {"category": "analysis", "name": "Else", "worker_id": str(manager.worker_id)}
     await admin.put("/rooms/@global/jobs", json={**stranger, "max_attempts": 5})
     answer = await ada.post(f"/rooms/{ROOM}/tasks/@global:analysis:Else", json={})
     task = await ended(ada, answer.json()["id"])
@@ -309,9 +301,7 @@ async def test_policy_of_a_job(make: MakeManager, ada: Any):
 # --- cancels and progress ---
 
 
-async def test_a_cancel_stops_the_running_task_without_websocket(
-    make: MakeManager, ada: Any
-):
+async def test_a_cancel_stops_the_running_task_without_websocket(make: MakeManager, ada: Any):
     running, stopped = threading.Event(), threading.Event()
 
     def execute(task: ClaimedTask) -> None:
@@ -336,9 +326,7 @@ async def test_a_cancel_stops_the_running_task_without_websocket(
     assert (await ended(ada, task))["status"] == "cancelled"
 
 
-async def test_a_cancelled_claim_is_not_run(
-    make: MakeManager, ada: Any, meddler: Meddler
-):
+async def test_a_cancelled_claim_is_not_run(make: MakeManager, ada: Any, meddler: Meddler):
     ran: list[str] = []
     manager = make(execute=lambda task: ran.append(task.task_id))
     cancelled = anyio.Event()
@@ -349,9 +337,7 @@ async def test_a_cancelled_claim_is_not_run(
             cancelled.set()
 
     meddler.lose = lambda method, path, body: (
-        cancel_claimed(body)
-        if path == "/tasks/claim" and not cancelled.is_set()
-        else None
+        cancel_claimed(body) if path == "/tasks/claim" and not cancelled.is_set() else None
     )
     await run_sync(manager.register, Work)
     first = await submit(ada)
@@ -417,9 +403,7 @@ async def test_lost_answers_lose_no_task_and_run_none_twice(
     assert total == 2, "a submission whose answer got lost was made twice"
 
 
-async def test_a_report_outlives_a_restart(
-    make: MakeManager, ada: Any, meddler: Meddler
-):
+async def test_a_report_outlives_a_restart(make: MakeManager, ada: Any, meddler: Meddler):
     refused: list[str] = []
 
     def refuse(method: str, path: str) -> int | None:
@@ -442,9 +426,7 @@ async def test_a_host_that_stays_away_is_given_up(make: MakeManager, meddler: Me
         await run_sync(make(max_startup_retries=1).register, Work)
     assert meddler.count("POST", "/workers") == 2
     meddler.refuse = lambda *_: None
-    manager = make(
-        execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=0.5
-    )
+    manager = make(execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=0.5)
     await run_sync(manager.register, Work)
     meddler.refuse = lambda *_: 503
     with pytest.raises(ConnectionError):
@@ -482,14 +464,9 @@ async def test_a_refused_token_is_asked_for_anew(
     make: MakeManager, url: str, app: Any, register: Any
 ):
     manager = JobManager.connect(
-        url,
-        user=AUTH_SETTINGS.default_admin_email,
-        password=PASSWORD,
-        execute=lambda task: "done",
+        url, user=AUTH_SETTINGS.default_admin_email, password=PASSWORD, execute=lambda task: "done"
     )
-    stuck = make(
-        execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=1
-    )
+    stuck = make(execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=1)
     await run_sync(manager.register, Work)
     await run_sync(stuck.register, Work)
     # every token given out so far is void
@@ -562,11 +539,7 @@ NOT_THE_HOSTS: list[tuple[int, str, bytes]] = [
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 async def test_only_the_hosts_answers_are_verdicts(
-    make: MakeManager,
-    ada: Any,
-    meddler: Meddler,
-    monkeypatch: pytest.MonkeyPatch,
-    concurrency: int,
+    make: MakeManager, ada: Any, meddler: Meddler, monkeypatch: pytest.MonkeyPatch, concurrency: int
 ):
     """Every request of a task's life meets each of these answers."""
     monkeypatch.setattr(client_transport, "LONGEST_DELAY_SECONDS", 0.01)
@@ -587,9 +560,7 @@ async def test_only_the_hosts_answers_are_verdicts(
     meddler.refuse = refuse
     ids = await run_sync(lambda: submitter.submit_many([Work(), Work()], ROOM))
     ended = await run_sync(submitter.wait_all, ids, 3 * HANG)
-    assert [(t.status.value, t.result, t.attempt) for t in ended] == [
-        ("completed", "kept", 1)
-    ] * 2
+    assert [(t.status.value, t.result, t.attempt) for t in ended] == [("completed", "kept", 1)] * 2
     assert {kind for kind, left in wrong.items() if not left} >= {
         "POST /tasks/claim", "PATCH /tasks/ID",
         f"POST /rooms/{ROOM}/batches/{JOB}", "POST /tasks/query",
@@ -597,17 +568,13 @@ async def test_only_the_hosts_answers_are_verdicts(
     assert (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"] == 2
 
 
-async def test_a_worker_reads_what_later_hosts_say(
-    make: MakeManager, ada: Any, meddler: Meddler
-):
+async def test_a_worker_reads_what_later_hosts_say(make: MakeManager, ada: Any, meddler: Meddler):
     def change(body: bytes) -> bytes:
         body = body.replace(b'"error_type":null', b'"error_type":"eaten"')
         body = body.replace(b'"desired_state":"active"', b'"desired_state":"resting"')
         return body.replace(b'"errors":[]', b'"errors":[{"new":1}],"waiting_for":[]')
 
-    meddler.change = lambda method, path, body: (
-        change(body) if "claim" in path else body
-    )
+    meddler.change = lambda method, path, body: change(body) if "claim" in path else body
     manager = make(execute=lambda task: task.attempt)
     await run_sync(manager.register, Work)
     assert (await ended(ada, await submit(ada)))["result"] == 1
@@ -635,9 +602,7 @@ async def test_what_can_never_get_through_is_told_as_a_failure(
     assert manager.worker_id is not None
 
 
-async def test_a_host_that_is_busy_is_not_away(
-    make: MakeManager, ada: Any, meddler: Meddler
-):
+async def test_a_host_that_is_busy_is_not_away(make: MakeManager, ada: Any, meddler: Meddler):
     asked: list[float] = []
 
     def refuse(method: str, path: str) -> Any:
@@ -647,9 +612,7 @@ async def test_a_host_that_is_busy_is_not_away(
         return (429, *HTML, [(b"retry-after", b"1")])
 
     meddler.refuse = refuse
-    manager = make(
-        execute=lambda task: "done", max_unreachable_seconds=0.1, polling_interval=0.01
-    )
+    manager = make(execute=lambda task: "done", max_unreachable_seconds=0.1, polling_interval=0.01)
     await run_sync(manager.register, Work)
     assert (await ended(ada, await submit(ada)))["result"] == "done"
     assert len(asked) == 3
@@ -676,9 +639,7 @@ async def test_a_login_that_comes_back_keeps_the_result(
 async def test_giving_up_is_one_clear_error(
     make: MakeManager, meddler: Meddler, caplog: pytest.LogCaptureFixture
 ):
-    manager = make(
-        execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=1
-    )
+    manager = make(execute=lambda task: None, heartbeat_interval=0.1, max_unreachable_seconds=1)
     await run_sync(manager.register, Work)
     meddler.refuse = lambda *_: (301, *HTML, [(b"location", b"https://there/")])
     with pytest.raises(ConnectionError, match=r"gave up: .*https://there/") as given_up:
@@ -784,9 +745,7 @@ async def test_wait_runs_what_has_no_execute(make: MakeManager, ada: Any):
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
-async def test_a_log_that_raises_decides_nothing(
-    make: MakeManager, ada: Any, concurrency: int
-):
+async def test_a_log_that_raises_decides_nothing(make: MakeManager, ada: Any, concurrency: int):
     class Broken(logging.Handler):
         def emit(self, record: Any) -> None:
             raise RuntimeError("the log server is away")
@@ -864,9 +823,7 @@ def test_one_reading_of_the_proxies(
     assert proxy_for(httpx.URL(f"http://{host}:8000")) == proxy
 
 
-def test_a_proxy_or_an_authority_that_is_no_good_is_named(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_a_proxy_or_an_authority_that_is_no_good_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALL_PROXY", "gopher://p:1")
     with pytest.raises(ValueError, match="ALL_PROXY"):
         HostApi("http://host", token="x")
@@ -915,8 +872,7 @@ manager.disconnect()
 
 async def test_a_fork_has_a_client_of_its_own_or_none(url: str, admin: Any):
     run = await anyio.run_process(
-        [sys.executable, "-c", FORK, url, admin.token, os.path.dirname(__file__)],
-        check=False,
+        [sys.executable, "-c", FORK, url, admin.token, os.path.dirname(__file__)], check=False
     )
     assert (run.stdout, run.returncode) == (b"worked fork fork fork ", 0), run.stderr
 
@@ -936,9 +892,7 @@ async def test_at_rest_there_is_one_request_that_waits(
     assert meddler.bodies[1:] == [{"worker_id": worker}]
 
 
-async def test_a_host_that_does_not_wait_is_polled(
-    make: MakeManager, ada: Any, meddler: Meddler
-):
+async def test_a_host_that_does_not_wait_is_polled(make: MakeManager, ada: Any, meddler: Meddler):
     meddler.forget_prefer = True
     manager = make(execute=lambda task: None, polling_interval=0.2)
     await run_sync(manager.register, Work)
@@ -1007,9 +961,7 @@ async def test_many_tasks_take_few_requests(
             assert (task.result, task.attempt) == ({"what": str(n)}, 1)
     assert sorted(ran, key=int) == [str(n) for n in range(number)]
     assert (await ada.get(f"/rooms/{ROOM}/tasks")).json()["total"] == number
-    singles = [
-        r for r in meddler.requests if re.fullmatch("/tasks/[0-9a-f-]{36}", r[1])
-    ]
+    singles = [r for r in meddler.requests if re.fullmatch("/tasks/[0-9a-f-]{36}", r[1])]
     batches = meddler.count("POST", f"/rooms/{ROOM}/batches/{JOB}")
     if old:
         # what a host lacks it is not asked for again and again
@@ -1154,17 +1106,13 @@ async def relay(url: str) -> AsyncIterator[tuple[str, Relay]]:
         between.cut()
 
 
-async def test_rooms_are_joined_again_after_a_reconnect(
-    url: str, admin: Any, ada: Any, tsio: Any
-):
+async def test_rooms_are_joined_again_after_a_reconnect(url: str, admin: Any, ada: Any, tsio: Any):
     def listeners() -> list[str]:
         rooms = tsio.manager.rooms.get("/", {})
         return list(rooms.get(f"jobs:{JOB}", {}))
 
     async with relay(url) as (relayed, between):
-        manager = JobManager.connect(
-            relayed, token=admin.token, execute=lambda task: None
-        )
+        manager = JobManager.connect(relayed, token=admin.token, execute=lambda task: None)
         await run_sync(manager.register, Work)
         await until(listeners)
         first = listeners()
@@ -1264,9 +1212,7 @@ async def test_a_heartbeat_tells_what_to_stop(
         tasks[0].raise_if_cancelled()
 
 
-async def test_an_earlier_run_of_a_task_is_told_to_stop(
-    make: MakeManager, ada: Any, admin: Any
-):
+async def test_an_earlier_run_of_a_task_is_told_to_stop(make: MakeManager, ada: Any, admin: Any):
     """Its host has given the task out again, and this process took it."""
     manager = make()
     await run_sync(lambda: manager.register(Work, policy=JobPolicy(max_attempts=2)))
@@ -1325,10 +1271,7 @@ async def test_submitting_and_waiting(make: MakeManager, ada: Any, url: str):
 
     def run() -> None:
         first = submitter.submit(Work(what="1"), ROOM, idempotency_key="k", priority=3)
-        assert (
-            submitter.submit(Work(what="1"), ROOM, idempotency_key="k", priority=3)
-            == first
-        )
+        assert submitter.submit(Work(what="1"), ROOM, idempotency_key="k", priority=3) == first
         task = submitter.wait_for(first, HANG)
         assert (task.result, task.priority) == ({"what": "1"}, 3)
         late = submitter.submit(Work(), ROOM, delay_seconds=3600)
@@ -1432,18 +1375,12 @@ async def test_providers_answer_or_say_why_not(
     }
     await offer(Files, "tree", handler)
     await offer(Images, "images", handler)
-    assert connected.handlers == {
-        "@global:files:tree": handler,
-        "@global:files:images": handler,
-    }
+    assert connected.handlers == {"@global:files:tree": handler, "@global:files:images": handler}
     listing = await look(ada, "tree")
     assert listing.json() == {"files": ["a", "b"], "size": None}
     assert (await look(ada, "tree", path="json")).text == handler["json"]
     image = await look(ada, "images", path="png")
-    assert (image.content, image.headers["Content-Type"]) == (
-        handler["png"],
-        "image/png",
-    )
+    assert (image.content, image.headers["Content-Type"]) == (handler["png"], "image/png")
     wrong = {
         "nowhere": ("tree", "KeyError: 'nowhere'"),
         "fails": ("tree", "SystemExit: no fails at depth 2"),
@@ -1522,9 +1459,7 @@ async def test_providers_come_back_with_their_worker_and_go_with_it(
 async def test_a_draining_worker_gets_nothing_until_it_is_active(
     make: MakeManager, ada: Any, admin: Any, meddler: Meddler
 ):
-    manager = make(
-        execute=lambda task: None, heartbeat_interval=0.1, polling_interval=0.1
-    )
+    manager = make(execute=lambda task: None, heartbeat_interval=0.1, polling_interval=0.1)
     await run_sync(manager.register, Work)
     worker = f"/workers/{manager.worker_id}"
     await admin.patch(worker, json={"state": "draining"})
@@ -1541,9 +1476,7 @@ async def test_what_was_claimed_and_not_begun_is_handed_back(
     make: MakeManager, ada: Any, admin: Any, meddler: Meddler, concurrency: int
 ):
     ran: list[str] = []
-    manager = make(
-        execute=lambda task: ran.append(task.task_id), concurrency=concurrency
-    )
+    manager = make(execute=lambda task: ran.append(task.task_id), concurrency=concurrency)
     claimed = anyio.Event()
 
     async def hold_back(body: bytes) -> None:
@@ -1586,9 +1519,7 @@ async def test_what_was_claimed_and_not_heard_of_is_handed_back(
         return 502 if leaving and method == "PATCH" and "/workers/" in path else None
 
     meddler.lose, meddler.refuse = lose, refuse
-    manager = make(
-        execute=lambda task: ran.append(task.task_id), concurrency=concurrency
-    )
+    manager = make(execute=lambda task: ran.append(task.task_id), concurrency=concurrency)
     await run_sync(manager.register, Work)
     task_id = await submit(ada)
     await until(lambda: lost)
@@ -1663,9 +1594,7 @@ print("left", flush=True)
 def program(url: str, admin: Any) -> Iterator[subprocess.Popen[str]]:
     """Yield a worker in a process of its own."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, url, admin.token],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", PROGRAM, url, admin.token], stdout=subprocess.PIPE, text=True
     )
     with process:
         yield process

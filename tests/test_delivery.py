@@ -26,11 +26,7 @@ HANG = 30
 
 def through(app: Any, user: User) -> User:
     """Return the user's client of an app that stands behind a middleware."""
-    return User(
-        transport=httpx.ASGITransport(app),
-        base_url=user.base_url,
-        headers=user.headers,
-    )
+    return User(transport=httpx.ASGITransport(app), base_url=user.base_url, headers=user.headers)
 
 
 def states(events: list[Sent], task: str | None = None) -> list[str]:
@@ -197,9 +193,7 @@ async def test_overrides_of_any_shape(app, ada, shape):
     await drained(app)
     assert tsio.told == [(task["id"], "pending")]
     app.dependency_overrides[get_joblib_settings] = overrides(settings)[shape]
-    answer = await ada.post(
-        f"/rooms/lab/tasks/{JOB}", json={"payload": {"text": 300 * "x"}}
-    )
+    answer = await ada.post(f"/rooms/lab/tasks/{JOB}", json={"payload": {"text": 300 * "x"}})
     assert answer.status_code == 413
 
 
@@ -235,12 +229,7 @@ class Unspeakable:
 
 @pytest.mark.parametrize(
     "values",
-    [
-        {"name": None},
-        {"schema": "hunter2"},
-        {"schema": Unspeakable()},
-        {"id": "hunter2"},
-    ],
+    [{"name": None}, {"schema": "hunter2"}, {"schema": Unspeakable()}, {"id": "hunter2"}],
     ids=["a column is empty", "twice", "no JSON", "of another type"],
 )
 async def test_a_failing_statement_shows_no_values(session_maker, values):

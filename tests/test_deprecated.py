@@ -53,16 +53,10 @@ async def run(extension: Any, payload: Any, room_id: str, task_id: str) -> None:
     raise NotImplementedError
 
 
-async def test_internal_jobs_are_registered_with_a_session_factory(
-    app, ada, session_maker
-):
+async def test_internal_jobs_are_registered_with_a_session_factory(app, ada, session_maker):
     with told("session_maker="):
         await zndraw_joblib.register_internal_jobs(
-            app,
-            InMemoryBroker(),
-            extensions=[Echo],
-            executor=run,
-            session_factory=session_maker,
+            app, InMemoryBroker(), extensions=[Echo], executor=run, session_factory=session_maker
         )
     assert "@internal:modifiers:Echo" in app.state.internal_registry
     with told("session_maker="):

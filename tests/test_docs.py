@@ -66,9 +66,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Run the servers that a page's blocks connect to."""
-    shown = "".join(
-        b.code for b in pages.blocks(request.getfixturevalue("page"), "python")
-    )
+    shown = "".join(b.code for b in pages.blocks(request.getfixturevalue("page"), "python"))
     for variable, fixture in SERVERS.items():
         if variable in shown:
             monkeypatch.setenv(variable, request.getfixturevalue(fixture))
@@ -112,9 +110,7 @@ async def test_the_tutorial_leads_from_nothing_to_a_result(elsewhere: Path):
 
     def run(command: str) -> AbstractAsyncContextManager[Process]:
         *env, program = (
-            command.replace("8000", port)
-            .replace("\\\n", "")
-            .partition(".venv/bin/python ")
+            command.replace("8000", port).replace("\\\n", "").partition(".venv/bin/python ")
         )
         assert not env[0] or "=" in env[0]
         variables = dict(part.split("=") for part in env[0].split())
@@ -170,9 +166,7 @@ async def test_a_mounted_host_is_one(elsewhere: Path):
             await socketio.AsyncClient().connect(url, retry=False)
 
 
-async def test_private_rooms_are_private(
-    elsewhere: Path, app, session_maker, ada, bob, admin
-):
+async def test_private_rooms_are_private(elsewhere: Path, app, session_maker, ada, bob, admin):
     page = await pages.run(pages.DOCS / "private-rooms.md")
     page["with_private_rooms"](app)
     page["with_archived_rooms"](app)
@@ -202,11 +196,7 @@ async def test_private_rooms_are_private(
         entered.append((sid, channel))
 
     async def get_session(sid):
-        return {
-            "caller": Caller(
-                {"ada": ada, "bob": bob}.get(sid, admin).id, sid == "admin"
-            )
-        }
+        return {"caller": Caller({"ada": ada, "bob": bob}.get(sid, admin).id, sid == "admin")}
 
     tsio.enter_room, tsio.get_session = enter_room, get_session
     handlers = tsio.handlers["/"]
@@ -273,9 +263,7 @@ async def test_a_gpu_worker_loads_once_and_works(elsewhere: Path, server, ada):
     assert answer.json()["result"] == {"steps": 3, "device": "cuda:7"}
 
 
-async def test_a_long_job_reports_drains_and_is_looped_over(
-    elsewhere, server, app, ada
-):
+async def test_a_long_job_reports_drains_and_is_looped_over(elsewhere, server, app, ada):
     page = await pages.run(pages.DOCS / "gpu-workers.md")
 
     def work() -> tuple[Any, ...]:
@@ -318,9 +306,7 @@ async def thumbnails(page: dict[str, Any], user: Any) -> list[dict[str, Any]]:
     run, ended = page["Thumbnail"].run, []
     for how in (run, Mock(side_effect=ValueError("no picture"))):
         page["Thumbnail"].run = how
-        task = await steps.submit(
-            user, "@internal:analysis:Thumbnail", payload={"width": 7}
-        )
+        task = await steps.submit(user, "@internal:analysis:Thumbnail", payload={"width": 7})
         answer = await user.get(f"/tasks/{task['id']}", headers={"Prefer": "wait=20"})
         ended.append({k: answer.json()[k] for k in ("status", "result", "error")})
     page["Thumbnail"].run = run
@@ -378,9 +364,7 @@ async def test_a_route_behind_the_lock_lets_go_of_it(elsewhere):
     await page["engine"].dispose()
 
 
-async def test_numbers_and_lines_of_the_page_are_told(
-    elsewhere, ada, session_maker, capsys
-):
+async def test_numbers_and_lines_of_the_page_are_told(elsewhere, ada, session_maker, capsys):
     page = await pages.run(pages.DOCS / "operations.md")
     lines = io.StringIO()
     handler = logging.StreamHandler(lines)
@@ -450,9 +434,7 @@ def test_the_picture_shows_all_ways_and_no_others():
     for group in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}g"):
         rows = {float(dot.get("cy")) for dot in group if dot.get("cy")}
         assert len(rows) == 1
-        name, sources, target = (
-            group.get(f"data-{key}") for key in ("name", "from", "to")
-        )
+        name, sources, target = (group.get(f"data-{key}") for key in ("name", "from", "to"))
         dots = {int(dot.get("cx")) for dot in group if dot.get("cx")}
         assert dots == {states.X[s] for s in sources.split()} or not sources
         tips = {int(path.get("d")[1:].split()[0]) for path in group if path.get("d")}
@@ -474,9 +456,7 @@ def test_the_diagram_of_the_readme_shows_all_ways_and_no_others():
 
 def test_the_reference_tells_everything():
     for what in tables.GENERATED:
-        assert (
-            f"<!-- generated: {what} -->" in (pages.DOCS / f"{what}.md").read_text()
-        ), what
+        assert f"<!-- generated: {what} -->" in (pages.DOCS / f"{what}.md").read_text(), what
     made = {what: make() for what, make in tables.GENERATED.items()}
     operations = list(tables.operations(tables.openapi()))
     # what the app serves, not what is generated, says what there is
@@ -489,10 +469,7 @@ def test_the_reference_tells_everything():
         (method, tables.unnamed(path)) for method, path in served
     }
     for method, path, operation in operations:
-        assert (
-            f"\n## `{method} {path}`\n\n{operation['description']}"
-            in "\n" + (made["routes"])
-        )
+        assert f"\n## `{method} {path}`\n\n{operation['description']}" in "\n" + (made["routes"])
     for name in zndraw_joblib.__all__:
         module = zndraw_joblib._MODULE_OF[name]
         assert re.search(rf":: zndraw_joblib\.({module}\.)?{name}\n", made["python"])
@@ -509,9 +486,7 @@ def test_every_problem_and_event_is_told():
             yield from heirs(heir)
 
     ours = [zndraw_joblib.exceptions.Problem, zndraw_joblib.FrozenEvent]
-    for base, made in zip(
-        ours, (tables.problems(), tables.event_sections()), strict=True
-    ):
+    for base, made in zip(ours, (tables.problems(), tables.event_sections()), strict=True):
         for cls in heirs(base):
             if cls.__module__.startswith("zndraw_joblib"):
                 name = tables.title(cls) if base is ours[0] else cls.event_name

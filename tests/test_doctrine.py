@@ -116,8 +116,7 @@ async def test_a_worker_that_goes_while_it_claims_keeps_nothing(ada):
         worker, task = await offer(ada), await submit(ada)
         async with anyio.create_task_group() as group:
             group.start_soon(
-                lambda worker: ada.post("/tasks/claim", json={"worker_id": worker}),
-                worker,
+                lambda worker: ada.post("/tasks/claim", json={"worker_id": worker}), worker
             )
             group.start_soon(ada.delete, f"/workers/{worker}")
         left = await read(ada, task)
@@ -152,9 +151,7 @@ async def test_an_executor_may_start_before_the_answer(app, ada, admin, session_
 
     # awaited in place: it runs before the submitting request has been answered
     broker = InMemoryBroker(await_inplace=True)
-    await register_internal_jobs(
-        app, broker, [Echo], executor=execute, session_maker=session_maker
-    )
+    await register_internal_jobs(app, broker, [Echo], executor=execute, session_maker=session_maker)
     task = await submit(ada, INTERNAL, payload={"a": 1})
     assert task["status"] == "claimed"
     assert (seen, (await read(ada, task))["status"]) == ([task["id"]], "completed")
@@ -195,19 +192,13 @@ async def test_what_is_delivered_twice_runs_once(app, ada, session_maker):
             await super().kick(message)
 
     await register_internal_jobs(
-        app,
-        Twice(await_inplace=True),
-        [Echo],
-        executor=execute,
-        session_maker=session_maker,
+        app, Twice(await_inplace=True), [Echo], executor=execute, session_maker=session_maker
     )
     task = await submit(ada, INTERNAL)
     assert runs == [task["id"]]
 
 
-async def test_nothing_runs_an_internal_job_without_an_executor(
-    app, ada, session_maker
-):
+async def test_nothing_runs_an_internal_job_without_an_executor(app, ada, session_maker):
     async def execute(*args: Any) -> None: ...
 
     await register_internal_jobs(
@@ -233,14 +224,7 @@ async def test_a_private_room_is_closed_on_every_route(app, ada, bob):
     worker, task = await offer(ada), await submit(ada)
     (claimed,) = await claim(ada, worker)
     assert claimed["id"] == task["id"]
-    for path in (
-        "jobs",
-        f"jobs/{JOB}",
-        f"jobs/{JOB}/tasks",
-        "tasks",
-        "workers",
-        "stats",
-    ):
+    for path in ("jobs", f"jobs/{JOB}", f"jobs/{JOB}/tasks", "tasks", "workers", "stats"):
         assert (await bob.get(f"/rooms/lab/{path}")).status_code == 403, path
     assert (await bob.post(f"/rooms/lab/tasks/{JOB}", json={})).status_code == 403
     assert (await register(bob)).status_code == 403

@@ -56,9 +56,7 @@ async def test_a_room_hears_all_that_happens_in_order(hosted: Host, tmp_path: Pa
     job, provider = "lab:analysis:Wait", "lab:numbers:count"
     work = working(hosted.url, hosted.token, "lab", tmp_path / "worker.log")
     async with browsing(hosted, "lab") as browser, hosted.client() as http, work:
-        assert (
-            await browser.hears("jobs_invalidate", "providers_invalidate") == [{}] * 2
-        )
+        assert await browser.hears("jobs_invalidate", "providers_invalidate") == [{}] * 2
         # as the worker has joined them, so that one connection hears it all
         await browser.join("join_job_room", {"job_name": job, "worker_id": ""})
         room = {"provider_name": provider, "worker_id": ""}
@@ -91,29 +89,19 @@ async def test_a_room_hears_all_that_happens_in_order(hosted: Host, tmp_path: Pa
         assert answer.headers["Content-Type"] == "application/octet-stream"
         asked, ready = await browser.hears("provider_request", "provider_result_ready")
         digest = request_hash({"size": "3"})
-        assert asked == {
-            "request_id": digest,
-            "provider_name": provider,
-            "params": '{"size":"3"}',
-        }
+        assert asked == {"request_id": digest, "provider_name": provider, "params": '{"size":"3"}'}
         assert ready == {"provider_name": provider, "request_hash": digest}
 
 
 async def test_the_sweeper_ends_what_a_killed_worker_held(hosted: Host, tmp_path: Path):
     job, provider = "cellar:analysis:Wait", "cellar:numbers:count"
     work = working(hosted.url, hosted.token, "cellar", tmp_path / "worker.log")
-    async with (
-        work as worker,
-        browsing(hosted, "cellar") as browser,
-        hosted.client() as http,
-    ):
+    async with work as worker, browsing(hosted, "cellar") as browser, hosted.client() as http:
         assert await offered(http, "cellar") == [job, provider]
         task_id = await submit(http, "cellar", job, path=str(tmp_path / "never"))
         await browser.hears("pending", "claimed", "running")
         worker.popen.kill()
-        failed, *_ = await browser.hears(
-            "failed", "jobs_invalidate", "providers_invalidate"
-        )
+        failed, *_ = await browser.hears("failed", "jobs_invalidate", "providers_invalidate")
         assert (failed["id"], failed["error"]) == (task_id, "Worker disconnected")
         task = await read(http, f"/tasks/{task_id}")
         assert (task["status"], task["error_type"]) == ("failed", "worker_lost")
@@ -121,16 +109,10 @@ async def test_the_sweeper_ends_what_a_killed_worker_held(hosted: Host, tmp_path
         await hosted.process.writes(f"providers removed: .*{provider}")
 
 
-async def test_a_worker_that_is_told_to_go_leaves_nothing_behind(
-    hosted: Host, tmp_path: Path
-):
+async def test_a_worker_that_is_told_to_go_leaves_nothing_behind(hosted: Host, tmp_path: Path):
     job, done = "attic:analysis:Wait", tmp_path / "done"
     work = working(hosted.url, hosted.token, "attic", tmp_path / "worker.log")
-    async with (
-        work as worker,
-        browsing(hosted, "attic") as browser,
-        hosted.client() as http,
-    ):
+    async with work as worker, browsing(hosted, "attic") as browser, hosted.client() as http:
         task_id = await submit(http, "attic", job, path=str(done))
         *_, running = await browser.hears("pending", "claimed", "running")
         worker.popen.terminate()
@@ -165,9 +147,7 @@ async def test_a_worker_without_websocket_is_given_tasks_at_once(
     async with work:
         for _ in range(3):
             await anyio.sleep(0.2)
-            task_id = await submit(
-                ada, "lab", "lab:analysis:Wait", path=str(tmp_path / "done")
-            )
+            task_id = await submit(ada, "lab", "lab:analysis:Wait", path=str(tmp_path / "done"))
             task = await read(ada, f"/tasks/{task_id}", prefer="wait=20")
             assert task["status"] == "completed"
 
@@ -182,9 +162,7 @@ async def test_what_the_host_runs_itself(hosted: Host):
         assert task["result"] == {"Cu": 2, "O": 1}
 
 
-async def test_what_is_delivered_twice_through_redis_runs_once(
-    redis_url: str, tmp_path: Path
-):
+async def test_what_is_delivered_twice_through_redis_runs_once(redis_url: str, tmp_path: Path):
     async with (
         hosting(tmp_path, REDIS_URL=redis_url) as host,
         browsing(host, "office") as browser,
@@ -238,9 +216,7 @@ async def test_replicas_may_start_together_on_an_empty_database(
     async def replica() -> None:
         app = host.create_app()
         async with host.lifespan(app), app.state.session_maker() as session:
-            users.append(
-                await session.scalar(select(func.count()).select_from(UserRow))
-            )
+            users.append(await session.scalar(select(func.count()).select_from(UserRow)))
 
     async with fresh_database(postgres_url, "fresh") as fresh:
         monkeypatch.setenv("DATABASE_URL", fresh)

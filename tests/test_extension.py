@@ -28,13 +28,7 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from zndraw_joblib.extension import (
-    Category,
-    Extension,
-    as_json,
-    parameters_of,
-    schema_of,
-)
+from zndraw_joblib.extension import Category, Extension, as_json, parameters_of, schema_of
 from zndraw_joblib.lifecycle import FullName
 from zndraw_joblib.provider import Provider, read_content
 
@@ -273,10 +267,7 @@ def test_names_have_one_spelling():
         (np.array(3), 3),
         ({np.int64(1): 2.0, "a": (1,)}, {"1": 2.0, "a": [1]}),
         (np.ma.masked_array([1, 2], mask=[0, 1]), [1, None]),
-        (
-            np.datetime64("2024-02-29T12:00:00.000000001"),
-            "2024-02-29T12:00:00.000000001",
-        ),
+        (np.datetime64("2024-02-29T12:00:00.000000001"), "2024-02-29T12:00:00.000000001"),
         (Inner(Kept=3), {"Kept": 3, "path": "."}),
         pytest.param((n for n in range(2)), [0, 1], id="generator"),
         (np.clongdouble(1 + 2j), "1+2j"),

@@ -174,9 +174,7 @@ def dsn_of(engine: AsyncEngine) -> str:
 
 
 @pytest.mark.makers("postgres")
-async def test_lost_connections_are_unavailable_once(
-    ada: User, postgres: asyncpg.Connection
-):
+async def test_lost_connections_are_unavailable_once(ada: User, postgres: asyncpg.Connection):
     """All of the pool's connections are cut: between requests, and inside of one."""
     worker = await offer(ada)
     task = await move(ada, worker, await submit(ada), "running")
@@ -217,11 +215,7 @@ async def test_what_is_answered_stands_when_its_session_can_not_end(
 
         await app(scope, receive, sent)
 
-    ada = User(
-        transport=httpx.ASGITransport(cut_after),
-        base_url=ada.base_url,
-        headers=ada.headers,
-    )
+    ada = User(transport=httpx.ASGITransport(cut_after), base_url=ada.base_url, headers=ada.headers)
     for path in ("workers", "rooms/lab/jobs"):
         assert (await ada.get(path)).status_code == 200
         # the pool's other connections were cut as well
@@ -290,12 +284,7 @@ async def gated_broker(app: FastAPI, session_maker: SessionMaker, gate: Gate) ->
 @pytest.mark.parametrize("ends", ["raises", "times out"])
 @pytest.mark.parametrize("what", ["manager", "broker"])
 async def test_many_requests_may_hang_on_their_way_out(
-    app: FastAPI,
-    ada: User,
-    bob: User,
-    session_maker: SessionMaker,
-    what: str,
-    ends: str,
+    app: FastAPI, ada: User, bob: User, session_maker: SessionMaker, what: str, ends: str
 ):
     """No pool runs dry and no lock is held: others are served, and all are answered."""
     bobs = (await bob.post("/workers")).json()["id"]

@@ -20,10 +20,7 @@ from zndraw_joblib.settings import JobLibSettings
 HERE = Path(__file__).parent
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 EFFORT = (
-    [
-        "--max-examples",
-        EXAMPLES,
-    ]
+    ["--max-examples", EXAMPLES]
     if EXAMPLES
     else ["--max-examples", "2", "--phases", "fuzzing,stateful", "--seed", "1"]
 )
@@ -51,11 +48,7 @@ async def test_every_answer_is_documented(app: FastAPI, server, ada, admin, tmp_
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
     ran = await anyio.run_process(
-        command,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | env,
-        stderr=subprocess.STDOUT,
+        command, check=False, cwd=tmp_path, env=os.environ | env, stderr=subprocess.STDOUT
     )
     told = ran.stdout.decode()
     if EXAMPLES:

@@ -113,18 +113,14 @@ async def test_strict_tells_of_a_session_held(
 
 
 @pytest.mark.makers("strict")
-async def test_strict_tells_of_plain_dependencies(
-    toys: APIRouter, client: httpx.AsyncClient
-):
+async def test_strict_tells_of_plain_dependencies(toys: APIRouter, client: httpx.AsyncClient):
     def in_a_thread() -> None: ...
 
     @toys.get("/toy", dependencies=[Depends(in_a_thread)])
     async def toy(user: Annotated[Any, Depends(current_active_user)]) -> None: ...
 
     @toys.get("/other")
-    async def other(
-        session: SessionDep, none: Annotated[None, Depends(in_a_thread)]
-    ) -> None: ...
+    async def other(session: SessionDep, none: Annotated[None, Depends(in_a_thread)]) -> None: ...
 
     await client.get("http://host/toy")
     assert not strict.take_violations()
@@ -133,9 +129,7 @@ async def test_strict_tells_of_plain_dependencies(
 
 
 @pytest.mark.makers("strict")
-async def test_strict_tells_of_background_tasks(
-    toys: APIRouter, client: httpx.AsyncClient
-):
+async def test_strict_tells_of_background_tasks(toys: APIRouter, client: httpx.AsyncClient):
     @toys.get("/toy")
     async def toy(session: SessionDep, tasks: BackgroundTasks) -> None:
         tasks.add_task(asyncio.sleep, 0)
@@ -145,9 +139,7 @@ async def test_strict_tells_of_background_tasks(
 
 
 @pytest.mark.makers("strict")
-async def test_strict_watches_direct_calls_and_tasks(
-    session_maker: makers.SessionMaker,
-):
+async def test_strict_watches_direct_calls_and_tasks(session_maker: makers.SessionMaker):
     async def sweep() -> None:
         async with session_maker() as session:
             await use(session)
@@ -168,9 +160,7 @@ async def test_no_maker_minds_how_the_house_works(
         await request.app.state.tsio.emit("jobs_invalidate", {}, room="room:r")
 
     @toys.post("/act", dependencies=[Depends(outbox)])
-    async def act(
-        session: SessionDep, user: Annotated[Any, Depends(current_active_user)]
-    ) -> str:
+    async def act(session: SessionDep, user: Annotated[Any, Depends(current_active_user)]) -> str:
         email = user.email
         await use(session)
         return email

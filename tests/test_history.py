@@ -35,9 +35,7 @@ def claim(worker: str, attempt: int, at: float, key: str = "") -> Call:
     view = {"id": TASK, "status": "claimed", "attempt": attempt}
     body = {"worker_id": worker}
     key = key or f"{worker}-{attempt}"
-    return Call(
-        worker, "POST", "/tasks/claim", at, at + 1, 200, key, body, {"tasks": [view]}
-    )
+    return Call(worker, "POST", "/tasks/claim", at, at + 1, 200, key, body, {"tasks": [view]})
 
 
 def started(worker: str, attempt: int, at: float) -> Call:
@@ -54,9 +52,7 @@ def report(worker: str, attempt: int, status: str, at: float, **fields: Any) -> 
 def cancel(at: float) -> Call:
     body, view = {"status": "cancelled"}, {"id": TASK, "status": "cancelled"}
     path = f"/tasks/{TASK}"
-    return Call(
-        "submitter", "PATCH", path, at, at + 1, 200, None, body, {**view, "attempt": 2}
-    )
+    return Call("submitter", "PATCH", path, at, at + 1, 200, None, body, {**view, "attempt": 2})
 
 
 def retry(at: float) -> Call:
@@ -68,18 +64,13 @@ def retry(at: float) -> Call:
 def beat(worker: str, attempt: int, at: float) -> Call:
     body = {"tasks": [{"id": TASK, "attempt": attempt}]}
     answer = {"lost": [], "cancelled": []}
-    return Call(
-        worker, "PATCH", f"/workers/{worker}", at, at + 1, 200, None, body, answer
-    )
+    return Call(worker, "PATCH", f"/workers/{worker}", at, at + 1, 200, None, body, answer)
 
 
 def in_batch(call: Call, status: int = 200) -> list[Call]:
     """Make a report as one of two, and take the two apart again."""
     here = {"id": TASK, "status": status, "task": call.answer}
-    reports = [
-        {"id": "other", "status": "failed", "attempt": 1},
-        {"id": TASK, **call.body},
-    ]
+    reports = [{"id": "other", "status": "failed", "attempt": 1}, {"id": TASK, **call.body}]
     outcomes = [{"id": "other", "status": 409, "task": None}, here]
     together = call._replace(
         path="/tasks", body={"reports": reports}, answer={"outcomes": outcomes}
@@ -115,9 +106,7 @@ def found(**fields: Any) -> History:
 
 
 AGAIN = submission(40)._replace(answer={**CALLS[0].answer, "id": "other"})
-UNHEARD = report("bob", 2, "completed", 26)._replace(
-    answered=float("inf"), status=0, answer=None
-)
+UNHEARD = report("bob", 2, "completed", 26)._replace(answered=float("inf"), status=0, answer=None)
 
 GOOD = {
     "as it should be": STORY,
@@ -144,15 +133,9 @@ BAD = {
     "lost": (STORY._replace(rows=[]), "was acknowledged and is lost"),
     "never ended": (found(status="running"), "never ended"),
     "two tasks": (told(AGAIN), "made more than one task"),
-    "two rows": (
-        STORY._replace(rows=[ROW, ROW._replace(id="other")]),
-        "is there 2 times",
-    ),
+    "two rows": (STORY._replace(rows=[ROW, ROW._replace(id="other")]), "is there 2 times"),
     "two holders": (told(claim("eve", 2, 21)), "has two holders"),
-    "a number reused": (
-        told(claim("bob", 2, 21, "another key")),
-        "given in two claims",
-    ),
+    "a number reused": (told(claim("bob", 2, 21, "another key")), "given in two claims"),
     "an overlapping report": (
         told(report("ada", 1, "running", 30)),
         "attempt 1 was acknowledged to ada after bob saw attempt 2",
@@ -161,10 +144,7 @@ BAD = {
         told(beat("ada", 1, 30)),
         "attempt 1 was acknowledged to ada after bob saw attempt 2",
     ),
-    "an attempt that fell": (
-        found(attempt=1),
-        "attempt 1 was acknowledged to the data",
-    ),
+    "an attempt that fell": (found(attempt=1), "attempt 1 was acknowledged to the data"),
     "another attempt moved": (
         told(report("ada", 1, "failed", 23)._replace(answer=CALLS[-1].answer)),
         "moved another attempt",
@@ -184,10 +164,7 @@ BAD = {
     "a result of nobody": (found(result=1), "a result that nobody reported"),
     "completed and taken back": (found(status="failed"), "had ended as completed"),
     "cancelled and completed": (told(cancel(23)), "had ended as cancelled"),
-    "completed and claimed again": (
-        told(claim("ada", 3, 30)),
-        "had ended as completed",
-    ),
+    "completed and claimed again": (told(claim("ada", 3, 30)), "had ended as completed"),
     "held after its end": (told(beat("bob", 2, 30)), "was held in attempt 2 for bob"),
     "executed twice": (ran(Run("bob", TASK, 2, 24)), "was executed 2 times"),
     "not started": (ran(Run("eve", TASK, 3, 30)), "executed and not started"),
@@ -224,9 +201,7 @@ def test_a_history_outlives_its_actor(tmp_path: Path):
 
 
 def figures(printed: str) -> Callable[[str], int]:
-    counts = {
-        what: int(n) for n, what in re.findall(r"^ *(\d+) (.+)$", printed, re.MULTILINE)
-    }
+    counts = {what: int(n) for n, what in re.findall(r"^ *(\d+) (.+)$", printed, re.MULTILINE)}
     return lambda what: counts.get(what, 0)
 
 

@@ -134,20 +134,13 @@ def makes_sessions_warn(node: ast.AST) -> bool:
     """SQLModel's sessions warn of what goes through their own `execute`."""
     match node:
         case ast.Attribute(
-            attr="execute" | "scalars" | "stream" | "stream_scalars" | "query",
-            value=value,
+            attr="execute" | "scalars" | "stream" | "stream_scalars" | "query", value=value
         ):
             return "session" in name_of(value).lower()
     return False
 
 
-RULES: list[Rule] = [
-    provides_sessions,
-    locks,
-    sleeps,
-    asks_for_the_database,
-    makes_sessions_warn,
-]
+RULES: list[Rule] = [provides_sessions, locks, sleeps, asks_for_the_database, makes_sessions_warn]
 
 #: where a rule does not hold: the worker's side has threads, the sweeper has an interval
 EXEMPT = {
@@ -209,9 +202,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
         match node:
             case ast.ImportFrom(module="zndraw_joblib", names=aliases):
                 found |= {a.name if a.name in MODULES else "__init__" for a in aliases}
-            case ast.ImportFrom(module=str(module)) if module.startswith(
-                "zndraw_joblib."
-            ):
+            case ast.ImportFrom(module=str(module)) if module.startswith("zndraw_joblib."):
                 found.add(module.split(".")[1])
             case ast.ImportFrom(level=level) if level:
                 found.add("(relative)")
@@ -277,9 +268,7 @@ def test_a_worker_loads_no_web_server_and_no_orm():
         "import sys, zndraw_joblib, zndraw_joblib.client, zndraw_joblib.provider\n"
         "print({'sqlalchemy', 'fastapi', 'sqlmodel', 'taskiq'} & set(sys.modules))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=60
-    )
+    ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout) == (0, "set()\n"), ran.stderr
 
 

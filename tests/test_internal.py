@@ -9,18 +9,7 @@ from uuid import UUID
 import anyio
 import pytest
 from sqlalchemy import select, update
-from steps import (
-    at_once,
-    claim,
-    execute,
-    problem,
-    read,
-    register,
-    report,
-    silence,
-    stored,
-    submit,
-)
+from steps import at_once, claim, execute, problem, read, register, report, silence, stored, submit
 from taskiq import InMemoryBroker
 
 from zndraw_joblib import attempts, register_internal_jobs, register_internal_tasks
@@ -58,9 +47,7 @@ class Runs:
         self.raises: BaseException | None = None
         self.reports: Any = None
 
-    async def __call__(
-        self, extension: Any, payload: Any, room_id: str, task_id: str
-    ) -> None:
+    async def __call__(self, extension: Any, payload: Any, room_id: str, task_id: str) -> None:
         self.seen.append((extension, payload, room_id, task_id))
         if self.raises:
             raise self.raises
@@ -106,8 +93,7 @@ def told(events):
 
 async def overslept(session_maker):
     await execute(
-        session_maker,
-        update(Task).where(Task.deadline_at.is_not(None)).values(deadline_at=now(-1)),
+        session_maker, update(Task).where(Task.deadline_at.is_not(None)).values(deadline_at=now(-1))
     )
 
 
@@ -119,9 +105,7 @@ def completes(admin):
     return complete
 
 
-async def test_it_is_handed_over_after_the_commit(
-    ada, admin, broker, runs, session_maker, events
-):
+async def test_it_is_handed_over_after_the_commit(ada, admin, broker, runs, session_maker, events):
     async def look():
         # its own session: what isn't committed isn't there
         async with session_maker() as session:
@@ -159,9 +143,7 @@ class Own(BaseException):
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_an_executor_that_raises_fails_the_task(
-    ada, broker, runs, events, ends, says
-):
+async def test_an_executor_that_raises_fails_the_task(ada, broker, runs, events, ends, says):
     """As a worker's task fails, whatever it is that ends it."""
     runs.raises = ends
     task = await submit(ada, ECHO)
@@ -174,9 +156,7 @@ async def test_an_executor_that_raises_fails_the_task(
     assert (await read(ada, await submit(ada, ECHO)))["status"] == "running"
 
 
-async def test_an_executor_that_is_cancelled_fails_the_task(
-    ada, app, session_maker, events
-):
+async def test_an_executor_that_is_cancelled_fails_the_task(ada, app, session_maker, events):
     """As when the host goes down with a task in its hands."""
     at_work = asyncio.Event()
 
@@ -206,11 +186,7 @@ async def test_what_was_reported_is_not_overwritten(ada, admin, broker, runs, ev
     runs.reports = complete_and_raise
     task = await submit(ada, ECHO)
     done = await read(ada, task)
-    assert (done["status"], done["result"], done["error"]) == (
-        "completed",
-        "done",
-        None,
-    )
+    assert (done["status"], done["result"], done["error"]) == ("completed", "done", None)
     assert told(events) == ["claimed", "running", "completed"]
 
 
@@ -297,9 +273,7 @@ async def test_of_two_consumers_one_starts(ada, admin, app, broker, runs, starte
     for status in ("running", "completed"):
         body = {"status": status, "result": "x" if status == "completed" else None}
         keys = [{"Idempotency-Key": k} for k in "ab"] if key else [{}, {}]
-        first, second = [
-            await admin.patch(url, json=body, headers=headers) for headers in keys
-        ]
+        first, second = [await admin.patch(url, json=body, headers=headers) for headers in keys]
         assert first.status_code == 200, first.text
         if key or status == "running":
             problem(second, 409, "lease-lost")
@@ -350,9 +324,7 @@ async def test_messages_do_not_multiply_behind_a_slow_consumer(ada, app, session
 
 
 @pytest.mark.parametrize("where", ["in the host", "in TaskIQ's worker"])
-async def test_an_executor_is_given_what_it_declares(
-    ada, app, session_maker, caplog, where
-):
+async def test_an_executor_is_given_what_it_declares(ada, app, session_maker, caplog, where):
     caplog.set_level(logging.DEBUG, "zndraw_joblib")
     given = []
 
@@ -491,9 +463,7 @@ async def test_a_run_that_outlives_its_time_is_ended(
     settings = JobLibSettings(internal_task_timeout_seconds=60)
     sweep = cleanup_stuck_internal_tasks
     assert await sweep(session_maker, settings, tsio) == 0
-    await execute(
-        session_maker, update(Task).values(started_at=now(-61), claimed_at=now(-62))
-    )
+    await execute(session_maker, update(Task).values(started_at=now(-61), claimed_at=now(-62)))
     events.clear()
     assert await sweep(session_maker, settings, tsio) == 1
     stuck = await read(ada, task)
@@ -504,9 +474,7 @@ async def test_a_run_that_outlives_its_time_is_ended(
     assert problem(late, 409, "invalid-task-transition")["task_status"] == "failed"
 
 
-async def test_what_is_cancelled_on_its_way_is_not_run(
-    ada, app, broker, runs, session_maker
-):
+async def test_what_is_cancelled_on_its_way_is_not_run(ada, app, broker, runs, session_maker):
     broker.loses = True
     task = await submit(ada, ECHO)
     assert (await report(ada, task, "cancelled")).status_code == 200
@@ -541,11 +509,7 @@ async def test_a_failed_attempt_is_handed_over_again(
 ):
     """No task of the server's own waits for a worker that will never come."""
     answer = await register(
-        admin,
-        "Echo",
-        "@internal",
-        schema=Echo.model_json_schema(),
-        max_attempts=2,
+        admin, "Echo", "@internal", schema=Echo.model_json_schema(), max_attempts=2
     )
     assert answer.status_code == 200
     worker = answer.json()["worker_id"]
@@ -572,9 +536,7 @@ async def test_one_key_hands_it_over_once(ada, broker, runs):
     assert len(runs.seen) == 1
 
 
-async def test_a_job_that_only_its_row_knows_is_not_configured(
-    ada, admin, broker, session_maker
-):
+async def test_a_job_that_only_its_row_knows_is_not_configured(ada, admin, broker, session_maker):
     await register(admin, "Other", "@internal")
     other = "@internal:modifiers:Other"
     answer = await ada.post(f"/rooms/lab/tasks/{other}", json={})
@@ -594,9 +556,7 @@ async def test_replicas_write_the_rows_together(app, ada, session_maker):
 
     Changed.__name__ = "Echo"
     for extensions in ([Echo, Plain], [Plain, Changed]):
-        await at_once(
-            *(ensure_internal_jobs(extensions, session_maker) for _ in range(4))
-        )
+        await at_once(*(ensure_internal_jobs(extensions, session_maker) for _ in range(4)))
     async with session_maker() as session:
         rows = await session.execute(select(Job.category, Job.name, Job.schema_))
     assert sorted((row.category, row.name) for row in rows.all()) == [
@@ -625,9 +585,7 @@ async def test_a_process_without_app_and_database_takes_the_tasks(runs):
     assert runs.seen == [(Echo, {"a": 1}, "lab", "t"), (Plain, {"a": 1}, "lab", "t")]
 
 
-async def test_the_broker_is_given_a_while_and_no_more(
-    ada, bob, app, broker, session_maker
-):
+async def test_the_broker_is_given_a_while_and_no_more(ada, bob, app, broker, session_maker):
     """The room hears of it, the answer stands, and nobody else waits for it."""
 
     async def hang():

@@ -42,10 +42,7 @@ async def test_a_job_is_made_then_joined(ada, bob, events):
     joined = await register(bob, schema=SCHEMA)
     assert joined.status_code == 200
     assert joined.json()["id"] == job["id"]
-    assert set(joined.json()["workers"]) == {
-        job["worker_id"],
-        joined.json()["worker_id"],
-    }
+    assert set(joined.json()["workers"]) == {job["worker_id"], joined.json()["worker_id"]}
     assert len(events) == 2
 
 
@@ -58,13 +55,7 @@ async def test_refused_registrations_leave_nothing(ada, bob, admin, session_make
         (ada, "lab", {"schema": {}, "max_attempts": 3}, 409, "schema-conflict"),
         (ada, "lab", {"category": "no such"}, 400, "invalid-category"),
         (ada, "lab", {"name": "New", "worker_id": bobs}, 404, "worker-not-found"),
-        (
-            ada,
-            "lab",
-            {"name": "New", "worker_id": str(uuid4())},
-            404,
-            "worker-not-found",
-        ),
+        (ada, "lab", {"name": "New", "worker_id": str(uuid4())}, 404, "worker-not-found"),
         (ada, "@global", {}, 403, "forbidden"),
         (ada, "@internal", {}, 403, "forbidden"),
         (admin, "@other", {}, 400, "invalid-room-id"),
@@ -158,16 +149,7 @@ async def test_what_a_room_does_not_see_is_not_there(ada, bob, admin):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "Rotate",
-        "modifiers:Rotate",
-        "lab:modifiers",
-        "lab::",
-        "lab:modifiers:",
-        ":::",
-    ],
+    "name", ["", "Rotate", "modifiers:Rotate", "lab:modifiers", "lab::", "lab:modifiers:", ":::"]
 )
 async def test_a_malformed_name_is_no_jobs(ada, name):
     await offer(ada)
@@ -226,14 +208,8 @@ async def test_what_could_not_be_reached_is_refused(ada, session_maker):
     long = "🧪" * 255
     before = await stored(session_maker)
     for kind, name in (
-        *(
-            ("jobs", n)
-            for n in ("x/tasks", "/tasks", "a/../b", "a/.", "..//..", "x/..")
-        ),
-        *(
-            ("jobs", n)
-            for n in ("a\u202eb", "a\u200bb", "\ufeffa", "a\u2028b", "\u2066a")
-        ),
+        *(("jobs", n) for n in ("x/tasks", "/tasks", "a/../b", "a/.", "..//..", "x/..")),
+        *(("jobs", n) for n in ("a\u202eb", "a\u200bb", "\ufeffa", "a\u2028b", "\u2066a")),
         *(("providers", n) for n in ("a/info", "/info", "../..", "a/./b", "", "a:b")),
     ):
         body = {"category": "modifiers", "name": name, "schema": {}}
@@ -305,9 +281,7 @@ async def test_a_job_that_goes_while_a_task_comes_in_is_not_found(ada, session_m
 
 async def test_the_payload_fits_the_jobs_schema(ada, session_maker):
     await offer(ada, schema={**SCHEMA, "required": ["angle"]})
-    refused = await ada.post(
-        f"/rooms/lab/tasks/{JOB}", json={"payload": {"angle": "right"}}
-    )
+    refused = await ada.post(f"/rooms/lab/tasks/{JOB}", json={"payload": {"angle": "right"}})
     (error,) = problem(refused, 422, "payload-mismatch")["errors"]
     assert error["pointer"] == "/body/payload/angle"
     assert error["detail"]

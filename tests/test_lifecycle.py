@@ -26,12 +26,7 @@ from fastapi import FastAPI
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture.engine import ConjectureRunner
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from makers import SessionMaker
 from sqlalchemy import bindparam, delete, select, update
 
@@ -131,9 +126,7 @@ class Task:
 class Host:
     """The host, for a thread that is not its event loop's."""
 
-    def __init__(
-        self, app: FastAPI, users: dict[str, User], events: list[Sent]
-    ) -> None:
+    def __init__(self, app: FastAPI, users: dict[str, User], events: list[Sent]) -> None:
         self.users = users
         self.events = events
         self.session_maker: SessionMaker = app.state.session_maker
@@ -143,20 +136,13 @@ class Host:
         )
         app.state.joblib_settings = self.settings
 
-    def request(
-        self, user: str, method: str, path: str, **options: Any
-    ) -> httpx.Response:
-        return from_thread.run(
-            partial(self.users[user].request, method, path, **options)
-        )
+    def request(self, user: str, method: str, path: str, **options: Any) -> httpx.Response:
+        return from_thread.run(partial(self.users[user].request, method, path, **options))
 
     def sweep(self) -> tuple[int, int]:
         async def sweep() -> tuple[int, int]:
             exits = self.session_maker, self.settings, self.tsio
-            return (
-                await cleanup_stale_workers(*exits),
-                await cleanup_overdue_attempts(*exits),
-            )
+            return (await cleanup_stale_workers(*exits), await cleanup_overdue_attempts(*exits))
 
         return from_thread.run(sweep)
 
@@ -285,9 +271,9 @@ class Walk(RuleBasedStateMachine):
         self.revisions: dict[str, int] = defaultdict(int)
 
     @rule(
-        step=one_of(
-            lambda walk: [choice for when, choice in STEPS if when(walk)]
-        ).flatmap(lambda choice: choice)
+        step=one_of(lambda walk: [choice for when, choice in STEPS if when(walk)]).flatmap(
+            lambda choice: choice
+        )
     )
     def take(self, step: tuple[str, dict[str, Any]]) -> None:
         name, drawn = step
@@ -298,9 +284,7 @@ class Walk(RuleBasedStateMachine):
 
     def tell(self, task: Task) -> None:
         worker = task.worker and task.worker.id
-        self.told[task.id].append(
-            (task.state, task.attempt, worker, task.progress, task.message)
-        )
+        self.told[task.id].append((task.state, task.attempt, worker, task.progress, task.message))
         if task.state == PENDING and not task.delayed:
             self.available.add(full_name(task.job))
 
@@ -369,9 +353,7 @@ class Walk(RuleBasedStateMachine):
 
     def in_turn(self, queues: list[list[Task]]) -> list[Task]:
         # of which the first has waited longest, comes first
-        queues = sorted(
-            filter(None, queues), key=lambda q: (-q[0].priority, q[0].queued_at)
-        )
+        queues = sorted(filter(None, queues), key=lambda q: (-q[0].priority, q[0].queued_at))
         return [task for queue in queues for task in queue]
 
     def due_in(self, task: Task, policy: str) -> float | None:
@@ -411,13 +393,7 @@ class Walk(RuleBasedStateMachine):
             assert earliest - 300 <= self.clock + ahead_of_now <= latest + 1
 
     def request(
-        self,
-        user: str,
-        method: str,
-        path: str,
-        expected: int,
-        problem: str = "",
-        **options: Any,
+        self, user: str, method: str, path: str, expected: int, problem: str = "", **options: Any
     ) -> Any:
         answer = self.host.request(user, method, path, **options)
         assert answer.status_code == expected, answer.text
@@ -436,9 +412,7 @@ class Walk(RuleBasedStateMachine):
                 # of progress it is told in the same state
                 assert what[0] == before or (before, what[0]) in WAYS
                 self.shown[data["id"]] = what[0]
-                told[data["id"]].append(
-                    (*what, data["progress"], data["progress_message"])
-                )
+                told[data["id"]].append((*what, data["progress"], data["progress_message"]))
                 # each change has a number of its own
                 assert data["revision"] > self.revisions[data["id"]]
                 self.revisions[data["id"]] = data["revision"]
@@ -464,9 +438,7 @@ class Walk(RuleBasedStateMachine):
         }
         if serving != self.shown_jobs:
             page = self.request("ada", "GET", "/rooms/lab/jobs", 200)
-            assert {
-                job["name"]: set(job["workers"]) for job in page["items"]
-            } == serving
+            assert {job["name"]: set(job["workers"]) for job in page["items"]} == serving
             self.shown_jobs = serving
 
     @initialize()
@@ -521,9 +493,7 @@ class Walk(RuleBasedStateMachine):
         state=st.just(CANCELLED) | STATES,
         fenced=st.booleans(),
     )
-    def report_as_anybody(
-        self, task: Task, user: str, state: str, fenced: bool
-    ) -> None:
+    def report_as_anybody(self, task: Task, user: str, state: str, fenced: bool) -> None:
         self.report(task, user, state, task.attempt if fenced else None)
 
     def report(
@@ -560,9 +530,7 @@ class Walk(RuleBasedStateMachine):
         else:
             report(409, "invalid-task-transition")
 
-    def report_in_batch(
-        self, user: str, report: Any, expected: int, problem: str = ""
-    ) -> Any:
+    def report_in_batch(self, user: str, report: Any, expected: int, problem: str = "") -> Any:
         body = {"reports": [report]}
         answer = self.request(user, "PATCH", "/tasks", 200, json=body)
         (outcome,) = answer["outcomes"]
@@ -592,9 +560,7 @@ class Walk(RuleBasedStateMachine):
         key=KEYS,
         start=st.booleans(),
     )
-    def claim(
-        self, worker: Worker, limit: int, key: str | None, start: bool = False
-    ) -> None:
+    def claim(self, worker: Worker, limit: int, key: str | None, start: bool = False) -> None:
         claim = partial(
             self.request,
             worker.owner,
@@ -645,9 +611,7 @@ class Walk(RuleBasedStateMachine):
         delay=st.sampled_from([0, 0, 0.5 * HOUR, 1.5 * HOUR]),
         key=KEYS,
     )
-    def submit(
-        self, job: str, user: str, priority: int, delay: float, key: str | None
-    ) -> None:
+    def submit(self, job: str, user: str, priority: int, delay: float, key: str | None) -> None:
         body = {"payload": {}, "priority": priority, "delay_seconds": delay}
         submit = partial(
             self.request,
@@ -714,11 +678,7 @@ class Walk(RuleBasedStateMachine):
         message=st.sampled_from([None, "so far"]),
     )
     def beat(
-        self,
-        worker: Worker,
-        reported: list[Any],
-        progress: float | None,
-        message: str | None,
+        self, worker: Worker, reported: list[Any], progress: float | None, message: str | None
     ) -> None:
         worker.seen = self.clock
         attempts = {task: attempt for task, attempt, _ in filter(None, reported)}
@@ -734,12 +694,7 @@ class Walk(RuleBasedStateMachine):
             else:
                 (cancelled if task.state == CANCELLED else lost).append(task.id)
         body = [
-            {
-                "id": task.id,
-                "attempt": attempt,
-                "progress": progress,
-                "message": message,
-            }
+            {"id": task.id, "attempt": attempt, "progress": progress, "message": message}
             for task, attempt in attempts.items()
         ]
         answer = self.request(
@@ -795,12 +750,7 @@ class Walk(RuleBasedStateMachine):
         self.jobs[job] = serving if worker in serving else [*serving, worker]
         worker.seen = self.clock
 
-    @step(
-        1,
-        lambda walk: len(present(walk)) > 1,
-        worker=one_of(present),
-        by_admin=st.booleans(),
-    )
+    @step(1, lambda walk: len(present(walk)) > 1, worker=one_of(present), by_admin=st.booleans())
     def delete_worker(self, worker: Worker, by_admin: bool) -> None:
         user = "admin" if by_admin else worker.owner
         self.request(user, "DELETE", f"/workers/{worker.id}", 204)
@@ -828,9 +778,7 @@ async def test_walks(
     monkeypatch: pytest.MonkeyPatch,
 ):
     # of each walk it would make five more by repeating one of its steps
-    monkeypatch.setattr(
-        ConjectureRunner, "generate_mutations_from", lambda self, data: None
-    )
+    monkeypatch.setattr(ConjectureRunner, "generate_mutations_from", lambda self, data: None)
     host = Host(app, {"ada": ada, "bob": bob, "admin": admin}, events)
     walks = settings(
         max_examples=WALKS or 30,
@@ -850,6 +798,4 @@ async def test_walks(
         pass
 
     HostedWalk.host = host
-    await anyio.to_thread.run_sync(
-        partial(run_state_machine_as_test, HostedWalk, settings=walks)
-    )
+    await anyio.to_thread.run_sync(partial(run_state_machine_as_test, HostedWalk, settings=walks))

@@ -1,18 +1,7 @@
 """What one user may take of a host, and how it is refused."""
 
 import pytest
-from steps import (
-    JOB,
-    claim,
-    offer,
-    problem,
-    read,
-    register,
-    report,
-    silence,
-    stored,
-    submit,
-)
+from steps import JOB, claim, offer, problem, read, register, report, silence, stored, submit
 
 
 def refused(answer):
@@ -35,9 +24,7 @@ async def test_how_many_workers_a_user_may_have(app, ada, bob):
     assert (await ada.post("/workers")).status_code == 201
 
 
-async def test_how_many_jobs_and_providers_a_user_may_have(
-    app, ada, bob, session_maker
-):
+async def test_how_many_jobs_and_providers_a_user_may_have(app, ada, bob, session_maker):
     settings = app.state.joblib_settings
     settings.max_jobs_per_user = settings.max_providers_per_user = 2
     worker = await offer(ada, "A")

@@ -71,11 +71,7 @@ CASES = [
     *(
         Case(False, status, worker, deadline, None, age, most)
         for status, worker, deadline, age, most in product(
-            ("claimed", "running"),
-            ("alive", "silent", "gone"),
-            (None, PAST, FUTURE),
-            AGES,
-            (1, 3),
+            ("claimed", "running"), ("alive", "silent", "gone"), (None, PAST, FUTURE), AGES, (1, 3)
         )
     ),
     *(
@@ -191,10 +187,7 @@ async def fill(session_maker, jobs, workers) -> dict[UUID, Case]:
             }
         )
     table = Task.__table__
-    values = [
-        {**row, "status": table.c.status.type.python_type[row["status"]]}
-        for row in values
-    ]
+    values = [{**row, "status": table.c.status.type.python_type[row["status"]]} for row in values]
     async with session_maker() as session:
         await session.execute(insert(table), values)
         await session.commit()
@@ -233,11 +226,7 @@ async def look(session_maker) -> dict[UUID, After]:
     ids=lambda value: getattr(value, "__name__", None),
 )
 async def test_a_sweep_changes_what_is_its_own_alone(ada, session_maker, sweep, model):
-    workers = {
-        "alive": UUID(await offer(ada)),
-        "silent": UUID(await offer(ada)),
-        "gone": uuid4(),
-    }
+    workers = {"alive": UUID(await offer(ada)), "silent": UUID(await offer(ada)), "gone": uuid4()}
     await ensure_internal_jobs([Echo], session_maker)
     async with session_maker() as session:
         found = (await session.execute(select(Job.room_id, Job.id))).all()

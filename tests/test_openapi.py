@@ -16,18 +16,14 @@ from zndraw_joblib import router
 
 Document = dict[str, Any]
 
-CONTRACT: Document = json.loads(
-    (Path(__file__).parent / "data" / "openapi-0.1.7.json").read_text()
-)
+CONTRACT: Document = json.loads((Path(__file__).parent / "data" / "openapi-0.1.7.json").read_text())
 OPERATIONS = [
-    f"{method} {path}"
-    for path, methods in CONTRACT["paths"].items()
-    for method in methods
+    f"{method} {path}" for path, methods in CONTRACT["paths"].items() for method in methods
 ]
 #: Where an answer may say more than it used to, and why.
 WIDENED = {
     # the server's own providers have no worker
-    ("providers", "worker_id: null is none of ['string']"),
+    ("providers", "worker_id: null is none of ['string']")
 }
 
 
@@ -67,25 +63,18 @@ def admits(
             ours = admitted[kind]
             if ours.get("format") not in (None, schema.get("format")):
                 yield f"{at}: only as {ours['format']}"
-            if "enum" in ours and not set(schema.get("enum", [at])) <= set(
-                ours["enum"]
-            ):
+            if "enum" in ours and not set(schema.get("enum", [at])) <= set(ours["enum"]):
                 yield f"{at}: only {ours['enum']}"
         elif kind == "array":
             items = schema.get("items", {}), admitted[kind].get("items", {})
             yield from admits(new, items[1], old, items[0], f"{at}[]")
         elif kind == "object":
-            theirs, ours = (
-                schema.get("properties", {}),
-                admitted[kind].get("properties", {}),
-            )
+            theirs, ours = (schema.get("properties", {}), admitted[kind].get("properties", {}))
             for name in theirs.keys() & ours.keys():
                 yield from admits(new, ours[name], old, theirs[name], f"{at}.{name}")
 
 
-def missing(
-    document: Document, schema: Document, old: Document, at: str
-) -> Iterator[str]:
+def missing(document: Document, schema: Document, old: Document, at: str) -> Iterator[str]:
     """Yield the fields of a contract's schema that the document's lacks."""
     ours, theirs = variants(document, schema), variants(CONTRACT, old)
     for kind in theirs.keys() & ours.keys():
@@ -182,10 +171,7 @@ def broken_promises(operation: str, served: Document) -> list[str]:
     ours, theirs = by_shape(served).get(shape), by_shape(CONTRACT)[shape]
     if ours is None:
         return [f"{operation}: not served"]
-    broken = [
-        *check_request(served, ours, theirs),
-        *check_answers(served, ours, theirs),
-    ]
+    broken = [*check_request(served, ours, theirs), *check_answers(served, ours, theirs)]
     return [
         promise
         for promise in broken
@@ -207,26 +193,14 @@ TASKS = ("paths", "/v1/joblib/rooms/{room_id}/tasks", "get")
     ("operation", "path", "change"),
     [
         ("get /v1/joblib/tasks/{task_id}", TASK, lambda o: o.pop("payload")),
-        (
-            "post /v1/joblib/tasks/claim",
-            TASK,
-            lambda o: o.update(created_at={"type": "number"}),
-        ),
+        ("post /v1/joblib/tasks/claim", TASK, lambda o: o.update(created_at={"type": "number"})),
         (
             "put /v1/joblib/rooms/{room_id}/jobs",
             REGISTRATION,
             lambda o: o["required"].append("worker_id"),
         ),
-        (
-            "get /v1/joblib/rooms/{room_id}/tasks",
-            TASKS,
-            lambda o: o["parameters"].pop(),
-        ),
-        (
-            "get /v1/joblib/rooms/{room_id}/tasks",
-            TASKS,
-            lambda o: o.update(responses={}),
-        ),
+        ("get /v1/joblib/rooms/{room_id}/tasks", TASKS, lambda o: o["parameters"].pop()),
+        ("get /v1/joblib/rooms/{room_id}/tasks", TASKS, lambda o: o.update(responses={})),
     ],
 )
 def test_a_broken_promise_is_told(

@@ -31,9 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tracked(*folders: str) -> set[str]:
-    ran = subprocess.run(
-        ["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True
-    )
+    ran = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True)
     if ran.returncode:
         pytest.skip("no repository: what belongs to it is not known")
     return {file for file in ran.stdout.splitlines() if (ROOT / file).exists()}
@@ -62,15 +60,10 @@ def test_the_sdist_holds_what_the_suite_needs(built: Path):
     with tarfile.open(path) as sdist:
         top = path.name.removesuffix(".tar.gz") + "/"
         names = {member.name.removeprefix(top) for member in sdist.getmembers()}
-    expected = tracked(
-        *("zndraw_joblib", "tests", "docs"),
-        *("*.md", "noxfile.py", "LICENSE"),
-    )
+    expected = tracked(*("zndraw_joblib", "tests", "docs"), *("*.md", "noxfile.py", "LICENSE"))
     assert expected <= names
     # a file of its own, and .gitignore, which the build backend takes along
-    assert (
-        names - expected - {".gitignore", "PKG-INFO", "pyproject.toml"} <= untracked()
-    )
+    assert names - expected - {".gitignore", "PKG-INFO", "pyproject.toml"} <= untracked()
 
 
 def untracked() -> set[str]:
@@ -124,7 +117,5 @@ def test_a_worker_starts_faster_than_a_host(tmp_path: Path):
         return float(ran.stdout)
 
     cost("zndraw_joblib.routes")
-    ratios = [
-        cost("zndraw_joblib.client") / cost("zndraw_joblib.routes") for _ in range(3)
-    ]
+    ratios = [cost("zndraw_joblib.client") / cost("zndraw_joblib.routes") for _ in range(3)]
     assert statistics.median(ratios) < 0.35, ratios

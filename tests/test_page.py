@@ -91,9 +91,7 @@ async def log_in(page: Any, user: User, password: str) -> None:
     await page.get_by_role("button", name="Log in").click()
 
 
-async def test_people_see_tasks_move_and_move_them(
-    page: Any, server: str, ada: User, bob: User
-):
+async def test_people_see_tasks_move_and_move_them(page: Any, server: str, ada: User, bob: User):
     expect = playwright.expect
     running, go = threading.Event(), threading.Event()
 
@@ -105,9 +103,7 @@ async def test_people_see_tasks_move_and_move_them(
 
     async def serve() -> JobManager:
         login = {"user": ada.email, "password": conftest.PASSWORD}
-        manager = await run_sync(
-            partial(JobManager.connect, server, **login, execute=execute)
-        )
+        manager = await run_sync(partial(JobManager.connect, server, **login, execute=execute))
         await run_sync(partial(manager.register, Stretch, room="lab"))
         return manager
 
@@ -157,9 +153,7 @@ async def test_people_see_tasks_move_and_move_them(
         done = page.locator(".card.completed")
         await done.get_by_role("button", name="Show").click()
         await expect(done.locator("pre")).to_contain_text('"length": 20')
-        await (
-            page.locator(".card.cancelled").get_by_role("button", name="Retry").click()
-        )
+        await page.locator(".card.cancelled").get_by_role("button", name="Retry").click()
         await expect(done).to_have_count(2)
         await look(page, "ended")
     finally:

@@ -62,9 +62,7 @@ async def test_every_listing_is_paged(ada, admin, session_maker, same_moment):
     await fill(ada, admin)
     if same_moment:
         tables = (Job, ProviderRecord, Task, Worker)
-        await execute(
-            session_maker, *(update(t).values(created_at=now()) for t in tables)
-        )
+        await execute(session_maker, *(update(t).values(created_at=now()) for t in tables))
     for url, total in LISTINGS.items():
         everything = (await ada.get(url)).json()
         assert (everything["total"], everything["limit"]) == (total, 50)
@@ -82,9 +80,7 @@ async def test_every_listing_is_paged(ada, admin, session_maker, same_moment):
         assert (page.json()["limit"], page.json()["offset"]) == (2, 4)
         # a link leads on from any page, and from the last one nowhere
         walked = [page async for page in pages(ada, f"{with_limit}2&offset=4")]
-        assert [key(row) for page in walked for row in page["items"]] == newest_first[
-            4:
-        ]
+        assert [key(row) for page in walked for row in page["items"]] == newest_first[4:]
         assert [page["offset"] for page in walked] == [4, *[0] * (len(walked) - 1)]
         page = (await ada.get(f"{with_limit}0")).json()
         assert (page["items"], page["total"]) == ([], total)
@@ -99,8 +95,7 @@ async def test_tasks_come_newest_first(ada):
     tasks = [await submit(ada) for _ in range(5)]
     page = (await ada.get("/rooms/lab/tasks")).json()
     assert (
-        page["items"]
-        == [{**task, "queue_position": n + 1} for n, task in enumerate(tasks)][::-1]
+        page["items"] == [{**task, "queue_position": n + 1} for n, task in enumerate(tasks)][::-1]
     )
 
 
@@ -158,9 +153,7 @@ async def test_a_place_is_exact_up_to_the_maximum(ada, app, most):
         await submit(ada, f"lab:modifiers:{name}")
     await submit(ada, "lab:modifiers:A", priority=1)
     delayed = await submit(ada, "lab:modifiers:B", delay_seconds=60)
-    places = [
-        t["queue_position"] for t in (await ada.get("/rooms/lab/tasks")).json()["items"]
-    ]
+    places = [t["queue_position"] for t in (await ada.get("/rooms/lab/tasks")).json()["items"]]
     exact = [4, 1, 3, 5, 2, 4, 1, 3, 2]
     assert places == [min(place, most) for place in exact]
     assert delayed["queue_position"] == min(4, most)
@@ -263,10 +256,7 @@ async def test_what_is_left_out_is_not_read(app, ada, engine):
     app.state.joblib_settings.max_page_bytes = 10_000
     app.state.joblib_settings.max_query_bytes = 10_000
     await offer(ada)
-    ids = [
-        (await submit(ada, payload={"x": token_urlsafe(75_000)}))["id"]
-        for _ in range(20)
-    ]
+    ids = [(await submit(ada, payload={"x": token_urlsafe(75_000)}))["id"] for _ in range(20)]
     run = []
 
     def note(connection, cursor, statement, parameters, context, many):
@@ -283,7 +273,5 @@ async def test_what_is_left_out_is_not_read(app, ada, engine):
         for statement, parameters in reading:
             explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
             (plan,) = (await connection.exec_driver_sql(explained, parameters)).scalar()
-            read = (
-                plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
-            )
+            read = plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
             assert read < 200, plan

@@ -137,9 +137,7 @@ async def steps_of(admin: User, workers: list[str], session_maker: Any) -> Steps
         "claim of 1 job": claim_by(one),
         "claim of 32 tasks": claim_by(every, max_tasks=32),
         "claim with a key": lambda n: admin.post(
-            "/tasks/claim",
-            json={"worker_id": every},
-            headers={"Idempotency-Key": f"{n}"},
+            "/tasks/claim", json={"worker_id": every}, headers={"Idempotency-Key": f"{n}"}
         ),
         "submit": lambda n: admin.post(f"{ROOM}/tasks/{J0}", json={}),
         "submission of a batch": lambda n: admin.post(
@@ -158,9 +156,7 @@ async def steps_of(admin: User, workers: list[str], session_maker: Any) -> Steps
         "status of many": lambda n: admin.post(
             "/tasks/query", json={"ids": [t["id"] for t in held]}
         ),
-        "submit with a key": lambda n: admin.post(
-            f"{ROOM}/tasks/{J0}", json={}, headers=keyed
-        ),
+        "submit with a key": lambda n: admin.post(f"{ROOM}/tasks/{J0}", json={}, headers=keyed),
         "status": lambda n: admin.get(f"/tasks/{task}"),
         "heartbeat": lambda n: admin.patch(f"/workers/{every}", json=beat),
         "start": report_that("running", held),
@@ -168,10 +164,7 @@ async def steps_of(admin: User, workers: list[str], session_maker: Any) -> Steps
         "fail": report_that("failed", held[REPEATS:]),
         "retry": lambda n: admin.post(f"/tasks/{held[n]['id']}/retry"),
         "cancel": lambda n: report(admin, held[n], "cancelled"),
-        **{
-            f"page of {k}": partial(lambda u, n: admin.get(u), u)
-            for k, u in pages.items()
-        },
+        **{f"page of {k}": partial(lambda u, n: admin.get(u), u) for k, u in pages.items()},
         "job": lambda n: admin.get(f"{ROOM}/jobs/{J0}"),
         "jobs": lambda n: admin.get(f"{ROOM}/jobs"),
         "stats": lambda n: admin.get(f"{ROOM}/stats?limit=10"),
@@ -190,9 +183,7 @@ async def take(step: Callable[[int], Awaitable[Any]], times: int) -> None:
 
 
 @pytest.mark.makers("postgres")
-async def test_what_is_read_does_not_grow_on_postgresql(
-    admin, engine, workers, session_maker
-):
+async def test_what_is_read_does_not_grow_on_postgresql(admin, engine, workers, session_maker):
     async def rows_read() -> int:
         async with engine.connect() as connection:
             run = connection.exec_driver_sql

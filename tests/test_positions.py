@@ -23,11 +23,7 @@ ID = "01900000-0000-7000-8000-000000000000"
 VALID = {"room_id": "lab", "job_name": JOB, "provider_name": "lab:files:none"}
 #: what may not stand in a path, and what is answered to it
 IN_PATHS: dict[str, tuple[int, str, list[str]]] = {
-    "room_id": (
-        400,
-        "invalid-room-id",
-        ["a@b", "a:b", "%00", "%0A", "lab%0A", "%7F", "r" * 256],
-    ),
+    "room_id": (400, "invalid-room-id", ["a@b", "a:b", "%00", "%0A", "lab%0A", "%7F", "r" * 256]),
     "job_name": (404, "job-not-found", ["x", "lab:modifiers:%00", f"{JOB}%0A", "%FF"]),
     "provider_name": (404, "provider-not-found", ["x", "lab:files:%00", "%0A", "%FF"]),
 }
@@ -44,9 +40,7 @@ IN_HEADERS = {
     "x-result-status": [b"", b"OK", b"\x01", b"\xff"],
 }
 #: headers of which what can't be read is ignored (RFC 7240)
-IGNORED = {
-    "prefer": [b"", b'"', b"wait=-1", b"wait=\xff", b"wait=" + b"9" * 99, b"=,;="]
-}
+IGNORED = {"prefer": [b"", b'"', b"wait=-1", b"wait=\xff", b"wait=" + b"9" * 99, b"=,;="]}
 #: what is JSON to many, but can't be stored
 POISON = [r'"\u0000"', r'{"\ud800": 1}', "1e400", f"[{2**63}]", "NaN"]
 #: one value of each type
@@ -166,9 +160,7 @@ class Requests:
             request["json"] = sample(self.body)
         required = {"x-request-hash": "0" * 64} if "results" in path else {}
         headers = [*required.items(), *request.pop("headers", {}).items()]
-        return await self.user.request(
-            self.method, path, headers=dict(headers), **request
-        )
+        return await self.user.request(self.method, path, headers=dict(headers), **request)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -200,9 +192,7 @@ async def test_what_cannot_stand_there_is_refused(ada, session_maker, operation)
             refused = await requests.send(content=content, headers=JSON)
             at_fault(refused, "/".join(["/body", *map(str, at)]))
         for value in POISON:
-            content = json.dumps(with_value(requests.body, at, "$")).replace(
-                '"$"', value
-            )
+            content = json.dumps(with_value(requests.body, at, "$")).replace('"$"', value)
             refused = await requests.send(content=content, headers=JSON)
             problem(refused, 400, "malformed-body")
     assert await stored(session_maker) == before

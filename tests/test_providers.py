@@ -85,9 +85,7 @@ async def test_a_provider_is_made_then_replaced_by_its_owner(ada, bob, admin, ev
 
 
 async def test_rooms_categories_and_workers_are_checked(app, ada, bob, admin):
-    async def refused(
-        user: Any, room: str, status: int, kind: str, **changes: Any
-    ) -> None:
+    async def refused(user: Any, room: str, status: int, kind: str, **changes: Any) -> None:
         body = {**FILES, **changes}
         problem(await user.put(f"/rooms/{room}/providers", json=body), status, kind)
 
@@ -147,9 +145,7 @@ async def test_of_eight_registrations_at_once_one_makes_it(ada):
 async def test_a_room_sees_its_own_and_the_shared_ones(ada, admin):
     for user, room in ((ada, "lab"), (ada, "office"), (admin, "@global")):
         await offer(user, room)
-    lab, office, everywhere = (
-        f"{room}:filesystem:files" for room in ("lab", "office", "@global")
-    )
+    lab, office, everywhere = (f"{room}:filesystem:files" for room in ("lab", "office", "@global"))
     assert await seen(ada, "lab") == {lab, everywhere}
     assert await seen(ada, "@global") == {everywhere}
     assert await seen(ada, "@internal") == set()
@@ -218,9 +214,7 @@ async def test_no_route_is_open_to_strangers(client):
 # --- going away ---
 
 
-async def test_a_provider_goes_at_its_owners_or_a_superusers_word(
-    ada, bob, admin, events
-):
+async def test_a_provider_goes_at_its_owners_or_a_superusers_word(ada, bob, admin, events):
     for user in (ada, admin):
         provider = await offer(ada)
         path = f"/providers/{provider['id']}"
@@ -259,9 +253,7 @@ FRAMES_OF_LAB = FullName("lab", "frames", "files")
 
 
 @pytest.mark.parametrize("raises", [False, True])
-async def test_the_host_hears_of_providers_that_a_route_removes(
-    ada, hook, events, raises, caplog
-):
+async def test_the_host_hears_of_providers_that_a_route_removes(ada, hook, events, raises, caplog):
     hook.raises = raises
     provider = await offer(ada)
     assert not hook.heard
@@ -349,12 +341,7 @@ async def test_the_servers_own_providers_are_run_by_the_broker(
     async with anyio.create_task_group() as replicas:
         for _ in range(3):
             replicas.start_soon(
-                partial(
-                    ensure_internal_providers,
-                    [Frames],
-                    session_maker,
-                    user_id=admin.id,
-                )
+                partial(ensure_internal_providers, [Frames], session_maker, user_id=admin.id)
             )
     info = (await bob.get(f"{path}/info")).json()
     assert info["worker_id"] is None
@@ -381,9 +368,7 @@ async def test_the_servers_own_providers_are_run_by_the_broker(
     assert await seen(bob, "lab") == {FRAMES}
 
 
-async def test_the_servers_own_providers_follow_its_code(
-    ada, bob, admin, session_maker
-):
+async def test_the_servers_own_providers_follow_its_code(ada, bob, admin, session_maker):
     class Changed(Frames):
         content_type = "text/plain"
 
@@ -403,9 +388,7 @@ async def test_a_broker_that_is_down_is_told(app, bob, admin, session_maker):
     async def execute(*args: Any) -> None:
         raise AssertionError("nothing was sent")
 
-    app.state.internal_provider_registry = register_internal_providers(
-        Down(), [Frames], execute
-    )
+    app.state.internal_provider_registry = register_internal_providers(Down(), [Frames], execute)
     await ensure_internal_providers([Frames], session_maker, user_id=admin.id)
     for _ in range(2):
         answer = await bob.get(f"/rooms/lab/providers/{FRAMES}")
@@ -439,9 +422,7 @@ async def provider_process(
 
 
 @pytest.mark.makers("plain", "postgres")
-async def test_a_process_is_killed_in_the_middle_of_a_read(
-    ada, bob, server, session_maker
-):
+async def test_a_process_is_killed_in_the_middle_of_a_read(ada, bob, server, session_maker):
     path = "/rooms/lab/providers/lab:numbers:slow"
     answers = []
 

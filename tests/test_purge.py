@@ -26,9 +26,7 @@ async def test_only_what_outlived_its_state_goes(admin, session_maker):
     assert await purge_tasks(session_maker, settings) == 0
     async with session_maker() as session:
         await session.execute(
-            update(Task)
-            .where(Task.status != TaskStatus.PENDING)
-            .values(completed_at=now(-120))
+            update(Task).where(Task.status != TaskStatus.PENDING).values(completed_at=now(-120))
         )
         await session.commit()
     assert await purge_tasks(session_maker, settings) == 1
@@ -37,9 +35,7 @@ async def test_only_what_outlived_its_state_goes(admin, session_maker):
     assert {str(task) for task in left} == set(ended.values()) - {ended["completed"]}
 
 
-async def test_a_job_goes_with_its_last_waiting_task(
-    admin, session_maker, tsio, events
-):
+async def test_a_job_goes_with_its_last_waiting_task(admin, session_maker, tsio, events):
     job = {"category": "modifiers", "name": "Rotate"}
     worker = (await admin.put("/rooms/lab/jobs", json=job)).json()["worker_id"]
     path = "lab:modifiers:Rotate"

@@ -22,11 +22,7 @@ from zndraw_joblib import sweeper, workers
 from zndraw_joblib.events import Outbox
 from zndraw_joblib.models import Task, Worker, now
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.sweeper import (
-    cleanup_idle_jobs,
-    cleanup_overdue_attempts,
-    cleanup_stale_workers,
-)
+from zndraw_joblib.sweeper import cleanup_idle_jobs, cleanup_overdue_attempts, cleanup_stale_workers
 from zndraw_joblib.workers import Caller
 
 pytestmark = pytest.mark.makers("plain", "locked", "postgres")
@@ -34,12 +30,7 @@ pytestmark = pytest.mark.makers("plain", "locked", "postgres")
 
 @pytest.fixture
 def scene(
-    ada: Any,
-    bob: Any,
-    events: list[Sent],
-    session_maker: Any,
-    engine: AsyncEngine,
-    maker: str,
+    ada: Any, bob: Any, events: list[Sent], session_maker: Any, engine: AsyncEngine, maker: str
 ) -> Scene:
     async def hears(task: Any, *states: str) -> None:
         assert [
@@ -104,9 +95,7 @@ async def test_three_sweepers_tell_each_loss_once(scene, tsio):
 
 @pytest.mark.parametrize("state", ["claimed", "running"])
 async def test_three_sweepers_end_each_attempt_once(scene, tsio, state):
-    worker = await scene.offer(
-        start_timeout_seconds=60, timeout_seconds=60, max_attempts=2
-    )
+    worker = await scene.offer(start_timeout_seconds=60, timeout_seconds=60, max_attempts=2)
     tasks = [await scene.task(worker, state) for _ in range(8)]
     await execute(scene.session_maker, update(Task).values(deadline_at=now(-1)))
     ended = await at_once(
@@ -161,8 +150,6 @@ async def test_the_last_two_workers_go_in_transactions_side_by_side(scene):
         await sweeper.retire(session, gone, JobLibSettings(), Outbox())
 
     # neither sees that the other's link goes: one has to wait for the other
-    (gone,) = await scene.meet(
-        retire_first, lambda: scene.ada.delete(f"/workers/{second}")
-    )
+    (gone,) = await scene.meet(retire_first, lambda: scene.ada.delete(f"/workers/{second}"))
     assert gone.status_code == 204
     assert await scene.found() is None

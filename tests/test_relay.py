@@ -79,11 +79,7 @@ async def offer(user: User, **changes: Any) -> dict[str, Any]:
 
 
 async def upload(
-    user: User,
-    provider: dict[str, Any],
-    content: Any,
-    digest: str = DIGEST,
-    **headers: str,
+    user: User, provider: dict[str, Any], content: Any, digest: str = DIGEST, **headers: str
 ) -> httpx.Response:
     return await user.post(
         f"/providers/{provider['id']}/results",
@@ -270,9 +266,7 @@ FAILURES: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-async def test_who_waits_hears_why_a_provider_failed(
-    ada, bob, provider, events, results
-):
+async def test_who_waits_hears_why_a_provider_failed(ada, bob, provider, events, results):
     for n, (body, told) in enumerate(FAILURES):
         query = {"path": READ + f"?n={n}"}
         digest = request_hash({"n": str(n)})
@@ -343,9 +337,7 @@ async def test_a_host_without_socketio_says_so(app, bob, provider, results):
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced", "failed"])
-async def test_the_successor_of_a_lost_worker_is_asked(
-    ada, bob, provider, events, results, how
-):
+async def test_the_successor_of_a_lost_worker_is_asked(ada, bob, provider, events, results, how):
     # the request was on its way when the worker went
     answer = await bob.get(READ, headers={"Prefer": "wait=0"})
     problem(answer, 504, "provider-timeout")
@@ -377,9 +369,7 @@ async def test_who_hung_up_waits_no_longer(app, server, ada, provider, results):
             assert not results.waiting
 
 
-async def test_readers_hear_at_once_that_their_provider_is_gone(
-    app, ada, provider, results
-):
+async def test_readers_hear_at_once_that_their_provider_is_gone(app, ada, provider, results):
     async with reading(results, ada, ada) as answers:
         await ada.delete(f"/providers/{provider['id']}")
     for answer in answers:
@@ -406,9 +396,7 @@ async def test_how_many_requests_a_provider_gets(app, ada, bob, provider, result
 # --- whose results they are ---
 
 
-async def test_nobody_is_answered_with_anothers_result(
-    ada, bob, admin, provider, events, results
-):
+async def test_nobody_is_answered_with_anothers_result(ada, bob, admin, provider, events, results):
     await ask(bob)
     assert (await upload(ada, provider, b"ada's")).status_code == 204
     events.clear()
@@ -471,9 +459,7 @@ async def test_a_result_that_is_stored_late_is_not_its_successors(
     assert answers[0].content == b"bob's"
 
 
-async def test_bytes_of_one_type_are_not_answered_as_another(
-    ada, bob, provider, events, results
-):
+async def test_bytes_of_one_type_are_not_answered_as_another(ada, bob, provider, events, results):
     await ask(bob)
     await upload(ada, provider, b"[]")
     events.clear()
@@ -484,9 +470,7 @@ async def test_bytes_of_one_type_are_not_answered_as_another(
     assert answers[0].headers["Content-Type"] == "text/html"
 
 
-async def test_hosts_read_and_ask_by_the_keys_of_the_contract(
-    ada, bob, provider, events, results
-):
+async def test_hosts_read_and_ask_by_the_keys_of_the_contract(ada, bob, provider, events, results):
     result = f"provider-result:{FULL_NAME}:{DIGEST}"
     inflight = f"provider-inflight:{FULL_NAME}:{DIGEST}"
     assert await results.acquire_inflight(inflight, HANG)
@@ -512,9 +496,7 @@ async def test_what_nobody_asked_for_takes_nobodys_place(app, ada, bob, provider
     flood = await offer(ada, name="flood")
     for n in range(30):
         for content, status in ((b"", "ok"), (500 * b"x", "ok"), (b"x", "error")):
-            answer = await upload(
-                ada, flood, content, f"{n:064x}", **{"X-Result-Status": status}
-            )
+            answer = await upload(ada, flood, content, f"{n:064x}", **{"X-Result-Status": status})
             assert answer.status_code == 204
     assert (await bob.get(READ)).content == b"asked for"
     # nor does the second answer to one request
@@ -548,9 +530,7 @@ async def test_what_a_full_cache_lets_go_is_asked_for_again(
 
 
 @pytest.mark.parametrize("status", ["ok", "error"])
-async def test_an_upload_is_refused_as_soon_as_it_is_too_large(
-    app, ada, provider, results, status
-):
+async def test_an_upload_is_refused_as_soon_as_it_is_too_large(app, ada, provider, results, status):
     app.state.joblib_settings = JobLibSettings(provider_result_max_bytes=64 * 1024)
     taken = 0
 
@@ -584,9 +564,7 @@ class NoResults:
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-async def test_a_backend_that_is_down_fails_reads_and_nothing_else(
-    app, ada, bob, hangs
-):
+async def test_a_backend_that_is_down_fails_reads_and_nothing_else(app, ada, bob, hangs):
     app.state.result_backend = NoResults(hangs)
     app.state.joblib_settings = JobLibSettings(
         provider_long_poll_default_seconds=0.05,
@@ -610,9 +588,7 @@ async def test_replicas_share_requests_and_results(app, ada, bob, events, redis_
     other = host.create_app()
     for name in ("session_maker", "auth_settings", "tsio"):
         setattr(other.state, name, getattr(app.state, name))
-    settings = JobLibSettings(
-        recheck_seconds=2 * HANG, provider_long_poll_max_seconds=2 * HANG
-    )
+    settings = JobLibSettings(recheck_seconds=2 * HANG, provider_long_poll_max_seconds=2 * HANG)
     provider = await offer(ada)
     answers = []
 
@@ -623,9 +599,7 @@ async def test_replicas_share_requests_and_results(app, ada, bob, events, redis_
         Redis.from_url(redis_url) as first,
         Redis.from_url(redis_url) as second,
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(other),
-            base_url=bob.base_url,
-            headers=bob.headers,
+            transport=httpx.ASGITransport(other), base_url=bob.base_url, headers=bob.headers
         ) as elsewhere,
     ):
         for replica, redis in ((app, first), (other, second)):

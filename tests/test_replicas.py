@@ -28,24 +28,9 @@ import servers
 from internal_jobs import Composition
 from load import Load
 from makers import SessionMaker, postgres_service
-from processes import (
-    DOCS,
-    HANG,
-    Browser,
-    Host,
-    browsing,
-    read,
-    replicas,
-    running,
-    submit,
-    until,
-)
+from processes import DOCS, HANG, Browser, Host, browsing, read, replicas, running, submit, until
 from races import NAMES, ORDERS, Race, Scene
-from sqlalchemy.ext.asyncio import (
-    AsyncSession,
-    async_sessionmaker,
-    create_async_engine,
-)
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from steps import at_once, meet, silence, statuses
 
 # they have a database of their own
@@ -71,18 +56,13 @@ class House:
     async def browsers(self, room: str) -> AsyncIterator[list[Browser]]:
         """Yield a browser at each replica, all in one room."""
         async with AsyncExitStack() as stack:
-            yield [
-                await stack.enter_async_context(browsing(host, room))
-                for host in self.hosts
-            ]
+            yield [await stack.enter_async_context(browsing(host, room)) for host in self.hosts]
 
     @asynccontextmanager
     async def clients(self) -> AsyncIterator[list[httpx.AsyncClient]]:
         """Yield a client of each replica, all of one user."""
         async with AsyncExitStack() as stack:
-            yield [
-                await stack.enter_async_context(host.client()) for host in self.hosts
-            ]
+            yield [await stack.enter_async_context(host.client()) for host in self.hosts]
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +84,7 @@ async def house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House
     ):
         engine = create_async_engine(postgres.url)
         async with (
-            replicas(
-                directory, 3, postgres.url, redis.url, script=FAULTY, **env
-            ) as hosts,
+            replicas(directory, 3, postgres.url, redis.url, script=FAULTY, **env) as hosts,
             running(
                 *taskiq,
                 "internal_jobs:worker_broker",
@@ -171,9 +149,7 @@ async def report(http: httpx.AsyncClient, task: str, status: str) -> httpx.Respo
 # --- one house ---
 
 
-async def test_what_one_takes_another_does_and_all_hear_of(
-    house: House, seconds: float
-):
+async def test_what_one_takes_another_does_and_all_hear_of(house: House, seconds: float):
     load = Load(house.hosts, "lab")
     async with house.browsers("lab") as browsers:
         async with load.running():
@@ -216,8 +192,7 @@ async def setting(house: House, room: str) -> AsyncIterator[Scene]:
         async def hears(task: Any, *states: str) -> None:
             heard = Counter(states)
             await until(
-                lambda: told(browser).get(task["id"], Counter()) >= heard,
-                lambda: browser.heard,
+                lambda: told(browser).get(task["id"], Counter()) >= heard, lambda: browser.heard
             )
             assert told(browser)[task["id"]] == heard
 
@@ -259,14 +234,10 @@ async def test_at_three_replicas_there_is_one_of_each(house: House):
         worker = (await clients[0].post("/workers")).json()["id"]
         job = {"category": "modifiers", "name": "Work", "schema": {}}
         job["worker_id"] = worker
-        answers = await at_once(
-            *(http.put("/rooms/once/jobs", json=job) for http in clients)
-        )
+        answers = await at_once(*(http.put("/rooms/once/jobs", json=job) for http in clients))
         assert statuses(answers) == [200, 200, 201]
         url, key = "/rooms/once/tasks/once:modifiers:Work", {"Idempotency-Key": "k"}
-        answers = await at_once(
-            *(http.post(url, json={}, headers=key) for http in clients)
-        )
+        answers = await at_once(*(http.post(url, json={}, headers=key) for http in clients))
         assert statuses(answers) == [202] * 3
         (task,) = {answer.json()["id"] for answer in answers}
         claims = await at_once(*(claim(http, worker, **key) for http in clients))
@@ -380,11 +351,7 @@ async def test_postgres_goes_and_comes_back(house: House, seconds: float):
 
 async def test_redis_goes_and_comes_back(house: House, seconds: float):
     load = Load(house.hosts, "blackout")
-    async with (
-        house.browsers("blackout") as browsers,
-        house.clients() as clients,
-        load.running(),
-    ):
+    async with house.browsers("blackout") as browsers, house.clients() as clients, load.running():
         await anyio.sleep(1)
         async with without(house.redis):
             load.forget_times()
@@ -429,12 +396,8 @@ async def test_clocks_of_replicas_may_be_off_and_jump(house: House):
             delayed = await clients[at].post(url, json={"delay_seconds": 0.5})
             claimed = await claim(clients[2], worker)
             assert [task["id"] for task in claimed] == tasks
-            times = [
-                task[at] for task in claimed for at in ("created_at", "claimed_at")
-            ]
-            spread = datetime.fromisoformat(max(times)) - datetime.fromisoformat(
-                min(times)
-            )
+            times = [task[at] for task in claimed for at in ("created_at", "claimed_at")]
+            spread = datetime.fromisoformat(max(times)) - datetime.fromisoformat(min(times))
             assert spread.total_seconds() < HANG
             (late,) = await claim(clients[at], worker, prefer="wait=20")
             assert late["id"] == delayed.json()["id"]

@@ -6,19 +6,7 @@ from itertools import pairwise
 
 import pytest
 from sqlalchemy import select, update
-from steps import (
-    JOB,
-    at_once,
-    claim,
-    execute,
-    move,
-    offer,
-    problem,
-    read,
-    report,
-    statuses,
-    submit,
-)
+from steps import JOB, at_once, claim, execute, move, offer, problem, read, report, statuses, submit
 
 from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.models import Task, now
@@ -169,9 +157,7 @@ async def test_an_attempt_that_is_over_reports_in_vain(ada, bob, events):
     problem(await report(bob, task, "failed", attempt=2), 409, "lease-lost")
 
 
-async def test_a_failed_attempt_is_tried_again_after_a_doubling_while(
-    ada, session_maker
-):
+async def test_a_failed_attempt_is_tried_again_after_a_doubling_while(ada, session_maker):
     policy = {"max_attempts": 8, "retry_delay_seconds": 100}
     worker = await offer(ada, **policy)
     task = await submit(ada)

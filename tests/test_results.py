@@ -144,10 +144,7 @@ async def test_who_gives_up_leaves_the_mark_to_another(redis_url):
         results = RedisResults(redis)
         for delay in (0, 0, 0.0005, 0.001, 0.002):
             first = asyncio.create_task(results.acquire_inflight("m", HANG))
-            others = [
-                asyncio.create_task(results.acquire_inflight("m", HANG))
-                for _ in range(3)
-            ]
+            others = [asyncio.create_task(results.acquire_inflight("m", HANG)) for _ in range(3)]
             await asyncio.sleep(delay)
             first.cancel()
             with anyio.fail_after(HANG):

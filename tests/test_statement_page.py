@@ -69,9 +69,7 @@ def recorded(engine: AsyncEngine) -> Iterator[list[str]]:
     event.remove(engine.sync_engine, "before_cursor_execute", note)
 
 
-async def test_the_page_shows_what_is_run(
-    app, ada, engine, session_maker, maker, pytestconfig
-):
+async def test_the_page_shows_what_is_run(app, ada, engine, session_maker, maker, pytestconfig):
     # within a sixtieth of it no claim writes a heartbeat
     app.state.joblib_settings.worker_timeout_seconds = 6000
     worker = await offer(ada)

@@ -38,11 +38,7 @@ def counted(engine: AsyncEngine) -> Iterator[Counter]:
         if state.is_orm_statement and state.bind_mapper.class_ is not User:
             counts["entities"] += 1
 
-    listeners = {
-        "before_cursor_execute": execute,
-        "commit": commit,
-        "checkout": checkout,
-    }
+    listeners = {"before_cursor_execute": execute, "commit": commit, "checkout": checkout}
     for name, listener in listeners.items():
         event.listen(engine.sync_engine, name, listener)
     event.listen(Session, "do_orm_execute", of_entity)
@@ -122,9 +118,7 @@ async def test_few_statements_and_one_commit(app, ada, engine, session_maker):
             answer = await ask()
         assert getattr(answer, "status_code", 200) < 300, (name, answer.text)
         assert counts["users"] == 1
-        allowed = Counter(
-            users=1, statements=statements, commits=commits, connections=connections
-        )
+        allowed = Counter(users=1, statements=statements, commits=commits, connections=connections)
         if counts - allowed:
             too_many[name] = counts - allowed
     assert not too_many

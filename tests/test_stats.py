@@ -33,11 +33,7 @@ async def test_each_task_is_counted_where_it_is(
     assert len(await claim(ada, worker, max_tasks=8)) == 5
     for task in (ended, long_ago, failed, running):
         await report(ada, task, "running")
-    for task, status in (
-        (ended, "completed"),
-        (long_ago, "completed"),
-        (failed, "failed"),
-    ):
+    for task, status in ((ended, "completed"), (long_ago, "completed"), (failed, "failed")):
         await report(ada, task, status)
     oldest, *_ = [await submit(bob) for _ in range(3)]
     await submit(bob, delay_seconds=3600)

@@ -44,23 +44,16 @@ from zndraw_joblib.sweeper import (
 
 
 def told(events):
-    return [
-        (e.data["id"], e.data["status"])
-        for e in events
-        if e.event == "task_status_event"
-    ]
+    return [(e.data["id"], e.data["status"]) for e in events if e.event == "task_status_event"]
 
 
 async def pass_deadlines(session_maker):
     await execute(
-        session_maker,
-        update(Task).where(Task.deadline_at.is_not(None)).values(deadline_at=now(-1)),
+        session_maker, update(Task).where(Task.deadline_at.is_not(None)).values(deadline_at=now(-1))
     )
 
 
-async def test_a_silent_worker_goes_with_what_it_held(
-    ada, bob, session_maker, tsio, events
-):
+async def test_a_silent_worker_goes_with_what_it_held(ada, bob, session_maker, tsio, events):
     lost, alive = await offer(ada), await offer(bob)
     await register(ada, "Scale", worker_id=lost, max_attempts=2)
     once = await move(ada, lost, await submit(ada), "running")
@@ -78,9 +71,7 @@ async def test_a_silent_worker_goes_with_what_it_held(
     assert (twice["status"], twice["error_type"]) == ("pending", "worker_lost")
     assert (twice["worker_id"], twice["queue_position"]) == (None, 1)
     assert (kept["status"], kept["worker_id"]) == ("claimed", alive)
-    assert sorted(told(events)) == sorted(
-        [(once["id"], "failed"), (twice["id"], "pending")]
-    )
+    assert sorted(told(events)) == sorted([(once["id"], "failed"), (twice["id"], "pending")])
     assert ("jobs_invalidate", {}, "room:lab") in events
     problem(await ada.patch(f"/workers/{lost}"), 404, "worker-not-found")
     page = (await ada.get("/rooms/lab/jobs")).json()["items"]
@@ -99,18 +90,14 @@ async def test_replicas_sweep_together(ada, session_maker, tsio, events):
     await execute(
         session_maker,
         insert(Worker).values([{"id": w, "user_id": ada.id} for w in workers]),
-        insert(WorkerJobLink).values(
-            [{"worker_id": w, "job_id": UUID(job)} for w in workers]
-        ),
+        insert(WorkerJobLink).values([{"worker_id": w, "job_id": UUID(job)} for w in workers]),
     )
     tasks = [await submit(ada) for _ in range(6)]
     for worker in [first, *map(str, workers[:5])]:
         await claim(ada, worker)
     await silence(session_maker, first, *map(str, workers))
     events.clear()
-    swept = await at_once(
-        *(cleanup_stale_workers(session_maker, tsio=tsio) for _ in range(3))
-    )
+    swept = await at_once(*(cleanup_stale_workers(session_maker, tsio=tsio) for _ in range(3)))
     assert sum(swept) == count
     assert sorted(told(events)) == sorted((t["id"], "failed") for t in tasks)
     assert (await ada.get("/workers")).json()["total"] == 0
@@ -127,16 +114,11 @@ async def test_a_heartbeat_and_a_sweep_agree(ada, bob, session_maker):
             ada.patch(f"/workers/{worker}"), cleanup_stale_workers(session_maker)
         )
         status = (await read(ada, task))["status"]
-        assert (beat.status_code, swept, status) in [
-            (200, 0, "claimed"),
-            (404, 1, "failed"),
-        ]
+        assert (beat.status_code, swept, status) in [(200, 0, "claimed"), (404, 1, "failed")]
         await ada.delete(f"/workers/{worker}")
 
 
-async def test_a_claim_that_never_starts_costs_no_attempt(
-    ada, session_maker, tsio, events
-):
+async def test_a_claim_that_never_starts_costs_no_attempt(ada, session_maker, tsio, events):
     worker = await offer(ada, start_timeout_seconds=60)
     task = await submit(ada)
     for attempt in (1, 2):
@@ -263,9 +245,7 @@ async def test_one_worker_can_be_retired_by_name(ada, session_maker, tsio, event
     assert told(events) == [(task["id"], "failed")]
 
 
-async def test_what_is_swept_leaves_as_what_is_asked_does(
-    app, ada, session_maker, tsio, events
-):
+async def test_what_is_swept_leaves_as_what_is_asked_does(app, ada, session_maker, tsio, events):
     """Through the app's own queue: who waits is woken, though nobody looks."""
     app.state.joblib_settings = JobLibSettings(
         recheck_seconds=600, sweeper_interval_seconds=2, worker_timeout_seconds=30
@@ -288,9 +268,7 @@ async def test_what_is_swept_leaves_as_what_is_asked_does(
             while not len(runtime_of(app).waiters):
                 await anyio.sleep(0.01)
             await silence(session_maker, worker)
-            group.start_soon(
-                partial(run_sweeper, session_maker, settings, tsio, app=app)
-            )
+            group.start_soon(partial(run_sweeper, session_maker, settings, tsio, app=app))
     assert [end["error_type"] for end in ended] == ["worker_lost"]
     assert told(events)[-1] == (task["id"], "failed")
 
@@ -360,9 +338,7 @@ async def note(engine):
     """Yield a table of the host's whose rows keep what they refer to."""
     tables = (Worker, Task, Job)
     columns = (
-        sa.Column(
-            t.__tablename__, t.__table__.c.id.type, sa.ForeignKey(t.__table__.c.id)
-        )
+        sa.Column(t.__tablename__, t.__table__.c.id.type, sa.ForeignKey(t.__table__.c.id))
         for t in tables
     )
     note = sa.Table("host_note", sa.MetaData(), *columns)
@@ -381,9 +357,7 @@ async def note(engine):
         await connection.run_sync(note.drop)
 
 
-async def test_what_cannot_be_swept_costs_itself_alone(
-    ada, session_maker, note, tsio, caplog
-):
+async def test_what_cannot_be_swept_costs_itself_alone(ada, session_maker, note, tsio, caplog):
     """In each pass the others go, and the log says once which stays, and why."""
     kept = await offer(ada, timeout_seconds=60)
     job = UUID((await ada.get(f"/rooms/lab/jobs/{JOB}")).json()["id"])
@@ -417,16 +391,12 @@ async def test_what_cannot_be_swept_costs_itself_alone(
     # nobody serves it
     assert (await ada.get(f"/rooms/lab/jobs/{JOB}")).status_code == 404
     stayed = [r for r in caplog.records if "stays" in r.message]
-    assert [r.row_id for r in stayed] == [
-        str(row) for row in (done[2], jobs[2], others[3])
-    ]
+    assert [r.row_id for r in stayed] == [str(row) for row in (done[2], jobs[2], others[3])]
     assert all("IntegrityError" in r.message for r in stayed)
     assert all(len(r.message) < 500 for r in stayed)
 
 
-async def test_a_sweeper_logs_once_what_it_finds_again(
-    ada, session_maker, note, caplog
-):
+async def test_a_sweeper_logs_once_what_it_finds_again(ada, session_maker, note, caplog):
     workers = [(await ada.post("/workers")).json()["id"] for _ in range(3)]
     await execute(session_maker, insert(note).values(worker=UUID(workers[0])))
     await silence(session_maker, *workers)
@@ -446,10 +416,7 @@ async def test_a_sweeper_logs_once_what_it_finds_again(
                 await anyio.sleep(0.01)
             group.cancel_scope.cancel()
     assert caplog.text.count("can't be swept") == 1
-    assert (caplog.text.count("sweeper began"), caplog.text.count("sweeper ended")) == (
-        1,
-        1,
-    )
+    assert (caplog.text.count("sweeper began"), caplog.text.count("sweeper ended")) == (1, 1)
 
 
 async def test_a_sweeper_that_cannot_begin_says_why(session_maker, monkeypatch, caplog):
@@ -509,11 +476,7 @@ async def test_limits_survive_a_clock_that_is_set_back(ada, session_maker):
         .where(Task.id == UUID(delayed["id"]))
         .values(created_at=now(hour), available_at=now(hour + 30)),
     )
-    ahead = (
-        select(Worker.last_heartbeat),
-        select(Task.deadline_at),
-        select(Task.available_at),
-    )
+    ahead = (select(Worker.last_heartbeat), select(Task.deadline_at), select(Task.available_at))
 
     async def seconds_ahead():
         found = []

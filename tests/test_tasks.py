@@ -24,9 +24,7 @@ from zndraw_joblib.models import Task, now
 async def test_a_task_goes_its_way(admin, ada, events):
     job = "@global:modifiers:Rotate"
     worker = await offer(admin, room="@global")
-    submitted = await ada.post(
-        f"/rooms/lab/tasks/{job}", json={"payload": {"angle": 3}}
-    )
+    submitted = await ada.post(f"/rooms/lab/tasks/{job}", json={"payload": {"angle": 3}})
     assert submitted.status_code == 202
     pending = submitted.json()
     assert submitted.headers["location"] == f"/v1/joblib/tasks/{pending['id']}"
@@ -36,12 +34,7 @@ async def test_a_task_goes_its_way(admin, ada, events):
     completed = (await report(admin, pending, "completed", result=[1, None])).json()
 
     shown = [pending, claimed, running, completed]
-    assert [task["status"] for task in shown] == [
-        "pending",
-        "claimed",
-        "running",
-        "completed",
-    ]
+    assert [task["status"] for task in shown] == ["pending", "claimed", "running", "completed"]
     assert [task["queue_position"] for task in shown] == [1, None, None, None]
     assert [task["attempt"] for task in shown] == [0, 1, 1, 1]
     assert [task["worker_id"] for task in shown] == [None, worker, worker, worker]
@@ -71,11 +64,7 @@ async def test_a_task_goes_its_way(admin, ada, events):
         ("task_available", f"jobs:{job}"),
     ]
     available = events[[e.event for e in events].index("task_available")]
-    assert available.data == {
-        "job_name": job,
-        "room_id": "lab",
-        "task_id": pending["id"],
-    }
+    assert available.data == {"job_name": job, "room_id": "lab", "task_id": pending["id"]}
 
 
 async def test_an_unknown_task_is_not_found(ada):
@@ -100,10 +89,7 @@ async def test_places_in_the_queue_are_counted_over_all_rooms(app, ada, admin):
     assert [t["queue_position"] for t in (low, first, second, urgent)] == [1, 1, 2, 1]
 
     async def places():
-        return [
-            (await read(ada, task))["queue_position"]
-            for task in (urgent, first, second, low)
-        ]
+        return [(await read(ada, task))["queue_position"] for task in (urgent, first, second, low)]
 
     assert await places() == [1, 2, 3, 4]
     listed = (await ada.get("/rooms/attic/tasks")).json()["items"]
@@ -125,9 +111,7 @@ async def test_a_delayed_task_is_claimed_when_its_time_has_come(ada, session_mak
     assert delayed["status"] == "pending"
     assert await claim(ada, worker) == []
     prompt = await submit(ada)
-    an_hour_passed = (
-        update(Task).where(Task.available_at < now(5400)).values(available_at=now(-1))
-    )
+    an_hour_passed = update(Task).where(Task.available_at < now(5400)).values(available_at=now(-1))
     await execute(session_maker, an_hour_passed)
     claimed = await claim(ada, worker, max_tasks=3)
     assert [t["id"] for t in claimed] == [delayed["id"], prompt["id"]]

@@ -114,9 +114,7 @@ async def test_each_change_is_one_structured_line(
     ]
     gone = [r["worker_id"] for r in told if r["event"] == "gone"]
     assert gone == [worker, other]
-    assert {(r["job_name"], r["room_id"]) for r in told if "task_id" in r} == {
-        (JOB, "lab")
-    }
+    assert {(r["job_name"], r["room_id"]) for r in told if "task_id" in r} == {(JOB, "lab")}
 
 
 class Outcome(Extension):
@@ -254,14 +252,10 @@ async def test_internal_tasks_go_on_with_the_trace(
     assert {run.kind for run in runs} == {trace.SpanKind.CONSUMER}
     assert {run.status.status_code for run in runs} == {trace.StatusCode.ERROR}
     # hosts' own tasks take exactly these arguments
-    assert [set(m.kwargs) for m in broker.sent] == [
-        {"task_id", "room_id", "payload"}
-    ] * count
+    assert [set(m.kwargs) for m in broker.sent] == [{"task_id", "room_id", "payload"}] * count
 
 
-@pytest.mark.parametrize(
-    ("header", "label"), [(TRACEPARENT, TRACEPARENT), (None, None)]
-)
+@pytest.mark.parametrize(("header", "label"), [(TRACEPARENT, TRACEPARENT), (None, None)])
 async def test_a_broker_is_told_of_a_trace_without_opentelemetry(
     app: Any,
     ada: User,
@@ -308,9 +302,7 @@ async def test_a_worker_tells_the_same_lines(
 
     def work() -> tuple[str, list[str]]:
         login = {"user": ada.email, "password": PASSWORD}
-        with JobManager.connect(
-            server, **login, execute=run, heartbeat_interval=0.2
-        ) as manager:
+        with JobManager.connect(server, **login, execute=run, heartbeat_interval=0.2) as manager:
             manager.register(Outcome, room="lab")
             ids = [
                 manager.submit(Outcome(good=good), "lab", job_room="lab")
@@ -386,9 +378,6 @@ with telemetry.continuing({"traceparent": "%s"}):
     print(telemetry.carried())
 """
     ran = subprocess.run(
-        [sys.executable, "-c", probe % TRACEPARENT],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", probe % TRACEPARENT], capture_output=True, text=True, timeout=60
     )
     assert (ran.returncode, ran.stdout) == (0, f"{TRACEPARENT}\n"), ran.stderr

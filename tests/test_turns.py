@@ -38,9 +38,7 @@ class Queue:
     async def claim(self) -> Any:
         """Return the next task, or None."""
         async with self.session_maker() as session:
-            claim = await claims.claim(
-                session, self.worker, self.owner, SETTINGS, limit=1
-            )
+            claim = await claims.claim(session, self.worker, self.owner, SETTINGS, limit=1)
             await session.commit()
         return next(iter(claim.tasks), None)
 
@@ -93,9 +91,7 @@ async def test_who_has_one_task_waits_for_no_flood(queue, ada, bob):
     assert max(waited) <= 3
 
 
-async def test_those_with_one_at_a_time_starve_no_flood(
-    queue, ada, bob, admin, register
-):
+async def test_those_with_one_at_a_time_starve_no_flood(queue, ada, bob, admin, register):
     users = {user.id: user for user in (bob, admin, await register("eve"))}
     await queue.submit(ada, 40)
     for user in users.values():
@@ -120,8 +116,7 @@ async def test_what_comes_back_is_served_soon_and_lets_nobody_pass(
     flood = await queue.submit(ada, 12)
     await queue.hand_back(old)
     await execute(
-        session_maker,
-        update(Task).where(Task.available_at.is_not(None)).values(available_at=now()),
+        session_maker, update(Task).where(Task.available_at.is_not(None)).values(available_at=now())
     )
     assert (await queue.claim()).id == old
     for user in (bob, admin):

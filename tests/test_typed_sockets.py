@@ -13,12 +13,7 @@ from zndraw_socketio import AsyncServerWrapper, get_event_name, wrap
 import zndraw_joblib as joblib
 from zndraw_joblib.client import Category, Extension, JobManager
 from zndraw_joblib.client_connection import HostApi
-from zndraw_joblib.events import (
-    FrozenEvent,
-    jobs_channel,
-    providers_channel,
-    room_channel,
-)
+from zndraw_joblib.events import FrozenEvent, jobs_channel, providers_channel, room_channel
 
 pytestmark = pytest.mark.makers("plain")
 
@@ -98,9 +93,7 @@ async def test_a_wrapped_host_and_a_wrapped_worker_hear_each_other(app, typed, a
                 )
             )
             await until(lambda: joblib.JobsInvalidate() in heard)
-            answer = await ada.post(
-                f"/rooms/lab/tasks/{JOB}", json={"payload": {"number": 4}}
-            )
+            answer = await ada.post(f"/rooms/lab/tasks/{JOB}", json={"payload": {"number": 4}})
             assert answer.status_code == 202
             await until(lambda: heard[-1] == "completed", lambda: heard)
             answer = await ada.get(f"/rooms/lab/providers/{PROVIDER}?size=3")

@@ -100,13 +100,9 @@ def old_rows(count: int) -> Rows:
          "user_id": ann, "worker_id": workers[0]["id"]}
     ]  # fmt: skip
     # whatever can be together: a worker or none, a time or none
-    shapes = cycle(
-        product(STATES, jobs, (workers[1]["id"], None), *[(True, False)] * 2)
-    )
+    shapes = cycle(product(STATES, jobs, (workers[1]["id"], None), *[(True, False)] * 2))
     tasks = []
-    for n, (state, job, worker, started, ended) in zip(
-        range(count), shapes, strict=False
-    ):
+    for n, (state, job, worker, started, ended) in zip(range(count), shapes, strict=False):
         # two share each moment, and not in the order of their ids
         created = START + timedelta(seconds=n // 2)
         failed = state == "FAILED"
@@ -148,9 +144,7 @@ def read_old(connection: sa.Connection) -> Rows:
 def told(thing: Any, *hidden: str) -> Any:
     """Return a thing that the inspector tells of, so that it can be compared."""
     if isinstance(thing, dict):
-        return sorted(
-            (k, told(v, *hidden)) for k, v in thing.items() if k not in hidden
-        )
+        return sorted((k, told(v, *hidden)) for k, v in thing.items() if k not in hidden)
     if isinstance(thing, list):
         return [told(part, *hidden) for part in thing]
     # clauses, types, names and nothing
@@ -200,11 +194,7 @@ def differences(connection: sa.Connection) -> Any:
 
 
 async def alembic(
-    engine: AsyncEngine,
-    monkeypatch: Any,
-    verb: str,
-    target: str,
-    directory: Path = DOCS,
+    engine: AsyncEngine, monkeypatch: Any, verb: str, target: str, directory: Path = DOCS
 ) -> None:
     url = engine.url.render_as_string(hide_password=False)
     monkeypatch.setenv("DATABASE_URL", url)
@@ -225,9 +215,7 @@ def rows(request: pytest.FixtureRequest) -> Rows:
 
 
 @pytest.fixture
-async def engine(
-    maker: str, database_url: str, rows: Rows
-) -> AsyncIterator[AsyncEngine]:
+async def engine(maker: str, database_url: str, rows: Rows) -> AsyncIterator[AsyncEngine]:
     """Yield the engine of a database of 0.1.7."""
     async with AsyncExitStack() as stack:
         if maker == "postgres":
@@ -267,14 +255,11 @@ def mended(task: dict[str, Any], internal: UUID) -> dict[str, Any]:
 
 async def work(app: FastAPI, client: Any, rows: Rows, maker: SessionMaker) -> set[UUID]:
     """Let users go on where 0.1.7 left them; return the tasks that they moved."""
-    ann, ben = [
-        await conftest.log_in(client, app, user["email"]) for user in rows["user"]
-    ]
+    ann, ben = [await conftest.log_in(client, app, user["email"]) for user in rows["user"]]
     tasks = rows["task"]
     old_worker = rows["worker"][1]["id"]
     in_turn = sorted(
-        (t for t in tasks if t["status"] == "PENDING"),
-        key=lambda t: (t["created_at"], t["id"]),
+        (t for t in tasks if t["status"] == "PENDING"), key=lambda t: (t["created_at"], t["id"])
     )
     served = [job["id"] for job in rows["job"][:2]]
     waiting = [t for t in in_turn if t["job_id"] in served]
@@ -324,11 +309,7 @@ async def work(app: FastAPI, client: Any, rows: Rows, maker: SessionMaker) -> se
     await steps.execute(
         maker,
         sa.insert(ProviderRecord).values(
-            room_id="@internal",
-            category="files",
-            name="Own",
-            schema_={},
-            user_id=ann.id,
+            room_id="@internal", category="files", name="Own", schema_={}, user_id=ann.id
         ),
     )
     moved = {UUID(task["id"]) for task in (*claimed, new, short)}
@@ -487,9 +468,7 @@ async def test_it_stands_in_a_history_of_the_hosts(
 
 
 @pytest.mark.parametrize("rows", [192], indirect=True)
-async def test_all_of_it_or_nothing(
-    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
-):
+async def test_all_of_it_or_nothing(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch):
     async with engine.begin() as connection:
         # in the way of one of the last steps
         await connection.execute(sa.text("CREATE INDEX ix_task_job_room ON job (name)"))

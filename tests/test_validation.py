@@ -10,12 +10,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from zndraw_joblib.exceptions import ProblemException
-from zndraw_joblib.validation import (
-    DIALECTS,
-    check_payloads,
-    check_schema,
-    differences,
-)
+from zndraw_joblib.validation import DIALECTS, check_payloads, check_schema, differences
 
 TYPES = ["object", "array", "string", "number", "integer", "boolean", "null"]
 SCALARS = [None, True, False, 0, 1, 2, -1, 0.0, 1.0, 0.5, 1e300, "", "a", "ab", "bb"]
@@ -55,9 +50,7 @@ def some_schema(rng: random.Random, depth: int = 3) -> Any:
         "required": lambda: rng.sample("abc", rng.randrange(3)),
         "title": lambda: "type",
     }
-    leaves |= dict.fromkeys(
-        ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"], number
-    )
+    leaves |= dict.fromkeys(["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"], number)
     sizes = [f"{m}{what}" for m in ("min", "max") for what in ("Length", "Items")]
     sizes += ["minProperties", "maxProperties"]
     leaves |= dict.fromkeys(sizes, lambda: rng.randrange(4))
@@ -228,9 +221,7 @@ def test_what_pydantic_writes_is_checked(payload, pointer):
     problem = refused.value.problem.model_dump()
     (error,) = problem["errors"]
     assert (error["pointer"] + "/").startswith(f"/body/payload{pointer}".rstrip("/"))
-    assert (
-        problem["detail"] == f"schema mismatch: {error['pointer']}: {error['detail']}"
-    )
+    assert problem["detail"] == f"schema mismatch: {error['pointer']}: {error['detail']}"
 
 
 #: twice the looks with each level of the payload

@@ -149,13 +149,11 @@ async def test_what_another_process_did_is_seen(app, ada, session_maker):
     await offer(ada)
     task = await submit(ada)
     elsewhere = execute(
-        session_maker,
-        update(Task).values(status=TaskStatus.CANCELLED, completed_at=now()),
+        session_maker, update(Task).values(status=TaskStatus.CANCELLED, completed_at=now())
     )
     with anyio.fail_after(30):
         answer, _ = await at_once(
-            ada.get(f"/tasks/{task['id']}", headers=wait_for(60)),
-            after_it_waits(elsewhere),
+            ada.get(f"/tasks/{task['id']}", headers=wait_for(60)), after_it_waits(elsewhere)
         )
     assert answer.json()["status"] == "cancelled"
 
@@ -186,26 +184,20 @@ async def test_what_is_there_is_not_waited_for(ada):
     await report(ada, tasks[0], "cancelled")
     with anyio.fail_after(30):
         ended = await ada.get(f"/tasks/{tasks[0]['id']}", headers=wait_for(60))
-        claimed = await ada.post(
-            "/tasks/claim", json={"worker_id": worker}, headers=wait_for(60)
-        )
+        claimed = await ada.post("/tasks/claim", json={"worker_id": worker}, headers=wait_for(60))
         answers = [
             await ada.get(f"/tasks/{tasks[1]['id']}", headers=headers)
             for headers in ({}, wait_for("soon"), wait_for(0), {"Prefer": "x"})
         ]
         await ada.patch(f"/workers/{worker}", json={"state": "draining"})
-        drained = await ada.post(
-            "/tasks/claim", json={"worker_id": worker}, headers=wait_for(60)
-        )
+        drained = await ada.post("/tasks/claim", json={"worker_id": worker}, headers=wait_for(60))
     assert ended.json()["status"] == "cancelled"
     assert claimed.json()["task"]["id"] == tasks[1]["id"]
     assert drained.json()["task"] is None
     applied = [answer.headers.get("preference-applied") for answer in answers]
     assert applied == [None, None, "wait=0", None]
     for user_error in (
-        await ada.get(
-            "/tasks/01900000-0000-7000-8000-000000000000", headers=wait_for(9)
-        ),
+        await ada.get("/tasks/01900000-0000-7000-8000-000000000000", headers=wait_for(9)),
         await ada.post(
             "/tasks/claim",
             json={"worker_id": "01900000-0000-7000-8000-000000000000"},
@@ -222,18 +214,13 @@ async def test_work_of_any_kind_wakes_a_claim(ada):
     async def woken_by(act):
         with anyio.fail_after(30):
             answer, _ = await at_once(
-                ada.post(
-                    "/tasks/claim", json={"worker_id": worker}, headers=wait_for(60)
-                ),
+                ada.post("/tasks/claim", json={"worker_id": worker}, headers=wait_for(60)),
                 after_it_waits(act),
             )
         return answer.json()["task"]
 
     task = await woken_by(submit(ada))
-    assert await woken_by(report(ada, task, "pending")) == {
-        **(await read(ada, task)),
-        "attempt": 2,
-    }
+    assert await woken_by(report(ada, task, "pending")) == {**(await read(ada, task)), "attempt": 2}
     assert (await woken_by(report(ada, task, "failed")))["attempt"] == 3
     await report(ada, task, "cancelled")
     assert (await woken_by(ada.post(f"/tasks/{task['id']}/retry")))["attempt"] == 4
@@ -254,8 +241,7 @@ async def test_what_becomes_of_its_worker_ends_a_wait(ada, bob):
     async def woken_by(act):
         with anyio.fail_after(30):
             answer, done = await at_once(
-                ada.post("/tasks/claim", json=body, headers=wait_for(60)),
-                after_it_waits(act),
+                ada.post("/tasks/claim", json=body, headers=wait_for(60)), after_it_waits(act)
             )
         assert not isinstance(done, httpx.Response) or done.is_success
         return answer
@@ -290,9 +276,7 @@ async def test_each_of_two_tasks_wakes_one_of_two_claims(ada):
     first_come = []
 
     async def wait_with(worker):
-        answer = await ada.post(
-            "/tasks/claim", json={"worker_id": worker}, headers=wait_for(60)
-        )
+        answer = await ada.post("/tasks/claim", json={"worker_id": worker}, headers=wait_for(60))
         first_come.append(answer.json()["task"]["id"])
 
     with anyio.fail_after(30):
@@ -335,15 +319,10 @@ async def test_a_wait_holds_up_nobody(ada, bob):
 async def test_who_hung_up_claims_nothing(ada, server):
     """A task that went into the void would be lost until its worker is missed."""
     worker = await offer(ada)
-    async with httpx.AsyncClient(
-        base_url=f"{server}{PREFIX}", headers=ada.headers
-    ) as hasty:
+    async with httpx.AsyncClient(base_url=f"{server}{PREFIX}", headers=ada.headers) as hasty:
         with pytest.raises(httpx.ReadTimeout):
             await hasty.post(
-                "/tasks/claim",
-                json={"worker_id": worker},
-                headers=wait_for(60),
-                timeout=1,
+                "/tasks/claim", json={"worker_id": worker}, headers=wait_for(60), timeout=1
             )
     other = await offer(ada)
     with anyio.fail_after(30):
@@ -358,7 +337,5 @@ async def test_who_hung_up_claims_nothing(ada, server):
 async def test_who_may_not_claim_does_not_wait_either(ada, bob):
     worker = await offer(ada)
     with anyio.fail_after(30):
-        answer = await bob.post(
-            "/tasks/claim", json={"worker_id": worker}, headers=wait_for(60)
-        )
+        answer = await bob.post("/tasks/claim", json={"worker_id": worker}, headers=wait_for(60))
     problem(answer, 403, "forbidden")

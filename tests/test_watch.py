@@ -110,9 +110,7 @@ async def test_many_who_wait_cost_one_statement_a_look(app, ada, engine):
     async with waiting_side_by_side(*requests, at_a_time=10) as answers:
         await until(lambda: len(runtime_of(app).subscriptions.by_request) == 100)
         event.listen(
-            engine.sync_engine,
-            "before_cursor_execute",
-            lambda *args: statements.append(args[2]),
+            engine.sync_engine, "before_cursor_execute", lambda *args: statements.append(args[2])
         )
         await anyio.sleep(1)
         looks = len(statements)
@@ -154,16 +152,13 @@ async def test_what_becomes_of_a_worker_elsewhere_is_seen(app, ada, session_make
     async with waiting_side_by_side(*requests) as told:
         await execute(
             session_maker,
-            WorkerJobLink.__table__.delete().where(
-                WorkerJobLink.worker_id == UUID(gone)
-            ),
+            WorkerJobLink.__table__.delete().where(WorkerJobLink.worker_id == UUID(gone)),
             Worker.__table__.delete().where(Worker.id == UUID(gone)),
         )
         await until(lambda: len(told) == 1)
         assert told[0]["type"] == "/v1/problems/worker-not-found"
         await execute(
-            session_maker,
-            update(Worker).where(Worker.id == UUID(drained)).values(state="draining"),
+            session_maker, update(Worker).where(Worker.id == UUID(drained)).values(state="draining")
         )
         await until(lambda: len(told) == 2)
         assert told[1]["task"] is None
@@ -180,9 +175,7 @@ async def test_a_claim_that_waits_keeps_its_worker_alive(app, ada, session_maker
     settings = app.state.joblib_settings
     settings.recheck_seconds, settings.worker_timeout_seconds = 0.1, 0.3
     workers = {UUID(await offer(ada)) for _ in range(2)}
-    async with waiting_side_by_side(
-        *(wait_for_work(ada, w) for w in map(str, workers))
-    ):
+    async with waiting_side_by_side(*(wait_for_work(ada, w) for w in map(str, workers))):
         await execute(session_maker, update(Worker).values(last_heartbeat=now(-3600)))
         await anyio.sleep(0.5)
         async with session_maker() as session:
@@ -200,9 +193,7 @@ async def test_a_turn_that_finds_other_work_is_passed_on(app, ada):
     waiters = wait_for_work(ada, both), wait_for_work(ada, one)
     async with waiting_side_by_side(*waiters) as told:
         # together: the first who waits is woken once, and may look but once
-        await at_once(
-            submit(ada, "lab:modifiers:Scale"), submit(ada, "lab:modifiers:Scale")
-        )
+        await at_once(submit(ada, "lab:modifiers:Scale"), submit(ada, "lab:modifiers:Scale"))
         await until(lambda: len(told) == 2)
     assert {answer["task"]["worker_id"] for answer in told} == {both, one}
 
@@ -242,9 +233,7 @@ async def test_a_server_that_stops_answers_who_waits(app, ada, caplog):
     await claim(ada, worker)
     answers = Answers()
     async with anyio.create_task_group() as group, servers.serve(app) as url:
-        web = httpx.AsyncClient(
-            base_url=f"{url}{PREFIX}", headers=ada.headers, timeout=HANG
-        )
+        web = httpx.AsyncClient(base_url=f"{url}{PREFIX}", headers=ada.headers, timeout=HANG)
         group.start_soon(answers.take, wait_for_work(web, worker))
         group.start_soon(answers.take, wait_for_end(web, task))
         await until_waited_for(2)

@@ -58,9 +58,7 @@ async def test_a_worker_is_its_owners(ada, bob, admin):
         problem(await request(f"/workers/{uuid4()}"), 404, "worker-not-found")
 
 
-async def test_heartbeats_claims_and_registrations_keep_a_worker_alive(
-    ada, session_maker
-):
+async def test_heartbeats_claims_and_registrations_keep_a_worker_alive(ada, session_maker):
     worker = await offer(ada)
     task = await submit(ada)
 
@@ -236,9 +234,7 @@ async def test_a_heartbeat_carries_progress_and_brings_what_to_stop(ada, bob, ev
     shown = [await read(ada, task) for task in tasks]
     assert [task["progress"] for task in shown] == [0.4, None, None, None, None]
     assert shown[0]["progress_message"] == "four of ten"
-    assert [(e.event, e.data["progress"]) for e in events] == [
-        ("task_status_event", 0.4)
-    ]
+    assert [(e.event, e.data["progress"]) for e in events] == [("task_status_event", 0.4)]
     # another attempt than the current one says nothing of it
     late = {"id": going["id"], "attempt": 7, "progress": 0.9}
     beat = (await ada.patch(f"/workers/{worker}", json={"tasks": [late]})).json()
@@ -259,8 +255,7 @@ async def test_a_heartbeat_carries_progress_and_brings_what_to_stop(ada, bob, ev
 async def test_a_heartbeat_of_any_permitted_size(ada, session_maker, count):
     worker = await offer(ada)
     said = [
-        {"id": str(uuid4()), "attempt": n, "progress": 0.5, "message": "half"}
-        for n in range(count)
+        {"id": str(uuid4()), "attempt": n, "progress": 0.5, "message": "half"} for n in range(count)
     ]
     beat = await ada.patch(f"/workers/{worker}", json={"tasks": said})
     assert beat.status_code == 200, beat.text
@@ -276,8 +271,6 @@ async def test_a_worker_may_serve_a_thousand_jobs(ada, session_maker):
         for n, j in enumerate(jobs)
     ]
     links = [{"worker_id": UUID(worker), "job_id": j} for j in jobs]
-    await execute(
-        session_maker, insert(Job).values(rows), insert(WorkerJobLink).values(links)
-    )
+    await execute(session_maker, insert(Job).values(rows), insert(WorkerJobLink).values(links))
     assert [t["status"] for t in await claim(ada, worker)] == ["claimed"]
     assert (await ada.delete(f"/workers/{worker}")).status_code == 204

@@ -38,9 +38,7 @@ class Grow(Extension):
     frames: int
 
     def run(self, vis: Any, **kwargs: Any) -> None:
-        vis.extend(
-            [ase.Atoms("H2", [(0, 0, 0), (0, 0, n)]) for n in range(self.frames)]
-        )
+        vis.extend([ase.Atoms("H2", [(0, 0, 0), (0, 0, n)]) for n in range(self.frames)])
 
 
 class Everywhere(Grow):
@@ -90,9 +88,7 @@ def frames(count: int, element: str = "He") -> list[ase.Atoms]:
 
 def work(url: str, folder: str, password: str) -> None:
     """Be the worker: until SIGINT, then leave as ZnDraw's own command does."""
-    vis = ZnDraw(
-        url=url, room=ROOM, user=ADMIN["user"], password=password, polling_interval=1
-    )
+    vis = ZnDraw(url=url, room=ROOM, user=ADMIN["user"], password=password, polling_interval=1)
     source = ZnDraw(url=url, room=MOUNTED, user=ADMIN["user"], password=password)
     try:
         for extension in (Grow, Fails, Slow):
@@ -124,10 +120,7 @@ def process(log: Path, *command: Any) -> Iterator[Any]:
     """Run a command; what it says is shown when something goes wrong."""
     with log.open("wb") as out:
         popen = subprocess.Popen(
-            list(map(str, command)),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         yield popen
@@ -218,9 +211,7 @@ def jobs_run(vis: ZnDraw, heard: list[tuple[str, Any]]) -> None:
     task = vis.run(Slow(), job_room=ROOM)
     until(lambda: task.status == "running", "the slow one")
     answer = vis.api.http.patch(
-        f"/v1/joblib/tasks/{task.id}",
-        json={"status": "cancelled"},
-        headers=vis.api.get_headers(),
+        f"/v1/joblib/tasks/{task.id}", json={"status": "cancelled"}, headers=vis.api.get_headers()
     )
     vis.api.raise_for_status(answer)
     after = vis.run(Grow(frames=1), job_room=ROOM).wait(timeout=HANG)
@@ -269,9 +260,7 @@ def data_read(vis: ZnDraw, files: Path) -> None:
 
     had = len(vis)
     task = vis.run(
-        f"{ROOM}:modifiers:LoadFile",
-        provider_name=f"{ROOM}:filesystem:files",
-        path="/two.xyz",
+        f"{ROOM}:modifiers:LoadFile", provider_name=f"{ROOM}:filesystem:files", path="/two.xyz"
     ).wait(timeout=HANG)
     assert task.status == "completed", task.fetch()
     assert len(vis) == had + 2
@@ -280,10 +269,7 @@ def data_read(vis: ZnDraw, files: Path) -> None:
 
 
 def frames_mounted(url: str) -> None:
-    with (
-        ZnDraw(url=url, room="mounts", **ADMIN) as owner,
-        ZnDraw(url=url, room="mounts") as reader,
-    ):
+    with ZnDraw(url=url, room="mounts", **ADMIN) as owner, ZnDraw(url=url, room="mounts") as reader:
         for element, count in (("He", 5), ("Kr", 3)):
             owner.mount(frames(count, element))
             reader.cached_length = None
@@ -298,9 +284,7 @@ def frames_mounted(url: str) -> None:
     say("frames were mounted, read, unmounted and mounted again")
 
 
-def worker_left(
-    url: str, vis: ZnDraw, heard: list[tuple[str, Any]], worker: Any
-) -> None:
+def worker_left(url: str, vis: ZnDraw, heard: list[tuple[str, Any]], worker: Any) -> None:
     names = {f"{ROOM}:{job}" for job in ("modifiers:Grow", "analysis:Slow")}
     assert jobs(vis) >= names, jobs(vis)
     with ZnDraw(url=url, room=MOUNTED) as reader, browser(reader) as pages:
@@ -344,10 +328,7 @@ def main() -> None:
             log = Path(home, "worker.log")
             command = (sys.executable, __file__, url, files, ADMIN["password"])
             with process(log, *command) as worker:
-                until(
-                    lambda: "ready" in log.read_text() or worker.poll() is not None,
-                    "the worker",
-                )
+                until(lambda: "ready" in log.read_text() or worker.poll() is not None, "the worker")
                 assert worker.poll() is None, "the worker ended"
                 people(url, worker, files)
             ends(server)

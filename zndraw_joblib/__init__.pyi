@@ -21,14 +21,10 @@ from zndraw_joblib.events import ProviderResultReady as ProviderResultReady
 from zndraw_joblib.events import ProvidersInvalidate as ProvidersInvalidate
 from zndraw_joblib.events import TaskAvailable as TaskAvailable
 from zndraw_joblib.events import TaskStatusEvent as TaskStatusEvent
-from zndraw_joblib.events import (
-    build_task_status_emission as build_task_status_emission,
-)
+from zndraw_joblib.events import build_task_status_emission as build_task_status_emission
 from zndraw_joblib.events import emit as emit
 from zndraw_joblib.exceptions import Forbidden as Forbidden
-from zndraw_joblib.exceptions import (
-    InternalJobNotConfigured as InternalJobNotConfigured,
-)
+from zndraw_joblib.exceptions import InternalJobNotConfigured as InternalJobNotConfigured
 from zndraw_joblib.exceptions import InvalidCategory as InvalidCategory
 from zndraw_joblib.exceptions import InvalidRoomId as InvalidRoomId
 from zndraw_joblib.exceptions import InvalidTaskTransition as InvalidTaskTransition
@@ -40,9 +36,7 @@ from zndraw_joblib.exceptions import ProviderTimeoutError as ProviderTimeoutErro
 from zndraw_joblib.exceptions import SchemaConflict as SchemaConflict
 from zndraw_joblib.exceptions import TaskNotFound as TaskNotFound
 from zndraw_joblib.exceptions import WorkerNotFound as WorkerNotFound
-from zndraw_joblib.exceptions import (
-    problem_exception_handler as problem_exception_handler,
-)
+from zndraw_joblib.exceptions import problem_exception_handler as problem_exception_handler
 from zndraw_joblib.extension import Category as Category
 from zndraw_joblib.extension import Extension as Extension
 from zndraw_joblib.lifecycle import TaskStatus as TaskStatus
@@ -56,13 +50,9 @@ from zndraw_joblib.registry import InternalExecutor as InternalExecutor
 from zndraw_joblib.registry import InternalProviderExecutor as InternalProviderExecutor
 from zndraw_joblib.registry import InternalRegistry as InternalRegistry
 from zndraw_joblib.registry import ensure_internal_jobs as ensure_internal_jobs
-from zndraw_joblib.registry import (
-    ensure_internal_providers as ensure_internal_providers,
-)
+from zndraw_joblib.registry import ensure_internal_providers as ensure_internal_providers
 from zndraw_joblib.registry import register_internal_jobs as register_internal_jobs
-from zndraw_joblib.registry import (
-    register_internal_providers as register_internal_providers,
-)
+from zndraw_joblib.registry import register_internal_providers as register_internal_providers
 from zndraw_joblib.registry import register_internal_tasks as register_internal_tasks
 from zndraw_joblib.results import MemoryResults as MemoryResults
 from zndraw_joblib.results import RedisResults as RedisResults
@@ -75,9 +65,7 @@ from zndraw_joblib.stats import queue_stats as queue_stats
 from zndraw_joblib.sweeper import cleanup_idle_jobs as cleanup_idle_jobs
 from zndraw_joblib.sweeper import cleanup_overdue_attempts as cleanup_overdue_attempts
 from zndraw_joblib.sweeper import cleanup_stale_workers as cleanup_stale_workers
-from zndraw_joblib.sweeper import (
-    cleanup_stuck_internal_tasks as cleanup_stuck_internal_tasks,
-)
+from zndraw_joblib.sweeper import cleanup_stuck_internal_tasks as cleanup_stuck_internal_tasks
 from zndraw_joblib.sweeper import cleanup_worker as cleanup_worker
 from zndraw_joblib.sweeper import expel as expel
 from zndraw_joblib.sweeper import purge_jobs as purge_jobs

@@ -53,14 +53,7 @@ from zndraw_joblib.models import (
 )
 from zndraw_joblib.schemas import MAX_INT, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import (
-    BRIEF,
-    VIEW,
-    back_in_queue,
-    born_claimed,
-    of_job,
-    read_changed,
-)
+from zndraw_joblib.tasks import BRIEF, VIEW, back_in_queue, born_claimed, of_job, read_changed
 
 MAX_KEPT_ERROR = 2000
 #: The ``claim_key`` of an ``@internal`` attempt whose start was reported without one.
@@ -100,10 +93,7 @@ def failed(
         TASK.c.claim_key: None,
         TASK.c.deadline_at: None,
         TASK.c.available_at: case(
-            (
-                and_(again, of_job(JOB.c.retry_delay_seconds) > 0),
-                now(cast(backoff, Float)),
-            )
+            (and_(again, of_job(JOB.c.retry_delay_seconds) > 0), now(cast(backoff, Float)))
         ),
         TASK.c.completed_at: case((~again, now())),
         TASK.c.failed_attempts: TASK.c.failed_attempts + 1,
@@ -135,12 +125,9 @@ async def fail(
         The tasks, waiting for their next attempt or failed.
     """
     longest_backoff = settings.retry_delay_max_seconds
-    values = failed(
-        error, error_entry(error, error_type), error_type, longest_backoff, true()
-    )
+    values = failed(error, error_entry(error, error_type), error_type, longest_backoff, true())
     ended = await execute(
-        session,
-        update(TASK).where(rechecked(held()), chosen).values(values).returning(*BRIEF),
+        session, update(TASK).where(rechecked(held()), chosen).values(values).returning(*BRIEF)
     )
     return await read_changed(session, ended.all(), settings)
 
@@ -156,9 +143,7 @@ def _losing(limit: int, longest_backoff: float) -> ReturningUpdate[Any]:
         .with_for_update()
     )
     error, error_type = WORKER_LOST_ERROR, ErrorType.WORKER_LOST
-    values = failed(
-        error, error_entry(error, error_type), error_type, longest_backoff, true()
-    )
+    values = failed(error, error_entry(error, error_type), error_type, longest_backoff, true())
     lost = update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs))
     return lost.values(values).returning(*BRIEF)
 
@@ -178,9 +163,7 @@ async def lose(
 def orphaned() -> Select[tuple[UUID]]:
     """Return the attempts whose worker is gone without having ended them."""
     return select(TASK.c.id).where(
-        held(),
-        TASK.c.worker_id.is_not(None),
-        ~exists().where(WORKER.c.id == TASK.c.worker_id),
+        held(), TASK.c.worker_id.is_not(None), ~exists().where(WORKER.c.id == TASK.c.worker_id)
     )
 
 
@@ -213,11 +196,7 @@ async def time_out(
 ) -> list[TaskResponse]:
     """End the chosen attempts, which ran too long."""
     return await fail(
-        session,
-        TASK.c.id.in_(chosen),
-        settings,
-        error=TIMEOUT_ERROR,
-        error_type=ErrorType.TIMEOUT,
+        session, TASK.c.id.in_(chosen), settings, error=TIMEOUT_ERROR, error_type=ErrorType.TIMEOUT
     )
 
 
@@ -231,11 +210,7 @@ async def release_unstarted(
 ) -> list[TaskResponse]:
     """Put the chosen tasks back in the queue; no attempt is lost."""
     released = await execute(
-        session,
-        update(TASK)
-        .where(TASK.c.id.in_(chosen))
-        .values(back_in_queue())
-        .returning(*BRIEF),
+        session, update(TASK).where(TASK.c.id.in_(chosen)).values(back_in_queue()).returning(*BRIEF)
     )
     return await read_changed(session, released.all(), settings)
 
@@ -260,10 +235,7 @@ async def correct_moments(session: AsyncSession) -> int:
                 session,
                 update(TASK)
                 .where(ahead, since > now(1))
-                .values(
-                    {m: case((m > now(), now()), else_=m) for m in moments}
-                    | {column: shifted}
-                )
+                .values({m: case((m > now(), now()), else_=m) for m in moments} | {column: shifted})
                 .returning(TASK.c.id),
             )
         ).scalars()
@@ -289,11 +261,7 @@ async def start_internal(
             true() if attempt is None else TASK.c.attempt == attempt,
         )
         .values(
-            {
-                TASK.c.status: TaskStatus.RUNNING,
-                TASK.c.started_at: now(),
-                TASK.c.deadline_at: None,
-            }
+            {TASK.c.status: TaskStatus.RUNNING, TASK.c.started_at: now(), TASK.c.deadline_at: None}
         )
         .returning(*BRIEF),
     )
@@ -325,18 +293,11 @@ async def confirm_internal_start(
 
 
 def _attempts_of(chosen: Sequence[tuple[UUID, int]]) -> list[ColumnElement[bool]]:
-    return [
-        TASK.c.worker_id.is_(None),
-        tuple_(TASK.c.id, TASK.c.attempt).in_(chosen),
-    ]
+    return [TASK.c.worker_id.is_(None), tuple_(TASK.c.id, TASK.c.attempt).in_(chosen)]
 
 
 async def fail_internal(
-    session: AsyncSession,
-    task_id: UUID,
-    attempt: int,
-    error: str,
-    settings: JobLibSettings,
+    session: AsyncSession, task_id: UUID, attempt: int, error: str, settings: JobLibSettings
 ) -> list[TaskResponse]:
     """End one ``@internal`` attempt whose executor raised; no other, and no result."""
     return await fail(
@@ -349,10 +310,7 @@ async def fail_internal(
 
 
 async def fail_undispatched(
-    session: AsyncSession,
-    chosen: Sequence[tuple[UUID, int]],
-    error: str,
-    settings: JobLibSettings,
+    session: AsyncSession, chosen: Sequence[tuple[UUID, int]], error: str, settings: JobLibSettings
 ) -> list[TaskResponse]:
     """End ``@internal`` attempts, by task and number, whose message did not leave."""
     # a message that arrived although its sending failed is not undone
@@ -376,9 +334,7 @@ async def postpone(
         session,
         update(TASK)
         .where(
-            *_attempts_of(chosen),
-            in_states(frozenset({TaskStatus.CLAIMED})),
-            TASK.c.dispatches > 1,
+            *_attempts_of(chosen), in_states(frozenset({TaskStatus.CLAIMED})), TASK.c.dispatches > 1
         )
         .values(
             {
@@ -432,8 +388,7 @@ def waiting_internal() -> Sequence[Select[tuple[UUID]]]:
     """
     own = select(JOB.c.id).where(JOB.c.room_id == INTERNAL_ROOM)
     return [
-        select(TASK.c.id).where(waiting, TASK.c.job_id.in_(own))
-        for waiting in (queued(), due())
+        select(TASK.c.id).where(waiting, TASK.c.job_id.in_(own)) for waiting in (queued(), due())
     ]
 
 
@@ -445,12 +400,7 @@ async def dispatch_waiting(
         session,
         update(TASK)
         .where(TASK.c.id.in_(chosen))
-        .values(
-            {
-                **born_claimed(settings.internal_redispatch_seconds),
-                TASK.c.available_at: None,
-            }
-        )
+        .values({**born_claimed(settings.internal_redispatch_seconds), TASK.c.available_at: None})
         .returning(*VIEW),
     )
     return await read_changed(session, claimed.all(), settings)

@@ -59,9 +59,7 @@ def _served(link: Any, named: bool) -> ColumnElement[bool]:
     if not named:
         return and_(link.worker_id == _WORKER)
     names = _FULL_NAME.in_(bindparam("jobs", expanding=True))
-    return and_(
-        link.worker_id == _WORKER, exists().where(JOB.c.id == link.job_id, names)
-    )
+    return and_(link.worker_id == _WORKER, exists().where(JOB.c.id == link.job_id, names))
 
 
 async def served(session: AsyncSession, worker_id: UUID) -> dict[UUID, str]:
@@ -152,9 +150,7 @@ def _first_of_all(column: ColumnElement[Any], which: ColumnElement[bool]) -> Any
 
 def _some(condition: ColumnElement[bool]) -> ColumnElement[bool]:
     return exists(
-        select(literal_column("1"))
-        .select_from(LINK)
-        .where(LINK.c.worker_id == _WORKER, condition)
+        select(literal_column("1")).select_from(LINK).where(LINK.c.worker_id == _WORKER, condition)
     )
 
 
@@ -178,9 +174,7 @@ def _at_work() -> ColumnElement[bool]:
 
 
 def _claimed_before(task: Any) -> ColumnElement[bool]:
-    return and_(
-        task.worker_id == _WORKER, held(task), task.claim_key == bindparam("key")
-    )
+    return and_(task.worker_id == _WORKER, held(task), task.claim_key == bindparam("key"))
 
 
 _SHOWN = (TASK.c.job_id, TASK.c.queue_order, TASK.c.queued_at, *VIEW)
@@ -248,9 +242,7 @@ PROMOTING = (
             select(ahead.c.id)
             .where(
                 due(ahead.c),
-                ahead.c.job_id.in_(
-                    select(LINK.c.job_id).where(LINK.c.worker_id == _WORKER)
-                ),
+                ahead.c.job_id.in_(select(LINK.c.job_id).where(LINK.c.worker_id == _WORKER)),
             )
             .order_by(ahead.c.available_at)
             .limit(number(PROMOTED))

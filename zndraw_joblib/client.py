@@ -16,18 +16,8 @@ from zndraw_joblib.client_connection import HostApi, Socket
 from zndraw_joblib.client_ending import Ending
 from zndraw_joblib.client_hands import Hands, Pulse
 from zndraw_joblib.client_readers import Readers
-from zndraw_joblib.client_registrations import (
-    Life,
-    OfferedJob,
-    OfferedProvider,
-    Registrations,
-)
-from zndraw_joblib.client_tasks import (
-    ClaimedTask,
-    Submissions,
-    TaskCancelled,
-    TaskFailed,
-)
+from zndraw_joblib.client_registrations import Life, OfferedJob, OfferedProvider, Registrations
+from zndraw_joblib.client_tasks import ClaimedTask, Submissions, TaskCancelled, TaskFailed
 from zndraw_joblib.client_transport import Api, Transport
 from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
 from zndraw_joblib.extension import Category, Extension, as_json, category_of
@@ -35,14 +25,7 @@ from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy, TaskResponse
 
-__all__ = [
-    "Category",
-    "ClaimedTask",
-    "Extension",
-    "JobManager",
-    "TaskCancelled",
-    "TaskFailed",
-]
+__all__ = ["Category", "ClaimedTask", "Extension", "JobManager", "TaskCancelled", "TaskFailed"]
 
 E = TypeVar("E", bound=type[Extension])
 
@@ -105,9 +88,7 @@ class JobManager:
         self._held = HeldTasks()
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
         self._submissions = Submissions(self._transport, polling_interval)
-        self._registrations = Registrations(
-            self._transport, self._life, self._held.end_all
-        )
+        self._registrations = Registrations(self._transport, self._life, self._held.end_all)
         parts = (self._transport, self._registrations)
         self._claims = Claims(*parts, self._life, self._held)
         self._heartbeat = Heartbeat(*parts, self._held)
@@ -259,9 +240,7 @@ class JobManager:
             As for `create_worker`.
         """
         if extension_class is None:
-            return partial(
-                self.register, room=room, run_kwargs=run_kwargs, policy=policy
-            )
+            return partial(self.register, room=room, run_kwargs=run_kwargs, policy=policy)
         name = FullName.of(room, category_of(extension_class), extension_class.__name__)
         job = OfferedJob(extension_class, name, run_kwargs or {}, policy or JobPolicy())
         self._registrations.add_job(job)
@@ -292,9 +271,7 @@ class JobManager:
         ValueError, TypeError, RuntimeError
             As for `register`.
         """
-        provider = OfferedProvider(
-            cls, FullName.of(room, category_of(cls), name), handler
-        )
+        provider = OfferedProvider(cls, FullName.of(room, category_of(cls), name), handler)
         with self._registrations.lock:
             self.create_worker()
             self._readers.start()
@@ -371,9 +348,7 @@ class JobManager:
         """
         self._claims.report(task, TaskStatus.COMPLETED, result=as_json(result))
 
-    def fail(
-        self, task: ClaimedTask[Any], error: str, *, retryable: bool = True
-    ) -> None:
+    def fail(self, task: ClaimedTask[Any], error: str, *, retryable: bool = True) -> None:
         """Report that a task failed.
 
         Parameters
@@ -516,11 +491,7 @@ class JobManager:
         return task
 
     def wait_all(
-        self,
-        task_ids: Iterable[str],
-        timeout: float | None = None,
-        *,
-        progress: bool = False,
+        self, task_ids: Iterable[str], timeout: float | None = None, *, progress: bool = False
     ) -> list[TaskResponse]:
         """Wait until all of these tasks have ended, whether well or not.
 
@@ -553,11 +524,7 @@ class JobManager:
                 self._pulse.start()
                 self._socket.open()
                 self._ending.hands = Hands(
-                    self._claims,
-                    self._pulse,
-                    execute,
-                    self.concurrency,
-                    self.polling_interval,
+                    self._claims, self._pulse, execute, self.concurrency, self.polling_interval
                 )
 
     def _listen_to(self, socket: Socket) -> None:

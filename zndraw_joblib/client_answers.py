@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from zndraw_joblib.exceptions import (
-    PROBLEM_JSON,
-    InternalJobNotConfigured,
-    InvalidRequest,
-    Problem,
-)
+from zndraw_joblib.exceptions import PROBLEM_JSON, InternalJobNotConfigured, InvalidRequest, Problem
 
 # how long an answer may put off the next request
 LONGEST_RETRY_AFTER_SECONDS = 60.0

@@ -13,13 +13,7 @@ from uuid import UUID
 from zndraw_joblib.client_answers import Answer, SlowDown, has_waited
 from zndraw_joblib.client_registrations import Life, Registrations
 from zndraw_joblib.client_tasks import ClaimedTask
-from zndraw_joblib.client_transport import (
-    CONNECT_SECONDS,
-    SafeLogger,
-    Transport,
-    path,
-    prefer,
-)
+from zndraw_joblib.client_transport import CONNECT_SECONDS, SafeLogger, Transport, path, prefer
 from zndraw_joblib.exceptions import describe, storable
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
 
@@ -107,9 +101,7 @@ class Report(NamedTuple):
 
     def as_failure(self, error: str) -> "Report":
         """Return the report of a failure that no further attempt will mend."""
-        return Report(
-            self.task_id, TaskStatus.FAILED, self.attempt, error, retryable=False
-        )
+        return Report(self.task_id, TaskStatus.FAILED, self.attempt, error, retryable=False)
 
     def is_answered_by(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the task of an answer to this report; raise if it is another one."""
@@ -186,12 +178,7 @@ class Claims:
     _key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def claim(
-        self,
-        limit: int,
-        wait: int,
-        *,
-        start: bool = False,
-        stop: threading.Event | None = None,
+        self, limit: int, wait: int, *, start: bool = False, stop: threading.Event | None = None
     ) -> tuple[list[TaskOffer], bool]:
         """Return what was claimed, and whether the host waited for it."""
 
@@ -310,12 +297,8 @@ class Claims:
             return True
         if report.status is TaskStatus.COMPLETED and answer.status in REFUSED:
             # without another report it would count as running for ever
-            self.tell(
-                report.as_failure(f"the host refused the result: {answer.reason}")
-            )
-        log.warning(
-            "task %s: %s was refused: %s", report.task_id, report.status, answer.reason
-        )
+            self.tell(report.as_failure(f"the host refused the result: {answer.reason}"))
+        log.warning("task %s: %s was refused: %s", report.task_id, report.status, answer.reason)
         return False
 
     def tell_together(self, reports: list[Report]) -> list[Report]:
@@ -405,15 +388,10 @@ class Heartbeat:
             for told, number in zip(known, certain, strict=True)
         )
 
-    def _send(
-        self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
         content: dict[str, Any] = {}
         if tasks:
-            told = [
-                {"id": t.task_id, "attempt": t.attempt, **t.unsent_progress()}
-                for t in tasks
-            ]
+            told = [{"id": t.task_id, "attempt": t.attempt, **t.unsent_progress()} for t in tasks]
             content = {"json": {"tasks": told}}
 
         def ask(worker_id: UUID) -> Answer:

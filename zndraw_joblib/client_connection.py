@@ -57,9 +57,7 @@ class HostApi:
         self.base_url = _check_url(base_url)
         self.authority = _authority()
         self.proxy = proxy_for(httpx.URL(self.base_url))
-        self._credentials = (
-            None if user is None else {"username": user, "password": password}
-        )
+        self._credentials = None if user is None else {"username": user, "password": password}
         self._token = token
         self._open()
 
@@ -191,8 +189,7 @@ def _check_url(given: str) -> str:
         raise ValueError(f"{given!r} is not an address: {exc}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(
-            f"{given!r} is not the address of a host: it has to begin with http:// or"
-            " https://"
+            f"{given!r} is not the address of a host: it has to begin with http:// or https://"
         )
     return str(url.copy_with(query=None, fragment=None)).rstrip("/")
 

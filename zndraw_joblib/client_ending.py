@@ -138,9 +138,7 @@ class Ending:
         self.life.hopeless.set()
         self.held.end_all()
         if (worker_id := self.registrations.worker_id) is not None:
-            self.registrations.delete_worker(
-                worker_id, retries=0, timeout=AT_ONCE_SECONDS
-            )
+            self.registrations.delete_worker(worker_id, retries=0, timeout=AT_ONCE_SECONDS)
         self._done.set()
 
     def _threads(self) -> list[threading.Thread]:

@@ -65,12 +65,8 @@ class Hands:
         self._in_hand: set[str] = set()
         self._ends: queue.SimpleQueue[End | None] = queue.SimpleQueue()
         self._pool = Pool(concurrency, "zndraw-task")
-        self._reporter = threading.Thread(
-            target=self._report, name="zndraw-report", daemon=True
-        )
-        self._claimer = threading.Thread(
-            target=self._claim, name="zndraw-claim", daemon=True
-        )
+        self._reporter = threading.Thread(target=self._report, name="zndraw-report", daemon=True)
+        self._claimer = threading.Thread(target=self._claim, name="zndraw-claim", daemon=True)
         self._reporter.start()
         self._claimer.start()
 
@@ -182,9 +178,7 @@ class Hands:
                 self._pulse.hurry()
                 report = self._perform(task, offer.running)
         except BaseException as exc:
-            report = Report(
-                offer.task_id, TaskStatus.FAILED, offer.attempt, error=describe(exc)
-            )
+            report = Report(offer.task_id, TaskStatus.FAILED, offer.attempt, error=describe(exc))
         end = End(offer.task_id, task, report)
         if report is None:
             self._free([end])

@@ -12,12 +12,7 @@ from typing import Any
 from zndraw_joblib.client_answers import Unreachable
 from zndraw_joblib.client_registrations import Life, OfferedProvider, Registrations
 from zndraw_joblib.client_transport import SafeLogger, Transport, path
-from zndraw_joblib.exceptions import (
-    PROBLEM_JSON,
-    ProviderExecutionFailed,
-    describe,
-    storable,
-)
+from zndraw_joblib.exceptions import PROBLEM_JSON, ProviderExecutionFailed, describe, storable
 from zndraw_joblib.provider import read_content
 
 log = SafeLogger(logging.getLogger(__name__))
@@ -115,11 +110,7 @@ class Readers:
         )
 
     def _send(
-        self,
-        provider: OfferedProvider,
-        digest: str,
-        content: bytes,
-        headers: dict[str, str],
+        self, provider: OfferedProvider, digest: str, content: bytes, headers: dict[str, str]
     ) -> str:
         """Answer a reader; return why the host doesn't want the answer, if it doesn't."""
         try:

@@ -83,9 +83,7 @@ class Registrations:
         Called when the host has lost the worker, and its tasks with it.
     """
 
-    def __init__(
-        self, transport: Transport, life: Life, on_lost: Callable[[], None]
-    ) -> None:
+    def __init__(self, transport: Transport, life: Life, on_lost: Callable[[], None]) -> None:
         self.socket = Socket()
         self.worker_id: UUID | None = None
         self.jobs: dict[str, OfferedJob] = {}
@@ -140,8 +138,7 @@ class Registrations:
             self.providers[full_name] = provider
             self.socket.settle()
             self.socket.emit(
-                JoinProviderRoom(provider_name=full_name, worker_id=worker_id),
-                wait=True,
+                JoinProviderRoom(provider_name=full_name, worker_id=worker_id), wait=True
             )
             try:
                 self.as_worker(partial(self._put_provider, provider))
@@ -214,9 +211,7 @@ class Registrations:
     def delete_worker(self, worker_id: UUID, **options: Any) -> None:
         """Delete a worker; if that fails, the host will notice that it is silent."""
         try:
-            answer = self._transport.send(
-                "delete", path("workers", worker_id), **options
-            )
+            answer = self._transport.send("delete", path("workers", worker_id), **options)
             if answer.status != 404:
                 self._transport.value(answer)
         except Exception as exc:
@@ -290,21 +285,15 @@ class Registrations:
                 self.join_rooms()
             return self.worker_id or self.create_worker()
 
-    def _emit_each(
-        self, of_job: type[FrozenEvent], of_provider: type[FrozenEvent]
-    ) -> None:
+    def _emit_each(self, of_job: type[FrozenEvent], of_provider: type[FrozenEvent]) -> None:
         worker = {"worker_id": str(self.worker_id)}
         for name in list(self.jobs):
             self.socket.emit(of_job.model_validate({"job_name": name, **worker}))
         for name in list(self.providers):
-            self.socket.emit(
-                of_provider.model_validate({"provider_name": name, **worker})
-            )
+            self.socket.emit(of_provider.model_validate({"provider_name": name, **worker}))
 
     def _leave_provider(self, full_name: str) -> None:
-        self.socket.emit(
-            LeaveProviderRoom(provider_name=full_name, worker_id=str(self.worker_id))
-        )
+        self.socket.emit(LeaveProviderRoom(provider_name=full_name, worker_id=str(self.worker_id)))
 
 
 def _read_id(body: dict[str, Any]) -> UUID:
@@ -313,9 +302,7 @@ def _read_id(body: dict[str, Any]) -> UUID:
 
 def _is_same_class(one: type, other: type) -> bool:
     # defined a second time, as in a notebook; of those that a function makes, any two
-    return one is other or (
-        _place(one) == _place(other) and "<locals>" not in one.__qualname__
-    )
+    return one is other or (_place(one) == _place(other) and "<locals>" not in one.__qualname__)
 
 
 def _place(cls: type) -> str:

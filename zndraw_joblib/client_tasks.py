@@ -143,11 +143,7 @@ class ClaimedTask(Generic[E]):
         """
         progress = self._progress
         now = time.monotonic()
-        if (
-            progress is None
-            or progress == self._sent
-            or now - self._sent_at < PROGRESS_SECONDS
-        ):
+        if progress is None or progress == self._sent or now - self._sent_at < PROGRESS_SECONDS:
             return {}
         self._sent, self._sent_at = progress, now
         fraction, message = progress
@@ -187,12 +183,7 @@ class Submissions:
         return ids
 
     def submit_one(
-        self,
-        extension: Extension,
-        room: str,
-        job_room: str,
-        key: str,
-        options: dict[str, Any],
+        self, extension: Extension, room: str, job_room: str, key: str, options: dict[str, Any]
     ) -> str:
         """Submit a task."""
         options = {word: value for word, value in options.items() if value}
@@ -212,9 +203,7 @@ class Submissions:
             size += len(body)
         yield batch
 
-    def _submit_batch(
-        self, room: str, job: FullName, bodies: list[bytes], key: str
-    ) -> list[str]:
+    def _submit_batch(self, room: str, job: FullName, bodies: list[bytes], key: str) -> list[str]:
         def read(answer: dict[str, Any]) -> list[str]:
             ids = [str(task_id) for task_id in answer["ids"]]
             if len(ids) != len(bodies):
@@ -230,10 +219,7 @@ class Submissions:
             headers=_headers(job, key),
         )
         if answer.no_route:
-            return [
-                self._submit(room, job, body, f"{key}-{n}")
-                for n, body in enumerate(bodies)
-            ]
+            return [self._submit(room, job, body, f"{key}-{n}") for n, body in enumerate(bodies)]
         if answer.is_problem(PayloadTooLarge) and len(bodies) > 1:
             # this host takes less at once
             half = len(bodies) // 2
@@ -258,9 +244,7 @@ class Submissions:
         """Wait until a task has ended."""
         return self._wait_for(task_id, _deadline(timeout))
 
-    def wait_all(
-        self, ids: list[str], timeout: float | None, progress: bool
-    ) -> list[TaskResponse]:
+    def wait_all(self, ids: list[str], timeout: float | None, progress: bool) -> list[TaskResponse]:
         """Wait until all of these tasks have ended."""
         deadline = _deadline(timeout)
         total = len(set(ids))
@@ -293,9 +277,7 @@ class Submissions:
         tasks = found.tasks
         ended = {
             # what is too large for one answer to many has to be asked for by itself
-            str(task.id): self._wait_for(str(task.id), deadline)
-            if task.abridged
-            else task
+            str(task.id): self._wait_for(str(task.id), deadline) if task.abridged else task
             for task in tasks
             if task.status in TERMINAL
         }
@@ -308,10 +290,7 @@ class Submissions:
         while True:
             asked = time.monotonic()
             answer = self._ask(
-                "get",
-                path("tasks", task_id),
-                deadline,
-                read=TaskResponse.model_validate,
+                "get", path("tasks", task_id), deadline, read=TaskResponse.model_validate
             )
             task: TaskResponse = self._transport.value(answer)
             if task.status in TERMINAL:
@@ -336,9 +315,7 @@ class Submissions:
                 raise
             raise TimeoutError(f"no answer to {path}: {exc}") from None
 
-    def _pause(
-        self, task: TaskResponse, answer: Answer, asked: float, deadline: float
-    ) -> None:
+    def _pause(self, task: TaskResponse, answer: Answer, asked: float, deadline: float) -> None:
         """Wait until it is worth to ask again for a task that goes on."""
         left = deadline - time.monotonic()
         if left <= 0:

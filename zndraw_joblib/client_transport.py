@@ -120,9 +120,7 @@ class Transport:
         address is likelier then than a restart.
     """
 
-    def __init__(
-        self, api: Api, patience: float = 120.0, startup_retries: int = 5
-    ) -> None:
+    def __init__(self, api: Api, patience: float = 120.0, startup_retries: int = 5) -> None:
         self.api = api
         self.patience = patience
         self.startup_retries = startup_retries
@@ -316,9 +314,7 @@ class Transport:
         self._http, self._pid = http, os.getpid()
         return http
 
-    def _ask(
-        self, send: Any, url: str, headers: dict[str, str], content: dict[str, Any]
-    ) -> Any:
+    def _ask(self, send: Any, url: str, headers: dict[str, str], content: dict[str, Any]) -> Any:
         who: dict[str, str] = {}
         try:
             who = self.api.get_headers()

@@ -70,10 +70,7 @@ class Transports:
 
 
 def require_broker(
-    transports: Transports,
-    name: FullName,
-    submitted: Sequence[TaskSubmitRequest],
-    where: str,
+    transports: Transports, name: FullName, submitted: Sequence[TaskSubmitRequest], where: str
 ) -> None:
     """Return if the broker takes what is submitted to a job, or need not.
 
@@ -123,9 +120,7 @@ class Delivery:
         self._sender: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def publish(
-        self, outbox: Outbox, transports: Transports
-    ) -> asyncio.Future[None] | None:
+    def publish(self, outbox: Outbox, transports: Transports) -> asyncio.Future[None] | None:
         """Let what a transaction left in its outbox leave; never raises.
 
         Call it right after the commit, with nothing awaited in between: this is what
@@ -272,9 +267,7 @@ async def _undeliverable(
         if transports.session_maker is None:
             raise RuntimeError("there is no session maker")
         async with transports.session_maker() as session:
-            failed = await attempts.fail_undispatched(
-                session, new, error, transports.settings
-            )
+            failed = await attempts.fail_undispatched(session, new, error, transports.settings)
             await attempts.postpone(session, sent_before, transports.settings)
             await session.commit()
         outbox.tasks_changed(failed)

@@ -83,9 +83,7 @@ async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
     return getattr(request.app.state, "on_providers_removed", None)
 
 
-async def _open_to_all(
-    session: AsyncSession, caller: Caller, room_id: str, action: Action
-) -> bool:
+async def _open_to_all(session: AsyncSession, caller: Caller, room_id: str, action: Action) -> bool:
     return True
 
 
@@ -135,9 +133,7 @@ async def look_up(request: Request, dependency: Any) -> Any:
         return await dependency(request)
     takes = len(inspect.signature(override).parameters)
     if takes > 1:
-        raise TypeError(
-            f"the override of {dependency.__name__} may take the request, nothing else"
-        )
+        raise TypeError(f"the override of {dependency.__name__} may take the request, nothing else")
     found = override(request) if takes else override()
     return await found if inspect.isawaitable(found) else found
 
@@ -312,9 +308,9 @@ class PageQuery(BaseModel):
 
     limit: Annotated[int, Query(ge=0, le=MAX_PAGE)] = 50
     offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0
-    cursor: Annotated[
-        str | None, Query(description='From `Link: rel="next"`.', max_length=500)
-    ] = None
+    cursor: Annotated[str | None, Query(description='From `Link: rel="next"`.', max_length=500)] = (
+        None
+    )
 
     def page(self) -> Page:
         """Return the page.

@@ -44,9 +44,7 @@ def __getattr__(name: str) -> Any:
 
     names = {
         "FrameRoomCleanup": FrameRoomCleanup,
-        "FrameRoomCleanupDep": Annotated[
-            FrameRoomCleanup | None, Depends(_get_frame_room_cleanup)
-        ],
+        "FrameRoomCleanupDep": Annotated[FrameRoomCleanup | None, Depends(_get_frame_room_cleanup)],
         "JobLibSettingsDep": Annotated[
             settings.JobLibSettings, Depends(dependencies.get_joblib_settings)
         ],
@@ -73,9 +71,7 @@ def _hearing_rooms(cleanup: FrameRoomCleanup) -> Callable[..., Awaitable[None]]:
     return removed
 
 
-def for_removals(
-    get_hook: Callable[P, Awaitable[R]],
-) -> Callable[P, Awaitable[R]]:
+def for_removals(get_hook: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
     """Let an override of ``get_frame_room_cleanup`` take the place of the hook."""
 
     @wraps(get_hook)
@@ -109,9 +105,7 @@ def for_sweeper(function: F) -> F:
     """Let the sweeper take ``get_session`` and ``on_frame_rooms``."""
 
     @wraps(function)
-    def call(
-        *args: Any, get_session: Any = None, on_frame_rooms: Any = None, **kwargs: Any
-    ) -> Any:
+    def call(*args: Any, get_session: Any = None, on_frame_rooms: Any = None, **kwargs: Any) -> Any:
         if get_session is None and args and isasyncgenfunction(args[0]):
             get_session, args = args[0], args[1:]
         if get_session is not None:

@@ -12,13 +12,7 @@ from uuid import UUID
 import anyio
 from pydantic import BaseModel, ConfigDict
 
-from zndraw_joblib.lifecycle import (
-    INTERNAL_ROOM,
-    TERMINAL,
-    FullName,
-    TaskStatus,
-    split_full_name,
-)
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, FullName, TaskStatus, split_full_name
 
 log = logging.getLogger(__name__)
 
@@ -222,9 +216,7 @@ async def emit(
     for event, room in dict.fromkeys(emissions):
         try:
             with anyio.fail_after(timeout):
-                await tsio.emit(
-                    event.event_name, event.model_dump(mode="json"), room=room
-                )
+                await tsio.emit(event.event_name, event.model_dump(mode="json"), room=room)
         except TimeoutError:
             # of a thousand events each would wait as long
             log.exception("event %s for %s did not leave", event.event_name, room)
@@ -320,9 +312,7 @@ class Outbox:
                     available[name] = TaskAvailable(
                         job_name=name, room_id=task.room_id, task_id=str(task.id)
                     )
-        self.emissions += [
-            Emission(event, jobs_channel(name)) for name, event in available.items()
-        ]
+        self.emissions += [Emission(event, jobs_channel(name)) for name, event in available.items()]
 
     def dispatch(self, tasks: Iterable["TaskView"], *, again: bool = False) -> None:
         """Hand those tasks that were claimed for the broker to it."""
@@ -332,15 +322,12 @@ class Outbox:
 
     def jobs_changed(self, rooms: Iterable[str]) -> None:
         """Tell rooms that their list of jobs, or of their workers, changed."""
-        self.emissions += [
-            Emission(JobsInvalidate(), room_channel(room)) for room in sorted(rooms)
-        ]
+        self.emissions += [Emission(JobsInvalidate(), room_channel(room)) for room in sorted(rooms)]
 
     def providers_changed(self, rooms: Iterable[str]) -> None:
         """Tell rooms that their list of providers changed."""
         self.emissions += [
-            Emission(ProvidersInvalidate(), room_channel(room))
-            for room in sorted(rooms)
+            Emission(ProvidersInvalidate(), room_channel(room)) for room in sorted(rooms)
         ]
 
     def result_ready(self, full_name: str, digest: str, room: str) -> None:

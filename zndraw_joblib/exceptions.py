@@ -47,9 +47,7 @@ class ProblemException(Exception):
         Headers of the answer, ``Retry-After`` for example.
     """
 
-    def __init__(
-        self, problem: ProblemDetail, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, problem: ProblemDetail, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(problem.detail or problem.title)
         self.problem = problem
         self.headers = dict(headers or {})

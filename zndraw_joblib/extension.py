@@ -156,8 +156,7 @@ def _same(one: Any, other: Any) -> bool:
     """Return whether two values mean the same to who computes with them."""
     if isinstance(one, BaseModel):
         return type(one) is type(other) and all(
-            _same(vars(one).get(name), vars(other).get(name))
-            for name in type(one).model_fields
+            _same(vars(one).get(name), vars(other).get(name)) for name in type(one).model_fields
         )
     if isinstance(one, dict) and isinstance(other, dict):
         # in their order: it may matter
@@ -169,8 +168,7 @@ def _same(one: Any, other: Any) -> bool:
     if type(one) is type(other) and getattr(type(one), "__eq__", None) is object.__eq__:
         # no value of its own to compare but what it is written as
         return bool(
-            pydantic_core.to_json(one, fallback=vars)
-            == pydantic_core.to_json(other, fallback=vars)
+            pydantic_core.to_json(one, fallback=vars) == pydantic_core.to_json(other, fallback=vars)
         )
     equal = one == other
     return bool(equal.all() if hasattr(equal, "all") else equal)

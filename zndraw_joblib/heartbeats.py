@@ -55,11 +55,7 @@ def _count_of(table: Any) -> ColumnElement[int]:
 
 # id, attempt and status of the reported tasks that are the worker's
 _LINE = (
-    cast(TASK.c.id, String)
-    + " "
-    + cast(TASK.c.attempt, String)
-    + " "
-    + cast(TASK.c.status, String)
+    cast(TASK.c.id, String) + " " + cast(TASK.c.attempt, String) + " " + cast(TASK.c.status, String)
 )
 _STATES = (
     select(func.aggregate_strings(_LINE, ","))
@@ -120,8 +116,7 @@ async def beat(
     told = [
         task
         for task in request.tasks
-        if states.get(task.id) in HELD
-        and (task.progress is not None or task.message is not None)
+        if states.get(task.id) in HELD and (task.progress is not None or task.message is not None)
     ]
     progressed = await _store(session, worker_id, told, settings) if told else []
     cancelled = [task for task, s in states.items() if s is TaskStatus.CANCELLED]
@@ -140,10 +135,7 @@ async def beat(
 
 
 async def _store(
-    session: AsyncSession,
-    worker_id: UUID,
-    told: Sequence[TaskHeartbeat],
-    settings: JobLibSettings,
+    session: AsyncSession, worker_id: UUID, told: Sequence[TaskHeartbeat], settings: JobLibSettings
 ) -> list[TaskResponse]:
     """Store progress; what ended meanwhile is left to the next heartbeat."""
     fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in told)
@@ -167,9 +159,7 @@ async def _store(
         .values(
             {
                 TASK.c.progress: func.coalesce(case(*fractions), TASK.c.progress),
-                TASK.c.progress_message: func.coalesce(
-                    case(*messages), TASK.c.progress_message
-                ),
+                TASK.c.progress_message: func.coalesce(case(*messages), TASK.c.progress_message),
             }
         )
         .returning(*BRIEF),

@@ -30,18 +30,8 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
-from zndraw_joblib.exceptions import (
-    MAX_ERRORS,
-    JobNotFound,
-    NoWorkersAvailable,
-    SchemaConflict,
-)
-from zndraw_joblib.lifecycle import (
-    INTERNAL_ROOM,
-    FullName,
-    split_full_name,
-    visible_rooms,
-)
+from zndraw_joblib.exceptions import MAX_ERRORS, JobNotFound, NoWorkersAvailable, SchemaConflict
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
 from zndraw_joblib.models import (
     JOB,
     LINK,
@@ -57,13 +47,7 @@ from zndraw_joblib.models import (
     served,
 )
 from zndraw_joblib.paging import Listing, Page, paginate
-from zndraw_joblib.schemas import (
-    JobPolicy,
-    JobResponse,
-    JobSummary,
-    JsonObject,
-    equal_json,
-)
+from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject, equal_json
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.validation import differences
 from zndraw_joblib.workers import Caller, check_length, check_quota
@@ -115,9 +99,7 @@ def not_found(room: str, full_name: str) -> Exception:
 def named(name: FullName) -> ColumnElement[bool]:
     """Return the condition that picks a job by its full name."""
     return and_(
-        JOB.c.room_id == name.room,
-        JOB.c.category == name.category,
-        JOB.c.name == name.name,
+        JOB.c.room_id == name.room, JOB.c.category == name.category, JOB.c.name == name.name
     )
 
 
@@ -228,8 +210,7 @@ async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UU
     if not equal_json(job.schema, schema):
         where = ", ".join(islice(differences(job.schema, schema), MAX_ERRORS))
         raise SchemaConflict.exception(
-            f"schema mismatch: job {name} exists with another schema; they differ at"
-            f" {where}"
+            f"schema mismatch: job {name} exists with another schema; they differ at {where}"
         )
     return UUID(str(job.id))
 
@@ -252,9 +233,7 @@ async def _set_policy(
     changed = await scalar(
         session,
         update(JOB)
-        .where(
-            JOB.c.id == job_id, true() if caller.is_superuser else or_(same, ~others)
-        )
+        .where(JOB.c.id == job_id, true() if caller.is_superuser else or_(same, ~others))
         .values(**policy)
         .returning(JOB.c.id),
     )
@@ -294,11 +273,7 @@ async def admit(
 async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:
     """Write an ``@internal`` job as the server's own code defines it."""
     fresh = upsert(JOB).values(
-        room_id=name.room,
-        category=name.category,
-        name=name.name,
-        schema=schema,
-        deleted=False,
+        room_id=name.room, category=name.category, name=name.name, schema=schema, deleted=False
     )
     await execute(
         session,
@@ -309,9 +284,7 @@ async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> 
     )
 
 
-async def delete_idle(
-    session: AsyncSession, chosen: ColumnElement[bool]
-) -> list[FullName]:
+async def delete_idle(session: AsyncSession, chosen: ColumnElement[bool]) -> list[FullName]:
     """Soft-delete those of the chosen jobs that nobody serves and no task waits for.
 
     Returns
@@ -356,9 +329,7 @@ def deleted(after: UUID) -> Select[tuple[UUID]]:
 def taskless(job_ids: Sequence[UUID]) -> Select[tuple[UUID]]:
     """Return which of some jobs are deleted and have no tasks."""
     return select(JOB.c.id).where(
-        JOB.c.id.in_(job_ids),
-        JOB.c.deleted.is_(True),
-        ~exists().where(TASK.c.job_id == JOB.c.id),
+        JOB.c.id.in_(job_ids), JOB.c.deleted.is_(True), ~exists().where(TASK.c.job_id == JOB.c.id)
     )
 
 
@@ -368,8 +339,7 @@ async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
     locked = ((await execute(session, chosen)).scalars()).all()
     purged = (
         await execute(
-            session,
-            delete(JOB).where(JOB.c.id.in_(taskless(locked))).returning(JOB.c.id),
+            session, delete(JOB).where(JOB.c.id.in_(taskless(locked))).returning(JOB.c.id)
         )
     ).scalars()
     return len(purged.all())
@@ -427,15 +397,10 @@ def _fields(row: Row[Any]) -> dict[str, Any]:
 
 
 async def read(
-    session: AsyncSession,
-    job_id: UUID,
-    worker_timeout: float,
-    **registered: Any,
+    session: AsyncSession, job_id: UUID, worker_timeout: float, **registered: Any
 ) -> JobResponse:
     """Return a job, with what is told of its registration just now."""
-    rows = await execute(
-        session, _view(worker_timeout, JOB.c.schema).where(JOB.c.id == job_id)
-    )
+    rows = await execute(session, _view(worker_timeout, JOB.c.schema).where(JOB.c.id == job_id))
     return JobResponse(**_fields(rows.one()), **registered)
 
 
@@ -451,10 +416,7 @@ async def read_named(
     """
     name = find(room, full_name)
     rows = await execute(
-        session,
-        _view(worker_timeout, JOB.c.schema).where(
-            named(name), JOB.c.deleted.is_(False)
-        ),
+        session, _view(worker_timeout, JOB.c.schema).where(named(name), JOB.c.deleted.is_(False))
     )
     return JobResponse(**_fields(found(rows.one_or_none(), room, full_name)))
 

@@ -83,18 +83,12 @@ TRANSITIONS = (
     # By a worker that goes, or because it was never started: no attempt is lost. A running
     # task only as its claim left it, which started it: nobody has said that its work began.
     Transition("hand back", HELD, TaskStatus.PENDING, reported=True),
-    Transition(
-        "start", frozenset({TaskStatus.CLAIMED}), TaskStatus.RUNNING, reported=True
-    ),
-    Transition(
-        "complete", frozenset({TaskStatus.RUNNING}), TaskStatus.COMPLETED, reported=True
-    ),
+    Transition("start", frozenset({TaskStatus.CLAIMED}), TaskStatus.RUNNING, reported=True),
+    Transition("complete", frozenset({TaskStatus.RUNNING}), TaskStatus.COMPLETED, reported=True),
     # reported, or its worker is lost, or its time is over
     Transition("fail", HELD, TaskStatus.FAILED, reported=True),
     Transition("try again", HELD, TaskStatus.PENDING),
-    Transition(
-        "cancel", HELD | {TaskStatus.PENDING}, TaskStatus.CANCELLED, reported=True
-    ),
+    Transition("cancel", HELD | {TaskStatus.PENDING}, TaskStatus.CANCELLED, reported=True),
     Transition("retry", TERMINAL, TaskStatus.PENDING),
     Transition("retry, @internal", TERMINAL, TaskStatus.CLAIMED),
 )
@@ -147,13 +141,9 @@ class FullName(NamedTuple):
             When one of them can't be one, or all of them are too long together.
         """
         try:
-            return cls(
-                check_room(room), check_name(category), check_name(name)
-            ).bounded()
+            return cls(check_room(room), check_name(category), check_name(name)).bounded()
         except ValueError as exc:
-            raise ValueError(
-                f"{room}:{category}:{name} can't be a name: {exc}"
-            ) from None
+            raise ValueError(f"{room}:{category}:{name} can't be a name: {exc}") from None
 
     def bounded(self) -> "FullName":
         """Return the name itself, if it isn't too long for an index.
@@ -260,9 +250,7 @@ def check_room(room: str) -> str:
     if "@" in room:
         raise ValueError("must not contain '@'")
     if "/" in room or room in _DOTS:
-        raise ValueError(
-            "must not be '.' or '..', or contain '/': no URL would reach it"
-        )
+        raise ValueError("must not be '.' or '..', or contain '/': no URL would reach it")
     _check_part(room)
     return room
 

@@ -17,15 +17,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import anyio
-from sqlalchemy import (
-    ColumnElement,
-    bindparam,
-    case,
-    func,
-    literal_column,
-    select,
-    union_all,
-)
+from sqlalchemy import ColumnElement, bindparam, case, func, literal_column, select, union_all
 
 from zndraw_joblib import claims, workers
 from zndraw_joblib.claims import Claim
@@ -33,17 +25,7 @@ from zndraw_joblib.delivery import SessionMaker
 from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
-from zndraw_joblib.models import (
-    JOB,
-    LINK,
-    TASK,
-    WORKER,
-    execute,
-    in_states,
-    now,
-    number,
-    queued,
-)
+from zndraw_joblib.models import JOB, LINK, TASK, WORKER, execute, in_states, now, number, queued
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import TaskJson, ahead
 from zndraw_joblib.waiting import Receive, Waiters, Wakeups
@@ -179,9 +161,7 @@ async def for_end(
                     return task
 
 
-async def for_ends(
-    poll: LongPoll, unfinished: Callable[[], Awaitable[UUID | None]]
-) -> None:
+async def for_ends(poll: LongPoll, unfinished: Callable[[], Awaitable[UUID | None]]) -> None:
     """Return once ``unfinished`` names no task any more, or when time is up.
 
     Not the end of each of many tasks is waited for but that of the one that is named,
@@ -227,9 +207,7 @@ async def for_work(
                 async with poll.session_maker() as session:
                     served = await claims.served(session, worker_id)
                 wanted = {
-                    job_id: name
-                    for job_id, name in served.items()
-                    if jobs is None or name in jobs
+                    job_id: name for job_id, name in served.items() if jobs is None or name in jobs
                 }
                 waiter.listen(map(job_key, wanted.values()))
             turns = waiter.turns
@@ -345,9 +323,9 @@ _DRAINING = -1
 # one statement for all that is waited for: which tasks have ended, how many tasks of
 # each job can be claimed, and how many jobs each worker serves
 _CHANGES = union_all(
-    select(
-        _kind("task"), TASK.c.id.label("id"), literal_column("0").label("number")
-    ).where(_among(TASK.c.id, "tasks"), in_states(TERMINAL)),
+    select(_kind("task"), TASK.c.id.label("id"), literal_column("0").label("number")).where(
+        _among(TASK.c.id, "tasks"), in_states(TERMINAL)
+    ),
     select(
         _kind("job"),
         JOB.c.id,
@@ -373,9 +351,7 @@ def _chunks(ids: Collection[UUID]) -> Iterator[list[UUID]]:
     for start in range(0, len(all_ids), CHUNK):
         chunk = all_ids[start : start + CHUNK]
         # few shapes of the statement for any number: the nil UUID is nobody's
-        yield chunk + [UUID(int=0)] * (
-            (1 << (len(chunk) - 1).bit_length()) - len(chunk)
-        )
+        yield chunk + [UUID(int=0)] * ((1 << (len(chunk) - 1).bit_length()) - len(chunk))
 
 
 async def _look(poll: LongPoll, beating: bool) -> None:

@@ -15,13 +15,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 _STATUS = sa.Enum(
-    "PENDING",
-    "CLAIMED",
-    "RUNNING",
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    name="taskstatus",
+    "PENDING", "CLAIMED", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", name="taskstatus"
 )
 _TIME = sa.DateTime(timezone=True)
 _JOBS = sa.table(
@@ -42,9 +36,7 @@ _WORKERS = sa.table(
     sa.column("created_at", _TIME),
     sa.column("state", sa.String),
 )
-_PROVIDERS = sa.table(
-    "provider", sa.column("created_at", _TIME), sa.column("worker_id", sa.Uuid)
-)
+_PROVIDERS = sa.table("provider", sa.column("created_at", _TIME), sa.column("worker_id", sa.Uuid))
 _TASKS = sa.table(
     "task",
     sa.column("id", sa.Uuid),
@@ -124,15 +116,12 @@ _CHECKS = {
     "job": {"ck_job_max_attempts": "max_attempts >= 1"},
     "task": {
         "ck_task_completed_at": (
-            "(status IN ('COMPLETED', 'FAILED', 'CANCELLED'))"
-            " = (completed_at IS NOT NULL)"
+            "(status IN ('COMPLETED', 'FAILED', 'CANCELLED')) = (completed_at IS NOT NULL)"
         ),
         "ck_task_started_at": "status <> 'RUNNING' OR started_at IS NOT NULL",
         "ck_task_worker_id": "status <> 'PENDING' OR worker_id IS NULL",
         "ck_task_available_at": "status = 'PENDING' OR available_at IS NULL",
-        "ck_task_deadline_at": (
-            "status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL"
-        ),
+        "ck_task_deadline_at": ("status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL"),
     },
 }
 
@@ -141,12 +130,9 @@ _OLD_INDEXES = {
     "job": {f"ix_job_{c}": [c] for c in ("category", "deleted", "name", "room_id")}
     | {"ix_job_created_at": ["created_at"]},
     "worker": {"ix_worker_created_at": ["created_at"]},
-    "provider": {
-        f"ix_provider_{c}": [c] for c in ("category", "created_at", "name", "room_id")
-    },
+    "provider": {f"ix_provider_{c}": [c] for c in ("category", "created_at", "name", "room_id")},
     "task": {
-        f"ix_task_{c}": [c]
-        for c in ("created_by_id", "job_id", "room_id", "status", "worker_id")
+        f"ix_task_{c}": [c] for c in ("created_by_id", "job_id", "room_id", "status", "worker_id")
     }
     | {"ix_task_job_status_created": ["job_id", "status", "created_at"]},
 }
@@ -222,10 +208,7 @@ def _sqlite_cascading(element: _cascading, compiler: SQLCompiler, **kw: Any) -> 
 def _counts(connection: sa.Connection) -> dict[str, int]:
     tables = ("job", "worker", "worker_job_link", "task")
     counting = (sa.select(sa.func.count()).select_from(sa.table(t)) for t in tables)
-    return {
-        t: connection.execute(c).scalar_one()
-        for t, c in zip(tables, counting, strict=True)
-    }
+    return {t: connection.execute(c).scalar_one() for t, c in zip(tables, counting, strict=True)}
 
 
 @contextmanager
@@ -295,9 +278,7 @@ def upgrade(op: Any) -> None:
 def _fill(connection: sa.Connection) -> None:
     connection.execute(
         sa.update(_JOBS).values(
-            created_at=_stored(_JOBS.c.created_at),
-            max_attempts=1,
-            retry_delay_seconds=0.0,
+            created_at=_stored(_JOBS.c.created_at), max_attempts=1, retry_delay_seconds=0.0
         )
     )
     connection.execute(
@@ -307,9 +288,7 @@ def _fill(connection: sa.Connection) -> None:
             state="active",
         )
     )
-    connection.execute(
-        sa.update(_PROVIDERS).values(created_at=_stored(_PROVIDERS.c.created_at))
-    )
+    connection.execute(sa.update(_PROVIDERS).values(created_at=_stored(_PROVIDERS.c.created_at)))
     _fill_tasks(connection)
 
 
@@ -352,12 +331,10 @@ def _fill_tasks(connection: sa.Connection) -> None:
             failed_attempts=sa.case((failed, 1), else_=0),
             **dict.fromkeys(("created_at", "queued_at"), created),
             claimed_at=sa.case(
-                (is_("CLAIMED"), sa.func.coalesce(started, created)),
-                (~pending, started),
+                (is_("CLAIMED"), sa.func.coalesce(started, created)), (~pending, started)
             ),
             started_at=sa.case(
-                (is_("RUNNING"), sa.func.coalesce(started, created)),
-                (~pending, started),
+                (is_("RUNNING"), sa.func.coalesce(started, created)), (~pending, started)
             ),
             completed_at=sa.case(
                 (lost, _stored(sa.func.current_timestamp())),
@@ -367,14 +344,10 @@ def _fill_tasks(connection: sa.Connection) -> None:
             # the first sweep hands it to the broker again, which starts it once
             deadline_at=sa.case((is_("CLAIMED") & seen.c.internal & ~lost, created)),
             error=sa.case(
-                (lost, sa.func.coalesce(task.error, "Worker disconnected")),
-                else_=task.error,
+                (lost, sa.func.coalesce(task.error, "Worker disconnected")), else_=task.error
             ),
             error_type=sa.case(
-                (
-                    lost | (failed & (task.error == "Worker disconnected")),
-                    "worker_lost",
-                ),
+                (lost | (failed & (task.error == "Worker disconnected")), "worker_lost"),
                 (failed & (task.error == "Internal task timed out"), "timeout"),
                 (failed, "user_error"),
             ),
@@ -390,9 +363,7 @@ def _tighten(op: Any) -> None:
                 if not nullable:
                     batch.alter_column(column, existing_type=kind, nullable=False)
             if table != "task":
-                batch.alter_column(
-                    "created_at", existing_type=_TIME, server_default=None
-                )
+                batch.alter_column("created_at", existing_type=_TIME, server_default=None)
             if table in ("job", "provider"):
                 full_name = ["room_id", "category", "name"]
                 batch.drop_constraint(f"unique_{table}", type_="unique")
@@ -410,9 +381,7 @@ def _tighten(op: Any) -> None:
                     postgresql_using="payload::text",
                 )
                 for column in ("worker_id", "created_by_id"):
-                    batch.drop_constraint(
-                        _foreign_key(connection, column), type_="foreignkey"
-                    )
+                    batch.drop_constraint(_foreign_key(connection, column), type_="foreignkey")
                 batch.create_foreign_key(
                     "task_created_by_id_fkey",
                     "user",
@@ -455,9 +424,7 @@ def _forget(connection: sa.Connection) -> None:
     connection.execute(sa.delete(_PROVIDERS).where(_PROVIDERS.c.worker_id.is_(None)))
     there = sa.exists().where(_WORKERS.c.id == _TASKS.c.worker_id)
     connection.execute(
-        sa.update(_TASKS)
-        .where(_TASKS.c.worker_id.is_not(None), ~there)
-        .values(worker_id=None)
+        sa.update(_TASKS).where(_TASKS.c.worker_id.is_not(None), ~there).values(worker_id=None)
     )
 
 
@@ -470,9 +437,7 @@ def _loosen(op: Any) -> None:
             for column, _, _ in columns:
                 batch.drop_column(column)
             if table != "task":
-                batch.alter_column(
-                    "created_at", existing_type=_TIME, server_default=sa.func.now()
-                )
+                batch.alter_column("created_at", existing_type=_TIME, server_default=sa.func.now())
             if table in ("job", "provider"):
                 full_name = ["room_id", "category", "name"]
                 batch.drop_constraint(f"uq_{table}_full_name", type_="unique")
@@ -487,13 +452,6 @@ def _loosen(op: Any) -> None:
                     type_=sa.JSON(),
                     postgresql_using="payload::json",
                 )
-                batch.drop_constraint(
-                    _foreign_key(connection, "created_by_id"), type_="foreignkey"
-                )
-                for column, target in (
-                    ("worker_id", "worker"),
-                    ("created_by_id", "user"),
-                ):
-                    batch.create_foreign_key(
-                        f"task_{column}_fkey", target, [column], ["id"]
-                    )
+                batch.drop_constraint(_foreign_key(connection, "created_by_id"), type_="foreignkey")
+                for column, target in (("worker_id", "worker"), ("created_by_id", "user")):
+                    batch.create_foreign_key(f"task_{column}_fkey", target, [column], ["id"])

@@ -51,13 +51,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from uuid_utils.compat import uuid7
 from zndraw_auth import Base
 
-from zndraw_joblib.lifecycle import (
-    HELD,
-    FullName,
-    TaskStatus,
-    WorkerState,
-    visible_rooms,
-)
+from zndraw_joblib.lifecycle import HELD, FullName, TaskStatus, WorkerState, visible_rooms
 from zndraw_joblib.schemas import uncollected
 
 T = TypeVar("T")
@@ -69,14 +63,10 @@ class UtcDateTime(TypeDecorator[datetime]):
     impl = DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(
-        self, value: datetime | None, dialect: Dialect
-    ) -> datetime | None:
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC)
 
-    def process_result_value(
-        self, value: datetime | None, dialect: Dialect
-    ) -> datetime | None:
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None or value.tzinfo is not None:
             return value
         return value.replace(tzinfo=UTC)
@@ -119,9 +109,7 @@ class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL functio
     inherit_cache = True
 
     def __init__(self, *offset: float | ColumnElement[Any]) -> None:
-        super().__init__(
-            *(literal(o, Float) if isinstance(o, (int, float)) else o for o in offset)
-        )
+        super().__init__(*(literal(o, Float) if isinstance(o, (int, float)) else o for o in offset))
 
 
 @compiles(now)
@@ -155,9 +143,7 @@ class seconds_between(FunctionElement[float]):  # noqa: N801
 
 
 @compiles(seconds_between)
-def _standard_seconds(
-    element: seconds_between, compiler: SQLCompiler, **kw: Any
-) -> str:
+def _standard_seconds(element: seconds_between, compiler: SQLCompiler, **kw: Any) -> str:
     earlier, later = (compiler.process(moment, **kw) for moment in element.clauses)
     return f"extract(epoch FROM {later} - {earlier})"
 
@@ -176,16 +162,12 @@ class microseconds(FunctionElement[int]):  # noqa: N801
 
 
 @compiles(microseconds)
-def _standard_microseconds(
-    element: microseconds, compiler: SQLCompiler, **kw: Any
-) -> str:
+def _standard_microseconds(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
     return "CAST(extract(epoch FROM statement_timestamp()) * 1000000 AS BIGINT)"
 
 
 @compiles(microseconds, "sqlite")
-def _sqlite_microseconds(
-    element: microseconds, compiler: SQLCompiler, **kw: Any
-) -> str:
+def _sqlite_microseconds(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
     # '%f' is the second with its milliseconds, '%s' all seconds before
     return (
         "(strftime('%s', 'now') * 1000000"
@@ -229,15 +211,9 @@ class one_of(FunctionElement[Any]):  # noqa: N801
     inherit_cache = True
 
     def __init__(
-        self,
-        column: ColumnElement[Any],
-        *,
-        lateral: Select[Any],
-        correlated: Select[Any],
+        self, column: ColumnElement[Any], *, lateral: Select[Any], correlated: Select[Any]
     ) -> None:
-        super().__init__(
-            column, lateral.scalar_subquery(), correlated.scalar_subquery()
-        )
+        super().__init__(column, lateral.scalar_subquery(), correlated.scalar_subquery())
 
 
 @compiles(one_of)
@@ -323,9 +299,7 @@ async def execute(
     """
     options = {"prebuffer_rows": True}
     try:
-        ran = await session.run_sync(
-            Session.execute, statement, values, execution_options=options
-        )
+        ran = await session.run_sync(Session.execute, statement, values, execution_options=options)
     except StatementError as exc:
         raise without_values(exc) from None
     return cast(CursorResult[Any], ran)
@@ -408,9 +382,7 @@ class WorkerJobLink(Base):
     __table_args__ = (Index("ix_worker_job_link_job_id", "job_id"),)
 
     worker_id: Mapped[UUID] = mapped_column(
-        ForeignKey(
-            "worker.id", name="worker_job_link_worker_id_fkey", ondelete="CASCADE"
-        ),
+        ForeignKey("worker.id", name="worker_job_link_worker_id_fkey", ondelete="CASCADE"),
         primary_key=True,
     )
     job_id: Mapped[UUID] = mapped_column(
@@ -494,20 +466,15 @@ class Task(Base):
     __tablename__ = "task"
     __table_args__ = (
         CheckConstraint(
-            "(status IN ('COMPLETED', 'FAILED', 'CANCELLED'))"
-            " = (completed_at IS NOT NULL)",
+            "(status IN ('COMPLETED', 'FAILED', 'CANCELLED')) = (completed_at IS NOT NULL)",
             name=conv("ck_task_completed_at"),
         ),
         CheckConstraint(
-            "status <> 'RUNNING' OR started_at IS NOT NULL",
-            name=conv("ck_task_started_at"),
+            "status <> 'RUNNING' OR started_at IS NOT NULL", name=conv("ck_task_started_at")
         ),
+        CheckConstraint("status <> 'PENDING' OR worker_id IS NULL", name=conv("ck_task_worker_id")),
         CheckConstraint(
-            "status <> 'PENDING' OR worker_id IS NULL", name=conv("ck_task_worker_id")
-        ),
-        CheckConstraint(
-            "status = 'PENDING' OR available_at IS NULL",
-            name=conv("ck_task_available_at"),
+            "status = 'PENDING' OR available_at IS NULL", name=conv("ck_task_available_at")
         ),
         CheckConstraint(
             "status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL",
@@ -561,8 +528,7 @@ class Task(Base):
 # What statements are made of. Of the classes, each execution would pass the ORM, which
 # looks for copies to bring up to date, and there are none.
 JOB, WORKER, LINK, PROVIDER, TASK = (
-    cast(Table, table.__table__)
-    for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task)
+    cast(Table, table.__table__) for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task)
 )
 
 
@@ -593,9 +559,7 @@ def alive_within(seconds: float) -> ColumnElement[bool]:
 
 def queued(task: Any = TASK.c) -> ColumnElement[bool]:
     """Return the condition under which a task waits for a worker, and for no time."""
-    return and_(
-        task.status == constant(TaskStatus.PENDING), task.available_at.is_(None)
-    )
+    return and_(task.status == constant(TaskStatus.PENDING), task.available_at.is_(None))
 
 
 def due(task: Any = TASK.c) -> ColumnElement[bool]:
@@ -631,10 +595,7 @@ def _index(name: str, *columns: Any, where: ColumnElement[bool], **kw: Any) -> N
 _index("ix_task_queue", TASK.c.job_id, TASK.c.queue_order, TASK.c.id, where=queued())
 # delayed tasks whose time has come
 _index(
-    "ix_task_delayed",
-    TASK.c.job_id,
-    TASK.c.available_at,
-    where=TASK.c.available_at.is_not(None),
+    "ix_task_delayed", TASK.c.job_id, TASK.c.available_at, where=TASK.c.available_at.is_not(None)
 )
 # what of a user's waits, and where in a queue; what no claim says keeps claims from it,
 # since PostgreSQL takes an index that was empty once for one that costs nothing
@@ -643,9 +604,7 @@ _index(
     TASK.c.created_by_id,
     TASK.c.job_id,
     TASK.c.queue_order,
-    where=and_(
-        TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)
-    ),
+    where=and_(TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)),
 )
 # what a worker holds
 _index("ix_task_held", TASK.c.worker_id, where=held())
@@ -653,10 +612,7 @@ _index("ix_task_held", TASK.c.worker_id, where=held())
 _index("ix_task_deadline", TASK.c.deadline_at, where=TASK.c.deadline_at.is_not(None))
 # ended tasks, for the purge
 _index(
-    "ix_task_completed",
-    TASK.c.status,
-    TASK.c.completed_at,
-    where=TASK.c.completed_at.is_not(None),
+    "ix_task_completed", TASK.c.status, TASK.c.completed_at, where=TASK.c.completed_at.is_not(None)
 )
 # one task, or one batch of them, for one Idempotency-Key
 _index(
@@ -671,16 +627,7 @@ _index(
 )
 # the listings, newest first
 Index("ix_task_room", TASK.c.room_id, TASK.c.created_at, TASK.c.id)
-Index(
-    "ix_task_room_status", TASK.c.room_id, TASK.c.status, TASK.c.created_at, TASK.c.id
-)
+Index("ix_task_room_status", TASK.c.room_id, TASK.c.status, TASK.c.created_at, TASK.c.id)
 Index("ix_task_job_room", TASK.c.job_id, TASK.c.room_id, TASK.c.created_at, TASK.c.id)
 
-__all__ = [
-    "Job",
-    "ProviderRecord",
-    "Task",
-    "TaskStatus",
-    "Worker",
-    "WorkerJobLink",
-]
+__all__ = ["Job", "ProviderRecord", "Task", "TaskStatus", "Worker", "WorkerJobLink"]

@@ -109,11 +109,7 @@ def _counting(statement: Select[Any], table: Table) -> Select[tuple[int]]:
 
 @lru_cache(maxsize=256)
 def _page(
-    statement: Select[Any],
-    table: Table,
-    limit: int,
-    continued: bool,
-    complete: Completion,
+    statement: Select[Any], table: Table, limit: int, continued: bool, complete: Completion
 ) -> Select[Any]:
     # built once for each shape: to build a statement takes longer than to run it
     newest_first = statement.order_by(table.c.created_at.desc(), table.c.id.desc())

@@ -80,9 +80,7 @@ class BoundedRequest(Request):
             async for chunk in self.stream():
                 chunks += chunk
                 if len(chunks) > limit:
-                    raise PayloadTooLarge.exception(
-                        f"a request's body is limited to {limit} bytes"
-                    )
+                    raise PayloadTooLarge.exception(f"a request's body is limited to {limit} bytes")
             self._bounded = bytes(chunks)
         return self._bounded
 
@@ -97,9 +95,7 @@ class BoundedRequest(Request):
         try:
             return parse_json(await self.body())
         except ValueError as exc:
-            raise MalformedBody.exception(
-                f"the body is not storable JSON: {exc}"
-            ) from None
+            raise MalformedBody.exception(f"the body is not storable JSON: {exc}") from None
 
 
 class ProblemRoute(APIRoute):
@@ -160,16 +156,13 @@ class ProblemRoute(APIRoute):
                 if isinstance(exc.__cause__, ProblemException):
                     raise exc.__cause__ from None
                 if exc.status_code == 401:
-                    raise Unauthorized.exception(
-                        headers={"WWW-Authenticate": "Bearer"}
-                    ) from None
+                    raise Unauthorized.exception(headers={"WWW-Authenticate": "Bearer"}) from None
                 raise
             except Exception as exc:
                 if will_pass(exc):
                     log.warning("database unavailable: %s", without_values(exc))
                     raise ServiceUnavailable.exception(
-                        "the database can't be reached right now",
-                        headers={"Retry-After": "1"},
+                        "the database can't be reached right now", headers={"Retry-After": "1"}
                     ) from None
                 if isinstance(exc, StatementError):
                     raise without_values(exc) from None
@@ -208,11 +201,7 @@ def _raised_below_sqlalchemy(exc: Exception) -> bool:
 # --- what OpenAPI says ---
 
 #: What every route may answer.
-EVERYWHERE: tuple[type[Problem], ...] = (
-    Unauthorized,
-    InvalidRequest,
-    ServiceUnavailable,
-)
+EVERYWHERE: tuple[type[Problem], ...] = (Unauthorized, InvalidRequest, ServiceUnavailable)
 ROOM = (InvalidRoomId, Forbidden)
 BODY = (MalformedBody, PayloadTooLarge)
 WAITING = (QuotaExceeded, ServerBusy)
@@ -268,8 +257,5 @@ def _problem(**members: dict[str, Any]) -> dict[str, Any]:
 def new_router() -> APIRouter:
     """Return a router for some of the package's routes."""
     return APIRouter(
-        prefix="/v1/joblib",
-        tags=["joblib"],
-        route_class=ProblemRoute,
-        responses=problems(),
+        prefix="/v1/joblib", tags=["joblib"], route_class=ProblemRoute, responses=problems()
     )

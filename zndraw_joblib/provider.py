@@ -74,9 +74,7 @@ def _with_lists(cls: type[Provider], params: dict[str, Any]) -> dict[str, Any]:
     def takes_lists(field: dict[str, Any]) -> bool:
         field = shared.get(field.get("$ref", "").rpartition("/")[2], field)
         kinds = [k for k in field.get("anyOf", ()) if k.get("type") != "null"]
-        return field.get("type") == "array" or (
-            bool(kinds) and all(map(takes_lists, kinds))
-        )
+        return field.get("type") == "array" or (bool(kinds) and all(map(takes_lists, kinds)))
 
     return {
         name: [value]

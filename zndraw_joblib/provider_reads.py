@@ -169,9 +169,7 @@ async def cached(read: Read) -> bytes | None:
     return data
 
 
-async def fetch(
-    read: Read, send: Callable[[], Awaitable[None]], seconds: float
-) -> bytes:
+async def fetch(read: Read, send: Callable[[], Awaitable[None]], seconds: float) -> bytes:
     """Request an answer, unless it is requested already, and return it when it comes.
 
     Parameters
@@ -205,8 +203,7 @@ async def fetch(
                 return data
         if outcome is None:
             raise ProviderTimeout.exception(
-                f"provider {read.provider.full_name} did not answer"
-                f" within {seconds:g} s",
+                f"provider {read.provider.full_name} did not answer within {seconds:g} s",
                 headers=_AGAIN,
             )
         # the result has gone already
@@ -227,10 +224,7 @@ async def _request(read: Read, send: Callable[[], Awaitable[None]]) -> None:
         return
     sent = False
     problem = ServiceUnavailable.create("the request can't be sent to its provider")
-    ttl, most = (
-        settings.provider_inflight_ttl_seconds,
-        settings.max_requests_per_provider,
-    )
+    ttl, most = (settings.provider_inflight_ttl_seconds, settings.max_requests_per_provider)
     try:
         if not read.in_flight.add(read.provider.id, read.digest, ttl, most):
             problem = ServerBusy.create("too many requests wait for this provider")
@@ -354,9 +348,7 @@ def _failure(body: bytes) -> ProblemException:
     return ProblemException(problem, _AGAIN if problem.status == 503 else None)
 
 
-async def take(
-    body: AsyncIterator[bytes], failed: bool, settings: JobLibSettings
-) -> bytes:
+async def take(body: AsyncIterator[bytes], failed: bool, settings: JobLibSettings) -> bytes:
     """Read an upload up to its limit.
 
     Raises

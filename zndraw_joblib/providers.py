@@ -26,12 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
-from zndraw_joblib.lifecycle import (
-    INTERNAL_ROOM,
-    FullName,
-    split_full_name,
-    visible_rooms,
-)
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
 from zndraw_joblib.models import PROVIDER, execute, seen_from, visible
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
@@ -135,11 +130,7 @@ async def register(
 
 
 async def install(
-    session: AsyncSession,
-    name: FullName,
-    schema: JsonObject,
-    content_type: str,
-    user_id: UUID,
+    session: AsyncSession, name: FullName, schema: JsonObject, content_type: str, user_id: UUID
 ) -> None:
     """Write an ``@internal`` provider as the server's own code defines it."""
     fresh = upsert(PROVIDER).values(
@@ -153,8 +144,7 @@ async def install(
     await execute(
         session,
         fresh.on_conflict_do_update(
-            index_elements=_NAME,
-            set_=_replaced_by(fresh, "schema", "content_type", "user_id"),
+            index_elements=_NAME, set_=_replaced_by(fresh, "schema", "content_type", "user_id")
         ),
     )
 
@@ -176,9 +166,7 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
         found = await execute(session, select(*_VIEW).where(_named(name)))
         row = found.one_or_none()
     if row is None:
-        raise ProviderNotFound.exception(
-            f"provider not found: room {room!r} sees no {name}"
-        )
+        raise ProviderNotFound.exception(f"provider not found: room {room!r} sees no {name}")
     return _view(row)
 
 
@@ -217,10 +205,7 @@ async def owned(
         ``forbidden`` for another user's.
     """
     found = await execute(
-        session,
-        select(*_VIEW, _owned(caller).label("owned")).where(
-            PROVIDER.c.id == provider_id
-        ),
+        session, select(*_VIEW, _owned(caller).label("owned")).where(PROVIDER.c.id == provider_id)
     )
     row = found.one_or_none()
     if row is None or not await permits(may_enter, session, caller, row.room_id):
@@ -246,9 +231,7 @@ async def remove(
         raise Forbidden.exception("the server's own providers stay")
     removed = await execute(
         session,
-        delete(PROVIDER)
-        .where(PROVIDER.c.id == provider_id, _owned(caller))
-        .returning(*_NAME),
+        delete(PROVIDER).where(PROVIDER.c.id == provider_id, _owned(caller)).returning(*_NAME),
     )
     row = removed.one_or_none()
     if row is None:

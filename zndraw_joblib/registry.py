@@ -136,9 +136,7 @@ def _declared(executor: Callable[..., Any], *names: str) -> frozenset[str]:
     positional = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD][:4]
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(
-        p.name
-        for p in parameters
-        if p.name in names and p.kind in by_name and p not in positional
+        p.name for p in parameters if p.name in names and p.kind in by_name and p not in positional
     )
 
 
@@ -151,9 +149,7 @@ def _runner(executor: InternalExecutor) -> Run:
 
     async def run(extension: Any, message: Message) -> None:
         asked = {name: getattr(message, name) for name in declared}
-        await executor(
-            extension, message.payload, message.room_id, message.task_id, **asked
-        )
+        await executor(extension, message.payload, message.room_id, message.task_id, **asked)
 
     return run
 
@@ -177,9 +173,7 @@ def register_internal_tasks(
     mint_token : MintToken, optional
         Makes the token that goes with a task, where this process sends them.
     """
-    return _register(
-        broker, extensions, executor, _job_receiver(_runner(executor)), mint_token
-    )
+    return _register(broker, extensions, executor, _job_receiver(_runner(executor)), mint_token)
 
 
 def _register(
@@ -191,8 +185,7 @@ def _register(
 ) -> InternalRegistry:
     by_name = {str(internal_name(cls)): cls for cls in classes}
     tasks = {
-        name: broker.register_task(receiver(cls), task_name=name)
-        for name, cls in by_name.items()
+        name: broker.register_task(receiver(cls), task_name=name) for name, cls in by_name.items()
     }
     return InternalRegistry(tasks, by_name, executor, mint_token)
 
@@ -347,11 +340,7 @@ def _starting(app: FastAPI, session_maker: SessionMaker, executor: Any) -> Run:
 
     async def run(extension: Any, message: Message) -> None:
         started = await _change(
-            app,
-            session_maker,
-            attempts.start_internal,
-            UUID(message.task_id),
-            message.attempt,
+            app, session_maker, attempts.start_internal, UUID(message.task_id), message.attempt
         )
         if not started:
             log.info("task %s is not there to be started", message.task_id)
@@ -373,9 +362,7 @@ def _starting(app: FastAPI, session_maker: SessionMaker, executor: Any) -> Run:
     return run
 
 
-async def _fail(
-    app: FastAPI, session_maker: SessionMaker, task: TaskResponse, error: str
-) -> None:
+async def _fail(app: FastAPI, session_maker: SessionMaker, task: TaskResponse, error: str) -> None:
     seconds = settings_of(app).dispatch_timeout_seconds
     try:
         # whatever cancels the executor does not leave its task running
@@ -407,9 +394,7 @@ async def _change(
 
 
 @deprecated.for_registry
-async def ensure_internal_jobs(
-    extensions: Iterable[Any], session_maker: SessionMaker
-) -> None:
+async def ensure_internal_jobs(extensions: Iterable[Any], session_maker: SessionMaker) -> None:
     """Write the rows of ``@internal`` jobs; every replica may do so at once.
 
     Parameters

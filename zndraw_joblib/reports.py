@@ -24,25 +24,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
-from zndraw_joblib.attempts import (
-    NO_KEY,
-    confirm_internal_start,
-    error_entry,
-    failed,
-)
-from zndraw_joblib.exceptions import (
-    Forbidden,
-    InvalidTaskTransition,
-    LeaseLost,
-    ProblemException,
-)
-from zndraw_joblib.lifecycle import (
-    HELD,
-    REPORTABLE,
-    TERMINAL,
-    ErrorType,
-    TaskStatus,
-)
+from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, failed
+from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
+from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, ErrorType, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, execute, in_states, now, rechecked
 from zndraw_joblib.schemas import TaskResponse, TaskUpdateRequest, equal_json
 from zndraw_joblib.settings import JobLibSettings
@@ -117,9 +101,7 @@ DELIVERED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.PENDI
 
 
 @lru_cache(maxsize=128)
-def _moving(
-    status: TaskStatus, superuser: bool, count: int, keyed: bool
-) -> ReturningUpdate[Any]:
+def _moving(status: TaskStatus, superuser: bool, count: int, keyed: bool) -> ReturningUpdate[Any]:
     # built once for each shape
     ids = [bindparam(f"task_{n}", type_=TASK.c.id.type) for n in range(count)]
     leased = _each("attempt", TASK.c.attempt.type, count)
@@ -137,9 +119,7 @@ def _moving(
     )
 
 
-def _of_this_delivery(
-    status: TaskStatus, leased: ColumnElement[Any]
-) -> ColumnElement[bool]:
+def _of_this_delivery(status: TaskStatus, leased: ColumnElement[Any]) -> ColumnElement[bool]:
     """A keyed report of an ``@internal`` attempt is of the delivery that started it."""
     if status not in DELIVERED:
         return true()
@@ -232,9 +212,7 @@ async def report(
         ``task-not-found``, ``forbidden``, ``invalid-task-transition``, ``lease-lost``.
     """
     reports = {task_id: request}
-    (outcome,) = await report_many(
-        session, reports, caller, may_enter, settings, key=key
-    )
+    (outcome,) = await report_many(session, reports, caller, may_enter, settings, key=key)
     if isinstance(outcome, ProblemException):
         raise outcome
     return outcome
@@ -372,8 +350,7 @@ def _explain(
 
 def _lease_lost(row: Row[Any]) -> ProblemException:
     return LeaseLost.exception(
-        f"task {row.id} is {row.status.value} in attempt {row.attempt}, "
-        "and not under this lease",
+        f"task {row.id} is {row.status.value} in attempt {row.attempt}, and not under this lease",
         task_status=row.status.value,
         attempt=row.attempt,
     )

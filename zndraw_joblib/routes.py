@@ -88,9 +88,7 @@ async def read_limits(request: Request, user: CurrentUser) -> Response:
     status_code=status.HTTP_201_CREATED,
     responses=problems(QuotaExceeded),
 )
-async def create_worker(
-    request: Request, user: CurrentUser, session: SessionDep
-) -> Response:
+async def create_worker(request: Request, user: CurrentUser, session: SessionDep) -> Response:
     """Make a worker that belongs to the caller."""
     context = await context_of(request, user)
     row = await workers.create(session, context.caller.id, context.settings)
@@ -100,10 +98,7 @@ async def create_worker(
 
 @router.get("/workers", response_model=PaginatedResponse[WorkerSummary])
 async def list_workers(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    query: Annotated[PageQuery, Query()],
+    request: Request, user: CurrentUser, session: SessionDep, query: Annotated[PageQuery, Query()]
 ) -> Response:
     """List all workers."""
     context = await context_of(request, user)
@@ -127,9 +122,7 @@ async def heartbeat(
     """Take a sign of life, with what the worker's tasks are at."""
     context = await context_of(request, user)
     beat = body or WorkerUpdateRequest()
-    heard = await heartbeats.beat(
-        session, worker_id, context.caller, beat, context.settings
-    )
+    heard = await heartbeats.beat(session, worker_id, context.caller, beat, context.settings)
     if beat.state is not None:
         context.outbox.ended.append(worker_key(worker_id))
     context.outbox.tasks_changed(heard.progressed)
@@ -169,9 +162,7 @@ async def list_room_workers(
     """List the workers of the jobs that the room sees."""
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    listing = await workers.list_serving(
-        session, room_id, query.page(), context.settings
-    )
+    listing = await workers.list_serving(session, room_id, query.page(), context.settings)
     items = [WorkerSummary(**row._mapping) for row in listing.rows]
     return page_response(request, query, listing, items)
 
@@ -185,13 +176,7 @@ async def list_room_workers(
     status_code=status.HTTP_201_CREATED,
     responses=_KNOWN
     | problems(
-        *ROOM,
-        *BODY,
-        InvalidCategory,
-        InvalidSchema,
-        WorkerNotFound,
-        SchemaConflict,
-        QuotaExceeded,
+        *ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound, SchemaConflict, QuotaExceeded
     ),
 )
 async def register_job(
@@ -216,9 +201,7 @@ async def register_job(
         )
     validation.check_schema(body.schema_)
     worker_id = await workers.mine(session, body.worker_id, caller, settings)
-    policy = body.model_dump(
-        include=body.model_fields_set & set(JobPolicy.model_fields)
-    )
+    policy = body.model_dump(include=body.model_fields_set & set(JobPolicy.model_fields))
     name = FullName(room_id, body.category, body.name)
     registered = await jobs.register(
         session, name, body.schema_, policy, worker_id, caller, settings
@@ -239,9 +222,7 @@ async def register_job(
 
 
 @router.get(
-    "/rooms/{room_id}/jobs",
-    response_model=PaginatedResponse[JobSummary],
-    responses=problems(*ROOM),
+    "/rooms/{room_id}/jobs", response_model=PaginatedResponse[JobSummary], responses=problems(*ROOM)
 )
 async def list_jobs(
     request: Request,
@@ -261,9 +242,7 @@ async def list_jobs(
 
 
 @router.get(
-    "/rooms/{room_id}/stats",
-    response_model=PaginatedResponse[JobStats],
-    responses=problems(*ROOM),
+    "/rooms/{room_id}/stats", response_model=PaginatedResponse[JobStats], responses=problems(*ROOM)
 )
 async def read_stats(
     request: Request,
@@ -276,9 +255,7 @@ async def read_stats(
     """Show what goes on in the jobs that the room sees, over all rooms."""
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await queue.list_visible(
-        session, room_id, query.page(), context.settings
-    )
+    items, listing = await queue.list_visible(session, room_id, query.page(), context.settings)
     return page_response(request, query, listing, items)
 
 
@@ -302,7 +279,5 @@ async def read_job(
     """Show a job that the room sees."""
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    job = await jobs.read_named(
-        session, room_id, job_name, context.settings.worker_timeout_seconds
-    )
+    job = await jobs.read_named(session, room_id, job_name, context.settings.worker_timeout_seconds)
     return json_response(job)

@@ -52,17 +52,11 @@ from zndraw_joblib.problem_route import (
     new_router,
     problems,
 )
-from zndraw_joblib.schemas import (
-    PaginatedResponse,
-    ProviderRegisterRequest,
-    ProviderResponse,
-)
+from zndraw_joblib.schemas import PaginatedResponse, ProviderRegisterRequest, ProviderResponse
 
 router = new_router()
 
-_REPLACED: Responses = {
-    200: {"model": ProviderResponse, "description": "It was replaced"}
-}
+_REPLACED: Responses = {200: {"model": ProviderResponse, "description": "It was replaced"}}
 _BYTES: Responses = {200: {"content": ANYTHING}}
 
 _ANY_QUERY = {
@@ -80,9 +74,7 @@ _ANY_QUERY = {
     response_model=ProviderResponse,
     status_code=status.HTTP_201_CREATED,
     responses=_REPLACED
-    | problems(
-        *ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound, QuotaExceeded
-    ),
+    | problems(*ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound, QuotaExceeded),
 )
 async def register_provider(
     request: Request,
@@ -104,9 +96,7 @@ async def register_provider(
         raise Forbidden.exception(f"registering in {room_id} needs a superuser")
     allowed = settings.allowed_provider_categories
     if allowed is not None and body.category not in allowed:
-        raise InvalidCategory.exception(
-            f"category {body.category!r} is not one of {allowed}"
-        )
+        raise InvalidCategory.exception(f"category {body.category!r} is not one of {allowed}")
     validation.check_schema(body.schema_)
     worker_id = await workers.mine(session, body.worker_id, caller, settings)
     provider, created = await providers.register(
@@ -139,9 +129,7 @@ async def list_providers(
     """List the providers that the room sees."""
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await providers.list_visible(
-        session, room_id, query.page(), context.settings
-    )
+    items, listing = await providers.list_visible(session, room_id, query.page(), context.settings)
     return page_response(request, query, listing, items)
 
 
@@ -204,9 +192,7 @@ async def read_provider(
     wait = preferred_wait(preferences, settings.provider_long_poll_max_seconds)
     seconds = settings.provider_long_poll_default_seconds if wait is None else wait
     patience = seconds + 2 * settings.dispatch_timeout_seconds
-    wanted = provider_reads.Read(
-        provider, digest, results, settings, context.runtime.reads
-    )
+    wanted = provider_reads.Read(provider, digest, results, settings, context.runtime.reads)
     async with provider_reads.reachable(patience):
         data = await provider_reads.cached(wanted)
         if data is None:
@@ -253,9 +239,7 @@ async def upload_result(
 
     async def look() -> ProviderResponse:
         async with session_maker() as session:
-            return await providers.owned(
-                session, provider_id, context.caller, may_enter
-            )
+            return await providers.owned(session, provider_id, context.caller, may_enter)
 
     await look()
     failed = x_result_status == "error"
@@ -263,9 +247,7 @@ async def upload_result(
     digest = x_request_hash.lower()
     # again: it may have gone while the body came in
     provider = await look()
-    answered = provider_reads.Read(
-        provider, digest, results, settings, context.runtime.reads
-    )
+    answered = provider_reads.Read(provider, digest, results, settings, context.runtime.reads)
     # no reader waits longer
     async with provider_reads.reachable(settings.provider_long_poll_max_seconds):
         kept = await provider_reads.accept(answered, data, failed)
@@ -281,11 +263,7 @@ async def upload_result(
     responses=problems(ProviderNotFound, Forbidden),
 )
 async def delete_provider(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    may_enter: Access,
-    provider_id: UUID,
+    request: Request, user: CurrentUser, session: SessionDep, may_enter: Access, provider_id: UUID
 ) -> None:
     """Withdraw a provider."""
     context = await context_of(request, user)

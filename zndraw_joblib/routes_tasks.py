@@ -7,15 +7,7 @@ from fastapi import Query, Request, Response, status
 from pydantic_core import to_json
 from zndraw_auth.db import SessionDep
 
-from zndraw_joblib import (
-    claims,
-    jobs,
-    long_polls,
-    reports,
-    submissions,
-    tasks,
-    validation,
-)
+from zndraw_joblib import claims, jobs, long_polls, reports, submissions, tasks, validation
 from zndraw_joblib.delivery import require_broker
 from zndraw_joblib.dependencies import (
     Access,
@@ -118,14 +110,7 @@ async def submit_task(
         return validation.check_payloads(target.schema, {"/body/payload": body.payload})
 
     submitted = await submissions.submit(
-        session,
-        room_id,
-        job_name,
-        caller,
-        body,
-        settings,
-        check,
-        idempotency_key=idempotency_key,
+        session, room_id, job_name, caller, body, settings, check, idempotency_key=idempotency_key
     )
     task = submitted.task
     if submitted.created:
@@ -164,10 +149,7 @@ async def submit_batch(
 
     def check(target: submissions.Target) -> bool:
         require_broker(context.transports, target.name, body.tasks, "/body/tasks/{}")
-        payloads = {
-            f"/body/tasks/{n}/payload": task.payload
-            for n, task in enumerate(body.tasks)
-        }
+        payloads = {f"/body/tasks/{n}/payload": task.payload for n, task in enumerate(body.tasks)}
         return validation.check_payloads(target.schema, payloads)
 
     batch = await submissions.submit_many(
@@ -215,12 +197,7 @@ async def list_job_tasks(
     rows = await execute(session, jobs.SERVED, name._asdict())
     job = jobs.found(rows.one_or_none(), room_id, job_name)
     items, listing = await tasks.list_tasks(
-        session,
-        room_id,
-        query.page(),
-        context.settings,
-        job_id=job.id,
-        status=query.status,
+        session, room_id, query.page(), context.settings, job_id=job.id, status=query.status
     )
     return page_response(request, query, listing, items)
 
@@ -299,20 +276,14 @@ def _preferred(context: Context) -> float | None:
     openapi_extra=WAITS,
 )
 async def read_task(
-    request: Request,
-    user: WaitingUser,
-    session_maker: Sessions,
-    may_enter: Access,
-    task_id: UUID,
+    request: Request, user: WaitingUser, session_maker: Sessions, may_enter: Access, task_id: UUID
 ) -> Response:
     """Show a task; with `Prefer: wait` once it has ended."""
     context = await context_of(request, user)
 
     async def look() -> tasks.TaskJson:
         async with session_maker() as session:
-            return await tasks.read(
-                session, task_id, context.caller, may_enter, context.settings
-            )
+            return await tasks.read(session, task_id, context.caller, may_enter, context.settings)
 
     wait = _preferred(context)
     poll = context.long_poll(session_maker, wait)
@@ -386,9 +357,7 @@ async def report_tasks(
 @router.patch(
     "/tasks/{task_id}",
     response_model=TaskResponse,
-    responses=problems(
-        *BODY, TaskNotFound, Forbidden, InvalidTaskTransition, LeaseLost
-    ),
+    responses=problems(*BODY, TaskNotFound, Forbidden, InvalidTaskTransition, LeaseLost),
 )
 async def report_task(
     request: Request,
@@ -402,13 +371,7 @@ async def report_task(
     """Report what became of a task, or cancel it."""
     context = await context_of(request, user)
     reported = await reports.report(
-        session,
-        task_id,
-        context.caller,
-        may_enter,
-        body,
-        context.settings,
-        key=idempotency_key,
+        session, task_id, context.caller, may_enter, body, context.settings, key=idempotency_key
     )
     if reported.changed:
         context.outbox.task_changed(reported.task)
@@ -440,9 +403,7 @@ async def retry_task(
 ) -> Response:
     """Set a task that has ended going again."""
     context = await context_of(request, user, session_maker)
-    task = await submissions.retry(
-        session, task_id, context.caller, may_enter, context.settings
-    )
+    task = await submissions.retry(session, task_id, context.caller, may_enter, context.settings)
     # its submitter reads it wherever it is, and retries it where they still may submit
     submitting = _submitting(task.job_name)
     await enter(session, context.caller, task.room_id, may_enter, submitting)

@@ -158,9 +158,7 @@ _Part = Field(
 Name = Annotated[str, AfterValidator(check_name), _Part]
 JobName = Annotated[str, AfterValidator(check_job_name), _Part]
 ProviderName = Annotated[str, AfterValidator(check_provider_name), _Part]
-Message = Annotated[
-    str, StringConstraints(max_length=1000), AfterValidator(check_printable)
-]
+Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(check_printable)]
 ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
 # RFC 9110, section 8.3.1
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -238,9 +236,7 @@ class HeartbeatResponse(WorkerResponse):
         description="How many jobs the worker serves: of fewer than it registered the"
         " host lost some.",
     )
-    providers: int | None = Field(
-        default=None, description="How many providers the worker serves."
-    )
+    providers: int | None = Field(default=None, description="How many providers the worker serves.")
 
 
 class Limits(BaseModel):
@@ -460,9 +456,7 @@ class TaskClaimRequest(BaseModel):
 
     worker_id: UUID
     max_tasks: Integer = Field(default=1, ge=1, le=MAX_CLAIM)
-    start: bool = Field(
-        default=False, strict=True, description="The tasks are running at once."
-    )
+    start: bool = Field(default=False, strict=True, description="The tasks are running at once.")
     jobs: list[Message] | None = Field(
         default=None,
         min_length=1,

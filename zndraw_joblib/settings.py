@@ -3,13 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
@@ -41,12 +35,10 @@ class JobLibSettings(BaseSettings):
         default=3600, description="Longest life of an `@internal` attempt."
     )
     internal_redispatch_seconds: PositiveFloat = Field(
-        default=300,
-        description="After this an `@internal` task that nobody started is sent again.",
+        default=300, description="After this an `@internal` task that nobody started is sent again."
     )
     dispatch_timeout_seconds: PositiveFloat = Field(
-        default=5,
-        description="Longest wait for Socket.IO or the broker to take one message.",
+        default=5, description="Longest wait for Socket.IO or the broker to take one message."
     )
     recheck_seconds: PositiveFloat = Field(
         default=1,
@@ -54,8 +46,7 @@ class JobLibSettings(BaseSettings):
         " once, what other processes did.",
     )
     max_waiting_per_user: PositiveInt = Field(
-        default=2000,
-        description="Requests of one user that may wait in a process (429 beyond).",
+        default=2000, description="Requests of one user that may wait in a process (429 beyond)."
     )
     max_waiting: PositiveInt = Field(
         default=10_000, description="Requests that may wait in a process (503 beyond)."
@@ -71,8 +62,7 @@ class JobLibSettings(BaseSettings):
     )
     max_jobs_per_user: PositiveInt = Field(
         default=10_000,
-        description="Jobs that the workers of one user may serve (429 beyond, for a new"
-        " job).",
+        description="Jobs that the workers of one user may serve (429 beyond, for a new job).",
     )
     max_providers_per_user: PositiveInt = Field(
         default=10_000, description="Providers of one user (429 beyond)."
@@ -83,8 +73,7 @@ class JobLibSettings(BaseSettings):
     )
     accept_without_workers: bool = Field(
         default=True,
-        description="Whether tasks are taken for jobs none of whose workers is alive"
-        " (else 409).",
+        description="Whether tasks are taken for jobs none of whose workers is alive (else 409).",
     )
     max_pending_tasks_per_user: PositiveInt = Field(
         default=2_000_000,
@@ -105,8 +94,7 @@ class JobLibSettings(BaseSettings):
         default=3600, description="Cap of the doubling backoff between attempts."
     )
     task_retention_seconds: dict[TaskStatus, PositiveFloat] = Field(
-        default={},
-        description="How long ended tasks are kept, by state, as JSON; else for ever.",
+        default={}, description="How long ended tasks are kept, by state, as JSON; else for ever."
     )
     allowed_provider_categories: list[str] | None = Field(
         default=None, description="Categories of providers; `None` admits any."

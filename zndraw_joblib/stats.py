@@ -53,9 +53,7 @@ def _waiting(count_max: int, *order: Any, where: ColumnElement[bool]) -> Any:
 @lru_cache(maxsize=8)
 def _statement(most: int, worker_timeout: float) -> Select[Any]:
     first = _waiting(most, ahead.c.queue_order, where=queued(ahead.c))
-    delayed = _waiting(
-        most, ahead.c.available_at, where=ahead.c.available_at.is_not(None)
-    )
+    delayed = _waiting(most, ahead.c.available_at, where=ahead.c.available_at.is_not(None))
     oldest = func.min(first.c.created_at)
     alive = (
         select(func.count())

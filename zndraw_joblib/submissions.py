@@ -361,10 +361,7 @@ def _placing() -> CompoundSelect[Any]:
 
 
 async def _places(
-    session: AsyncSession,
-    job_id: UUID,
-    first: Row[Any],
-    requests: Sequence[TaskSubmitRequest],
+    session: AsyncSession, job_id: UUID, first: Row[Any], requests: Sequence[TaskSubmitRequest]
 ) -> list[int]:
     """Return the places of a batch, whose tasks follow each other in each queue."""
     following = {first.priority: first.queue_order}
@@ -497,9 +494,7 @@ async def retry(
     )
     task = found.one_or_none()
     entitled = task and (caller.is_superuser or task.created_by_id == caller.id)
-    if task is None or not (
-        entitled or await permits(may_enter, session, caller, task.room_id)
-    ):
+    if task is None or not (entitled or await permits(may_enter, session, caller, task.room_id)):
         raise not_found(task_id)
     if not entitled:
         raise Forbidden.exception(f"task {task_id} is not yours to retry")
@@ -542,10 +537,7 @@ async def retry(
 
 
 async def _check_quota(
-    session: AsyncSession,
-    user_id: UUID | None,
-    settings: JobLibSettings,
-    places: Iterable[int],
+    session: AsyncSession, user_id: UUID | None, settings: JobLibSettings, places: Iterable[int]
 ) -> None:
     """Make sure that a user had room for what just took ``places`` in a queue.
 
@@ -564,16 +556,12 @@ async def _check_quota(
         return
     theirs = (
         select(literal_column("1"))
-        .where(
-            TASK.c.created_by_id == user_id,
-            TASK.c.status == constant(TaskStatus.PENDING),
-        )
+        .where(TASK.c.created_by_id == user_id, TASK.c.status == constant(TaskStatus.PENDING))
         .limit(number(most + 1))
         .subquery()
     )
     waiting = await scalar(session, select(func.count()).select_from(theirs)) or 0
     if waiting > most:
         raise QuotaExceeded.exception(
-            f"waiting tasks are limited to {most} for each user",
-            headers={"Retry-After": "5"},
+            f"waiting tasks are limited to {most} for each user", headers={"Retry-After": "5"}
         )

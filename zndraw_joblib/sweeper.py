@@ -13,13 +13,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
-from zndraw_joblib.delivery import (
-    Delivery,
-    Dispatcher,
-    ProvidersRemoved,
-    SessionMaker,
-    Transports,
-)
+from zndraw_joblib.delivery import Delivery, Dispatcher, ProvidersRemoved, SessionMaker, Transports
 from zndraw_joblib.events import Emitter, Outbox, worker_key
 from zndraw_joblib.models import JOB, WORKER, execute, now, number, silent_for
 from zndraw_joblib.runtime import runtime_of
@@ -77,10 +71,7 @@ class _Sweep:
 
 
 async def retire(
-    session: AsyncSession,
-    removed: workers.Removed,
-    settings: JobLibSettings,
-    outbox: Outbox,
+    session: AsyncSession, removed: workers.Removed, settings: JobLibSettings, outbox: Outbox
 ) -> None:
     """End what removed workers held, and the jobs that only they served."""
     outbox.tasks_changed(await attempts.lose(session, removed.worker_ids, settings))
@@ -108,9 +99,7 @@ async def _each(sweep: _Sweep, rows: Rows, end: End, size: int = TASKS_A_BATCH) 
                 raise
             # which one of the batch was it?
             async with sweep.session_maker() as session:
-                ids = (
-                    (await execute(session, good.limit(number(size)))).scalars()
-                ).all()
+                ids = ((await execute(session, good.limit(number(size)))).scalars()).all()
             if not ids:
                 raise
         for one in ids:
@@ -266,9 +255,7 @@ def _sweep(
 ) -> _Sweep:
     settings = settings or get_settings()
     wakeups = None if app is None else wakeups_of(app)
-    transports = Transports(
-        settings, tsio, registry, session_maker, on_providers_removed, wakeups
-    )
+    transports = Transports(settings, tsio, registry, session_maker, on_providers_removed, wakeups)
     delivery = Delivery(Waiters()) if app is None else runtime_of(app).delivery
     return _Sweep(session_maker, transports, delivery)
 
@@ -355,9 +342,7 @@ async def expel(
 
 
 async def cleanup_overdue_attempts(
-    session_maker: SessionMaker,
-    settings: JobLibSettings | None = None,
-    tsio: Emitter | None = None,
+    session_maker: SessionMaker, settings: JobLibSettings | None = None, tsio: Emitter | None = None
 ) -> int:
     """End attempts past their deadline, and those whose worker is gone.
 
@@ -381,9 +366,7 @@ async def cleanup_stuck_internal_tasks(
 
 
 async def cleanup_idle_jobs(
-    session_maker: SessionMaker,
-    settings: JobLibSettings | None = None,
-    tsio: Emitter | None = None,
+    session_maker: SessionMaker, settings: JobLibSettings | None = None, tsio: Emitter | None = None
 ) -> int:
     """Soft-delete jobs that lost their last waiting task after their last worker.
 
@@ -392,9 +375,7 @@ async def cleanup_idle_jobs(
     return await _idle_jobs(_sweep(session_maker, settings, tsio))
 
 
-async def purge_tasks(
-    session_maker: SessionMaker, settings: JobLibSettings | None = None
-) -> int:
+async def purge_tasks(session_maker: SessionMaker, settings: JobLibSettings | None = None) -> int:
     """Delete ended tasks that ``task_retention_seconds`` no longer keeps.
 
     Returns how many. The arguments are those of :func:`run_sweeper`.
@@ -402,9 +383,7 @@ async def purge_tasks(
     return await _outlived_tasks(_sweep(session_maker, settings))
 
 
-async def purge_jobs(
-    session_maker: SessionMaker, settings: JobLibSettings | None = None
-) -> int:
+async def purge_jobs(session_maker: SessionMaker, settings: JobLibSettings | None = None) -> int:
     """Delete for good the jobs that are deleted and have no tasks any more.
 
     Returns how many. The arguments are those of :func:`run_sweeper`, each pass of which
@@ -465,13 +444,9 @@ async def run_sweeper(
         When the environment's settings can't be read.
     """
     try:
-        sweep = _sweep(
-            session_maker, settings, tsio, registry, on_providers_removed, app
-        )
+        sweep = _sweep(session_maker, settings, tsio, registry, on_providers_removed, app)
         interval = sweep.transports.settings.sweeper_interval_seconds
-        log.info(
-            "sweeper began, every %g s", interval, extra={"event": "sweeper began"}
-        )
+        log.info("sweeper began, every %g s", interval, extra={"event": "sweeper began"})
         await _forever(sweep)
     except BaseException as exc:
         cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
@@ -483,10 +458,7 @@ async def run_sweeper(
 
 async def _forever(sweep: _Sweep) -> None:
     settings = sweep.transports.settings
-    interval, timeout = (
-        settings.sweeper_interval_seconds,
-        settings.worker_timeout_seconds,
-    )
+    interval, timeout = (settings.sweeper_interval_seconds, settings.worker_timeout_seconds)
     # in this time a worker is heard twice
     unnoticed = max(1.0, min(interval, timeout / 4))
     pause = interval

@@ -29,10 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.exceptions import TaskNotFound
-from zndraw_joblib.lifecycle import (
-    TERMINAL,
-    TaskStatus,
-)
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.models import (
     JOB,
     TASK,
@@ -125,12 +122,7 @@ def place_again() -> ColumnElement[int]:
 
 def of_job(column: Any) -> ColumnElement[Any]:
     """Return a column of the task's job, inside a statement about tasks."""
-    return (
-        select(column)
-        .where(JOB.c.id == TASK.c.job_id)
-        .correlate(TASK)
-        .scalar_subquery()
-    )
+    return select(column).where(JOB.c.id == TASK.c.job_id).correlate(TASK).scalar_subquery()
 
 
 #: What :func:`read_view` makes a task of, in a SELECT as in a RETURNING.
@@ -166,16 +158,12 @@ _CONTENTS = frozenset({TASK.c.payload.key, TASK.c.result.key, TASK.c.errors.key}
 BRIEF = tuple(column for column in VIEW if column.key not in _CONTENTS)
 
 
-def position(
-    job_id: Any, order: Any, task_id: Any, position_max: int
-) -> ColumnElement[int]:
+def position(job_id: Any, order: Any, task_id: Any, position_max: int) -> ColumnElement[int]:
     """Return the position of a place in a job's queue, counted up to a maximum."""
     place = tuple_(ahead.c.queue_order, ahead.c.id)
     before = (
         select(literal_column("1"))
-        .where(
-            ahead.c.job_id == job_id, queued(ahead.c), place < tuple_(order, task_id)
-        )
+        .where(ahead.c.job_id == job_id, queued(ahead.c), place < tuple_(order, task_id))
         # In the order of the queue, and up to a number that PostgreSQL can't know: else
         # it would rather read a whole queue, if the jobs' queues are short on average.
         .order_by(ahead.c.queue_order, ahead.c.id)
@@ -190,19 +178,14 @@ def position(
 def seen(position_max: int) -> Select[Any]:
     """Return the statement that reads tasks as the wire shows them."""
     place = position(TASK.c.job_id, TASK.c.queue_order, TASK.c.id, position_max)
-    return select(
-        *VIEW,
-        case((TASK.c.status == TaskStatus.PENDING, place)).label("queue_position"),
-    )
+    return select(*VIEW, case((TASK.c.status == TaskStatus.PENDING, place)).label("queue_position"))
 
 
 KEPT_OF_ERROR = 1000
 _LARGE = (TASK.c.payload, TASK.c.result, TASK.c.errors, TASK.c.error)
 
 
-def _for_json(
-    statement: Select[Any], fits: ColumnElement[bool] | None = None
-) -> Select[Any]:
+def _for_json(statement: Select[Any], fits: ColumnElement[bool] | None = None) -> Select[Any]:
     """Return ``statement`` for :func:`_json`: contents as text, and only if they fit."""
     kept = {TASK.c.error.key: func.substr(TASK.c.error, 1, number(KEPT_OF_ERROR))}
     columns = {column.key: column for column in statement.selected_columns}
@@ -220,9 +203,7 @@ def _listed(by_job: bool, by_status: bool) -> Select[Any]:
     fits = size_of(*_LARGE) <= bindparam("largest", type_=BigInteger())
     listed = _for_json(select(*VIEW, TASK.c.job_id, TASK.c.queue_order), fits)
     columns = [TASK.c.room_id, *[TASK.c.job_id] * by_job, *[TASK.c.status] * by_status]
-    return listed.where(
-        *(column == bindparam(f"of_{column.key}") for column in columns)
-    )
+    return listed.where(*(column == bindparam(f"of_{column.key}") for column in columns))
 
 
 @lru_cache(maxsize=8)
@@ -277,9 +258,7 @@ def last_errors(row: Row[Any]) -> list[str]:
 
 
 def read_view(
-    row: Row[Any],
-    queue_position: int | None = None,
-    payload: dict[str, Any] | None = None,
+    row: Row[Any], queue_position: int | None = None, payload: dict[str, Any] | None = None
 ) -> TaskResponse:
     """Make the wire view of a row of :data:`VIEW`, or of :data:`BRIEF`."""
     if payload is None:
@@ -339,12 +318,9 @@ async def read_changed(
     waiting = [row.id for row in unplaced if row.status is TaskStatus.PENDING]
     places: dict[UUID, int] = {}
     if waiting:
-        place = position(
-            TASK.c.job_id, TASK.c.queue_order, TASK.c.id, settings.queue_position_max
-        )
+        place = position(TASK.c.job_id, TASK.c.queue_order, TASK.c.id, settings.queue_position_max)
         found = await execute(
-            session,
-            select(TASK.c.id, place.label("place")).where(TASK.c.id.in_(waiting)),
+            session, select(TASK.c.id, place.label("place")).where(TASK.c.id.in_(waiting))
         )
         places = {row.id: row.place for row in found}
     return [read_view(row, places.get(row.id)) for row in rows]
@@ -402,9 +378,7 @@ async def read(
     ProblemException
         ``task-not-found``.
     """
-    found = await execute(
-        session, _reading(settings.queue_position_max), {"task": task_id}
-    )
+    found = await execute(session, _reading(settings.queue_position_max), {"task": task_id})
     row = found.one_or_none()
     if row is None or not (
         caller.id in (row.created_by_id, row.holder_id)
@@ -415,10 +389,7 @@ async def read(
 
 
 async def readable(
-    session: AsyncSession,
-    task_ids: Sequence[UUID],
-    caller: Caller,
-    may_enter: RoomAccess,
+    session: AsyncSession, task_ids: Sequence[UUID], caller: Caller, may_enter: RoomAccess
 ) -> list[UUID]:
     """Return which of these tasks the caller may read, in the order of the ids."""
     found = await execute(
@@ -451,9 +422,7 @@ async def read_many(
     return [tasks[task_id] for task_id in task_ids if task_id in tasks]
 
 
-async def last_unfinished(
-    session: AsyncSession, task_ids: Sequence[UUID]
-) -> UUID | None:
+async def last_unfinished(session: AsyncSession, task_ids: Sequence[UUID]) -> UUID | None:
     """Return which of the tasks will probably end last; None when all have ended."""
     last: UUID | None = await scalar(
         session,
@@ -500,8 +469,6 @@ def outlived(status: TaskStatus, kept_seconds: float) -> Select[tuple[UUID]]:
 async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
     """Delete the chosen tasks; return how many there were."""
     purged = (
-        await execute(
-            session, delete(TASK).where(TASK.c.id.in_(chosen)).returning(TASK.c.id)
-        )
+        await execute(session, delete(TASK).where(TASK.c.id.in_(chosen)).returning(TASK.c.id))
     ).scalars()
     return len(purged.all())

@@ -115,8 +115,7 @@ def check_schema(schema: JsonObject) -> None:
         return
     where, detail = shortened(f"/body/schema{pointer}"), shortened(detail)
     raise InvalidSchema.exception(
-        f"not a JSON Schema: {where}: {detail}",
-        errors=[{"pointer": where, "detail": detail}],
+        f"not a JSON Schema: {where}: {detail}", errors=[{"pointer": where, "detail": detail}]
     )
 
 
@@ -271,9 +270,7 @@ class _Check:
                 return found
         return None
 
-    def _alternatives(
-        self, keyword: str, argument: Any, value: Any, depth: int
-    ) -> _Misfit | None:
+    def _alternatives(self, keyword: str, argument: Any, value: Any, depth: int) -> _Misfit | None:
         parts = [argument] if keyword == "not" else argument
         misfits: list[_Misfit] = []
         for part in parts:
@@ -412,26 +409,24 @@ def _are_unique(items: list[Any], unique: bool) -> bool:
 
 _NUMBER = (int, float)
 #: Keywords that look at a value alone: the types that they speak of, and what fits them.
-_RULES: Mapping[str, tuple[tuple[type, ...], Callable[[Any, Any], bool]]] = (
-    MappingProxyType(
-        {
-            "type": ((), _has_type),
-            "const": ((), _equals),
-            "enum": ((), lambda v, options: any(_equals(v, o) for o in options)),
-            "minimum": (_NUMBER, operator.ge),
-            "maximum": (_NUMBER, operator.le),
-            "exclusiveMinimum": (_NUMBER, operator.gt),
-            "exclusiveMaximum": (_NUMBER, operator.lt),
-            "multipleOf": (_NUMBER, _is_multiple),
-            "minLength": ((str,), lambda v, least: len(v) >= least),
-            "maxLength": ((str,), lambda v, most: len(v) <= most),
-            "pattern": ((str,), lambda v, _: bool(v)),
-            "minItems": ((list,), lambda v, least: len(v) >= least),
-            "maxItems": ((list,), lambda v, most: len(v) <= most),
-            "uniqueItems": ((list,), _are_unique),
-            "minProperties": ((dict,), lambda v, least: len(v) >= least),
-            "maxProperties": ((dict,), lambda v, most: len(v) <= most),
-            "required": ((dict,), lambda v, names: v.keys() >= set(names)),
-        }
-    )
+_RULES: Mapping[str, tuple[tuple[type, ...], Callable[[Any, Any], bool]]] = MappingProxyType(
+    {
+        "type": ((), _has_type),
+        "const": ((), _equals),
+        "enum": ((), lambda v, options: any(_equals(v, o) for o in options)),
+        "minimum": (_NUMBER, operator.ge),
+        "maximum": (_NUMBER, operator.le),
+        "exclusiveMinimum": (_NUMBER, operator.gt),
+        "exclusiveMaximum": (_NUMBER, operator.lt),
+        "multipleOf": (_NUMBER, _is_multiple),
+        "minLength": ((str,), lambda v, least: len(v) >= least),
+        "maxLength": ((str,), lambda v, most: len(v) <= most),
+        "pattern": ((str,), lambda v, _: bool(v)),
+        "minItems": ((list,), lambda v, least: len(v) >= least),
+        "maxItems": ((list,), lambda v, most: len(v) <= most),
+        "uniqueItems": ((list,), _are_unique),
+        "minProperties": ((dict,), lambda v, least: len(v) >= least),
+        "maxProperties": ((dict,), lambda v, most: len(v) <= most),
+        "required": ((dict,), lambda v, names: v.keys() >= set(names)),
+    }
 )

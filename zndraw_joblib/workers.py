@@ -30,12 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib.exceptions import (
-    Forbidden,
-    InvalidRequest,
-    QuotaExceeded,
-    WorkerNotFound,
-)
+from zndraw_joblib.exceptions import Forbidden, InvalidRequest, QuotaExceeded, WorkerNotFound
 from zndraw_joblib.lifecycle import FullName, WorkerState
 from zndraw_joblib.models import (
     JOB,
@@ -93,11 +88,7 @@ RoomAccess = Callable[..., Awaitable[bool]]
 
 
 async def permits(
-    access: RoomAccess,
-    session: AsyncSession,
-    caller: Caller,
-    room_id: str,
-    action: Action = READ,
+    access: RoomAccess, session: AsyncSession, caller: Caller, room_id: str, action: Action = READ
 ) -> bool:
     """Ask the host whether a user may do something in a room."""
     if len(inspect.signature(access).parameters) == 3:
@@ -127,9 +118,7 @@ class Removed:
     providers: list[FullName] = field(default_factory=list)
 
 
-async def create(
-    session: AsyncSession, user_id: UUID, settings: JobLibSettings
-) -> Row[Any]:
+async def create(session: AsyncSession, user_id: UUID, settings: JobLibSettings) -> Row[Any]:
     """Insert a worker of ``user_id``.
 
     Raises
@@ -148,9 +137,7 @@ async def create(
     created = await execute(
         session,
         insert(WORKER)
-        .from_select(
-            ["user_id"], select(literal(user_id, WORKER.c.user_id.type)).where(few)
-        )
+        .from_select(["user_id"], select(literal(user_id, WORKER.c.user_id.type)).where(few))
         .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state),
     )
     row = created.one_or_none()
@@ -167,15 +154,12 @@ _THEIRS = WORKER.c.user_id == bindparam("owner")
 TOUCHING = (
     update(WORKER)
     .where(
-        WORKER.c.id == bindparam("touched"),
-        or_(_THEIRS, bindparam("commands", type_=Boolean())),
+        WORKER.c.id == bindparam("touched"), or_(_THEIRS, bindparam("commands", type_=Boolean()))
     )
     .values(
         # a superuser's word is no heartbeat of another's worker
         last_heartbeat=case((_THEIRS, now()), else_=WORKER.c.last_heartbeat),
-        state=func.coalesce(
-            bindparam("new_state", type_=WORKER.c.state.type), WORKER.c.state
-        ),
+        state=func.coalesce(bindparam("new_state", type_=WORKER.c.state.type), WORKER.c.state),
     )
     .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
 )
@@ -257,10 +241,7 @@ def checked(row: Row[Any] | None, worker_id: UUID, caller: Caller) -> Row[Any]:
 
 
 async def mine(
-    session: AsyncSession,
-    worker_id: UUID | None,
-    caller: Caller,
-    settings: JobLibSettings,
+    session: AsyncSession, worker_id: UUID | None, caller: Caller, settings: JobLibSettings
 ) -> UUID:
     """Return a worker to register with: the caller's, alive as of now, or a new one.
 
@@ -289,14 +270,11 @@ def check_length(name: FullName) -> None:
         name.bounded()
     except ValueError as exc:
         raise InvalidRequest.exception(
-            f"room, category and name {exc}",
-            errors=[{"pointer": "/body/name", "detail": str(exc)}],
+            f"room, category and name {exc}", errors=[{"pointer": "/body/name", "detail": str(exc)}]
         ) from None
 
 
-async def check_quota(
-    session: AsyncSession, rows: Select[Any], most: int, what: str
-) -> None:
+async def check_quota(session: AsyncSession, rows: Select[Any], most: int, what: str) -> None:
     """Count what a user has, the new one included.
 
     Raises
@@ -329,9 +307,7 @@ def silent() -> ColumnElement[bool]:
     The parameters are those of :func:`unheard_since`.
     """
     long_ago = now(bindparam("since", type_=Float()))
-    return and_(
-        WORKER.c.user_id == bindparam("owner"), WORKER.c.last_heartbeat < long_ago
-    )
+    return and_(WORKER.c.user_id == bindparam("owner"), WORKER.c.last_heartbeat < long_ago)
 
 
 def unheard(worker_id: Any) -> ColumnElement[bool]:
@@ -392,28 +368,16 @@ async def keep_alive_at(
     session: AsyncSession, task_id: UUID, caller: Caller, settings: JobLibSettings
 ) -> None:
     """Record that the caller's worker at a task is alive, if it was not heard just now."""
-    await execute(
-        session, _AT_TASK, {"task": task_id, **unheard_since(caller, settings)}
-    )
+    await execute(session, _AT_TASK, {"task": task_id, **unheard_since(caller, settings)})
 
 
 def _heard(*which: ColumnElement[bool]) -> Update:
-    free = (
-        select(WORKER.c.id)
-        .where(*which)
-        .order_by(WORKER.c.id)
-        .with_for_update(skip_locked=True)
-    )
-    return (
-        update(WORKER)
-        .where(WORKER.c.id.in_(free))
-        .values({WORKER.c.last_heartbeat: now()})
-    )
+    free = select(WORKER.c.id).where(*which).order_by(WORKER.c.id).with_for_update(skip_locked=True)
+    return update(WORKER).where(WORKER.c.id.in_(free)).values({WORKER.c.last_heartbeat: now()})
 
 
 _AT_TASK = _heard(
-    WORKER.c.id
-    == select(TASK.c.worker_id).where(TASK.c.id == bindparam("task")).scalar_subquery(),
+    WORKER.c.id == select(TASK.c.worker_id).where(TASK.c.id == bindparam("task")).scalar_subquery(),
     silent(),
 )
 
@@ -487,10 +451,7 @@ async def remove(session: AsyncSession, worker_ids: Sequence[UUID]) -> Removed:
     withdrawn = [FullName(*row) for row in providers]
     await execute(session, delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
     return Removed(
-        worker_ids,
-        {row.job_id for row in served},
-        {row.room_id for row in served},
-        withdrawn,
+        worker_ids, {row.job_id for row in served}, {row.room_id for row in served}, withdrawn
     )
 
 
@@ -560,9 +521,7 @@ def _summaries(worker_timeout: float) -> Select[Any]:
     )
 
 
-async def list_all(
-    session: AsyncSession, page: Page, settings: JobLibSettings
-) -> Listing:
+async def list_all(session: AsyncSession, page: Page, settings: JobLibSettings) -> Listing:
     """Return a page of all workers."""
     statement = _summaries(settings.worker_timeout_seconds)
     return await paginate(session, statement, WORKER, page, {})
@@ -570,9 +529,7 @@ async def list_all(
 
 @lru_cache(maxsize=8)
 def _serving(worker_timeout: float) -> Select[Any]:
-    serving = (
-        select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id).where(served())
-    )
+    serving = select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id).where(served())
     return _summaries(worker_timeout).where(WORKER.c.id.in_(serving))
 
 

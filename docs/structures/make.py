@@ -29,12 +29,7 @@ def variants(crystal: Atoms) -> dict[str, Atoms]:
     rattled = supercell.copy()
     rattled.rattle(stdev=RATTLE, seed=42)
 
-    return {
-        "crystal": crystal,
-        "expanded": expanded,
-        "sheared": sheared,
-        "rattled": rattled,
-    }
+    return {"crystal": crystal, "expanded": expanded, "sheared": sheared, "rattled": rattled}
 
 
 if __name__ == "__main__":
