@@ -30,8 +30,8 @@ from uuid_utils.compat import uuid7
 from zndraw_auth import Base, User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep
 
+from zndraw_joblib.database import now, number
 from zndraw_joblib.dependencies import Sessions
-from zndraw_joblib.models import now, number
 
 moments = ("created_at", "started_at", "completed_at", "claimed_at", "available_at")
 texts = ("error", "error_type", "errors", "progress_message")

@@ -28,6 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from zndraw_joblib.database import execute, noise, now, number, seconds_between
 from zndraw_joblib.lifecycle import (
     INTERNAL_ROOM,
     INTERNAL_TIMEOUT_ERROR,
@@ -36,21 +37,7 @@ from zndraw_joblib.lifecycle import (
     ErrorType,
     TaskStatus,
 )
-from zndraw_joblib.models import (
-    JOB,
-    TASK,
-    WORKER,
-    due,
-    execute,
-    held,
-    in_states,
-    noise,
-    now,
-    number,
-    queued,
-    rechecked,
-    seconds_between,
-)
+from zndraw_joblib.models import JOB, TASK, WORKER, due, held, in_states, queued, rechecked
 from zndraw_joblib.schemas import MAX_INT, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import BRIEF, VIEW, back_in_queue, born_claimed, of_job, read_changed

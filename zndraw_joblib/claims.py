@@ -25,20 +25,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import workers
+from zndraw_joblib.database import execute, now, number, one_of
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.models import (
-    JOB,
-    LINK,
-    TASK,
-    WORKER,
-    due,
-    execute,
-    held,
-    now,
-    number,
-    one_of,
-    queued,
-)
+from zndraw_joblib.models import JOB, LINK, TASK, WORKER, due, held, queued
 from zndraw_joblib.paging import size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings

@@ -20,8 +20,9 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import workers
+from zndraw_joblib.database import execute
 from zndraw_joblib.lifecycle import HELD, TaskStatus
-from zndraw_joblib.models import LINK, PROVIDER, TASK, execute, held, rechecked
+from zndraw_joblib.models import LINK, PROVIDER, TASK, held, rechecked
 from zndraw_joblib.schemas import (
     HeartbeatResponse,
     TaskHeartbeat,

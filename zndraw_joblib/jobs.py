@@ -30,6 +30,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
+from zndraw_joblib.database import execute, number, scalar
 from zndraw_joblib.exceptions import MAX_ERRORS, JobNotFound, NoWorkersAvailable, SchemaConflict
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
 from zndraw_joblib.models import (
@@ -38,11 +39,8 @@ from zndraw_joblib.models import (
     TASK,
     WORKER,
     alive_within,
-    execute,
     held,
-    number,
     queued,
-    scalar,
     seen_from,
     served,
 )

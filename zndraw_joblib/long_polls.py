@@ -21,11 +21,12 @@ from sqlalchemy import ColumnElement, bindparam, case, func, literal_column, sel
 
 from zndraw_joblib import claims, workers
 from zndraw_joblib.claims import Claim
+from zndraw_joblib.database import execute, now, number
 from zndraw_joblib.delivery import SessionMaker
 from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
-from zndraw_joblib.models import JOB, LINK, TASK, WORKER, execute, in_states, now, number, queued
+from zndraw_joblib.models import JOB, LINK, TASK, WORKER, in_states, queued
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import TaskJson, ahead
 from zndraw_joblib.waiting import Receive, Waiters, Wakeups

@@ -6,262 +6,37 @@ PostgreSQL would name them. A change to a column, a constraint or an index is a 
 :mod:`zndraw_joblib.migration` too.
 """
 
-import json
-from datetime import UTC, datetime
-from typing import Any, TypeVar, cast
+from datetime import datetime
+from typing import Any, cast
 from uuid import UUID
 
-from pydantic_core import to_json
 from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
-    Column,
     ColumnElement,
-    CursorResult,
-    DateTime,
-    Dialect,
     Enum,
-    Executable,
-    Float,
     ForeignKey,
     Index,
     Integer,
-    Select,
     String,
     Table,
     Text,
-    TypeDecorator,
     UniqueConstraint,
     and_,
     bindparam,
     case,
     false,
-    literal,
     literal_column,
     true,
 )
-from sqlalchemy.exc import DBAPIError, StatementError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.schema import conv
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import FunctionElement
 from uuid_utils.compat import uuid7
 from zndraw_auth import Base
 
+from zndraw_joblib.database import JsonText, UtcDateTime, now
 from zndraw_joblib.lifecycle import HELD, FullName, TaskStatus, WorkerState, visible_rooms
-from zndraw_joblib.schemas import uncollected
-
-T = TypeVar("T")
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """A moment; it comes back with its zone from databases that keep none, too."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None or value.tzinfo is not None:
-            return value
-        return value.replace(tzinfo=UTC)
-
-
-class JsonText(TypeDecorator[Any]):
-    """JSON, kept as text.
-
-    SQLite makes other numbers of bare ones in a column of type JSON, and PostgreSQL has to
-    read the whole of one to tell its size.
-    """
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
-        return None if value is None else to_json(value).decode()
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        if value is None:
-            return None
-        with uncollected():
-            return json.loads(value)
-
-
-class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
-    """The database's clock, some seconds from now.
-
-    Replicas compare their times with each other's rows: only the clock that they
-    share can say whether a worker is silent. Renders the statement's start, so that an
-    index can serve the comparison.
-
-    Parameters
-    ----------
-    offset : float or ColumnElement, optional
-        Seconds, negative for the past.
-    """
-
-    type = UtcDateTime()
-    inherit_cache = True
-
-    def __init__(self, *offset: float | ColumnElement[Any]) -> None:
-        super().__init__(*(literal(o, Float) if isinstance(o, (int, float)) else o for o in offset))
-
-
-@compiles(now)
-def _standard_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
-    seconds = compiler.process(element.clauses, **kw)
-    # without an offset nothing but the clock: a parameter would keep the planner from
-    # seeing that hardly a row is due
-    later = f" + make_interval(secs => {seconds})" if seconds else ""
-    return f"(statement_timestamp(){later})"
-
-
-@compiles(now, "sqlite")
-def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
-    seconds = compiler.process(element.clauses, **kw)
-    later = f", ({seconds}) || ' seconds'" if seconds else ""
-    # '000': as many digits as DateTime writes, since SQLite compares times as text
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{later})"
-
-
-class seconds_between(FunctionElement[float]):  # noqa: N801
-    """The seconds from one moment to a later one.
-
-    Parameters
-    ----------
-    earlier, later : ColumnElement
-        The moments.
-    """
-
-    type = Float()
-    inherit_cache = True
-
-
-@compiles(seconds_between)
-def _standard_seconds(element: seconds_between, compiler: SQLCompiler, **kw: Any) -> str:
-    earlier, later = (compiler.process(moment, **kw) for moment in element.clauses)
-    return f"extract(epoch FROM {later} - {earlier})"
-
-
-@compiles(seconds_between, "sqlite")
-def _sqlite_seconds(element: seconds_between, compiler: SQLCompiler, **kw: Any) -> str:
-    earlier, later = (compiler.process(moment, **kw) for moment in element.clauses)
-    return f"((julianday({later}) - julianday({earlier})) * 86400.0)"
-
-
-class microseconds(FunctionElement[int]):  # noqa: N801
-    """The database's clock as a number, since 1970."""
-
-    type = BigInteger()
-    inherit_cache = True
-
-
-@compiles(microseconds)
-def _standard_microseconds(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
-    return "CAST(extract(epoch FROM statement_timestamp()) * 1000000 AS BIGINT)"
-
-
-@compiles(microseconds, "sqlite")
-def _sqlite_microseconds(element: microseconds, compiler: SQLCompiler, **kw: Any) -> str:
-    # '%f' is the second with its milliseconds, '%s' all seconds before
-    return (
-        "(strftime('%s', 'now') * 1000000"
-        " + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) * 1000)"
-    )
-
-
-class noise(FunctionElement[float]):  # noqa: N801
-    """A random number between 0 and 1, drawn for each row."""
-
-    type = Float()
-    inherit_cache = True
-
-
-@compiles(noise)
-def _standard_noise(element: noise, compiler: SQLCompiler, **kw: Any) -> str:
-    return "random()"
-
-
-@compiles(noise, "sqlite")
-def _sqlite_noise(element: noise, compiler: SQLCompiler, **kw: Any) -> str:
-    return "(0.5 + random() / 18446744073709551616.0)"
-
-
-class one_of(FunctionElement[Any]):  # noqa: N801
-    """Whether a column is one of what a subquery reads.
-
-    The subquery is read once: it may lock what it finds. It has no type, or SQLite would
-    be asked for ``(column IN (...)) = 1``, for which it knows no index.
-
-    Parameters
-    ----------
-    column : ColumnElement
-        What is looked for.
-    lateral : Select
-        The subquery where there is LATERAL.
-    correlated : Select
-        The subquery where there is none.
-    """
-
-    inherit_cache = True
-
-    def __init__(
-        self, column: ColumnElement[Any], *, lateral: Select[Any], correlated: Select[Any]
-    ) -> None:
-        super().__init__(column, lateral.scalar_subquery(), correlated.scalar_subquery())
-
-
-@compiles(one_of)
-def _standard_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
-    column, lateral, _ = element.clauses
-    chosen = compiler.process(lateral, **kw)
-    return f"{compiler.process(column, **kw)} = ANY (ARRAY{chosen})"
-
-
-@compiles(one_of, "sqlite")
-def _sqlite_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
-    column, _, correlated = element.clauses
-    return f"{compiler.process(column, **kw)} IN {compiler.process(correlated, **kw)}"
-
-
-class greatest(FunctionElement[int]):  # noqa: N801
-    """The largest of several numbers, none of which may be null."""
-
-    type = BigInteger()
-    inherit_cache = True
-
-
-@compiles(greatest)
-def _standard_greatest(element: greatest, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"greatest({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(greatest, "sqlite")
-def _sqlite_greatest(element: greatest, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"max({compiler.process(element.clauses, **kw)})"
-
-
-class octets(FunctionElement[int]):  # noqa: N801
-    """How many bytes a text takes; told without reading it, where the database can."""
-
-    type = Integer()
-    inherit_cache = True
-
-
-@compiles(octets)
-def _standard_octets(element: octets, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"octet_length({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(octets, "sqlite")
-def _sqlite_octets(element: octets, compiler: SQLCompiler, **kw: Any) -> str:
-    # octet_length is there from 3.43 on
-    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
 
 
 def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
@@ -271,60 +46,6 @@ def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
     condition; a bound parameter can't.
     """
     return literal_column(f"'{status.name}'", TASK.c.status.type)
-
-
-def number(value: int) -> ColumnElement[int]:
-    """Return ``value`` as a literal in the SQL text, for LIMIT and OFFSET.
-
-    A planner that meets a parameter there guesses a tenth of the table.
-    """
-    return literal_column(str(int(value)), Integer)
-
-
-def returned(column: Column[T]) -> ColumnElement[T]:
-    """Return a column for a subquery of a RETURNING clause.
-
-    On SQLite SQLAlchemy leaves the tables' names away there, in subqueries too.
-    """
-    return literal_column(f"{column.table.name}.{column.name}", column.type)
-
-
-async def execute(
-    session: AsyncSession, statement: Executable, values: Any = None
-) -> CursorResult[Any]:
-    """Run a statement on any kind of session.
-
-    SQLModel's warns of its own ``execute``, and of all that goes through it.
-    What fails shows no values, whoever logs it.
-    """
-    options = {"prebuffer_rows": True}
-    try:
-        ran = await session.run_sync(Session.execute, statement, values, execution_options=options)
-    except StatementError as exc:
-        raise without_values(exc) from None
-    return cast(CursorResult[Any], ran)
-
-
-async def scalar(session: AsyncSession, statement: Executable) -> Any:
-    """Return the first value of what a statement brings, None if there is none."""
-    return (await execute(session, statement)).scalar()
-
-
-def without_values(exc: Exception) -> Exception:
-    """Return an exception whose text and causes show nothing that a client sent.
-
-    SQLAlchemy prints a statement's parameters, and drivers what they could not take.
-    """
-    if isinstance(exc, StatementError):
-        state = getattr(exc.orig, "sqlstate", None)
-        # SQLite's first line names tables and columns
-        known = isinstance(exc, DBAPIError) and not state
-        text = str(exc.orig).partition("\n")[0] if known else state or ""
-        exc.args = (f"{type(exc.orig).__name__} {text}",)
-        exc.hide_parameters = True
-        exc.__cause__ = None
-        exc.__suppress_context__ = True
-    return exc
 
 
 class Job(Base):
@@ -545,11 +266,6 @@ def visible(entry: Table) -> ColumnElement[bool]:
 def served() -> ColumnElement[bool]:
     """Return the condition under which a job can be submitted to from a room."""
     return and_(visible(JOB), JOB.c.deleted.is_(False))
-
-
-def silent_for(seconds: float) -> ColumnElement[bool]:
-    """Return the condition under which a worker counts as lost."""
-    return WORKER.c.last_heartbeat < now(-seconds)
 
 
 def alive_within(seconds: float) -> ColumnElement[bool]:

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib.models import execute, number, octets
+from zndraw_joblib.database import execute, number, octets
 from zndraw_joblib.schemas import MAX_INT
 
 

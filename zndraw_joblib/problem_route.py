@@ -15,6 +15,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from zndraw_joblib.database import without_values
 from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up
 from zndraw_joblib.exceptions import (
     PROBLEM_JSON,
@@ -32,7 +33,6 @@ from zndraw_joblib.exceptions import (
     Unauthorized,
     invalid_request,
 )
-from zndraw_joblib.models import without_values
 from zndraw_joblib.schemas import parse_json
 from zndraw_joblib.telemetry import continuing
 

@@ -25,9 +25,10 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
+from zndraw_joblib.database import execute
 from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
-from zndraw_joblib.models import PROVIDER, execute, seen_from, visible
+from zndraw_joblib.models import PROVIDER, seen_from, visible
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
 from zndraw_joblib.settings import JobLibSettings

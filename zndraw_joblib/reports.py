@@ -25,9 +25,10 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
 from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, failed
+from zndraw_joblib.database import execute, now
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
 from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, ErrorType, TaskStatus
-from zndraw_joblib.models import JOB, TASK, constant, execute, in_states, now, rechecked
+from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
 from zndraw_joblib.schemas import TaskResponse, TaskUpdateRequest, equal_json
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (

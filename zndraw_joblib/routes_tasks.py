@@ -8,6 +8,7 @@ from pydantic_core import to_json
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import claims, jobs, long_polls, reports, submissions, tasks, validation
+from zndraw_joblib.database import execute
 from zndraw_joblib.delivery import require_broker
 from zndraw_joblib.dependencies import (
     Access,
@@ -43,7 +44,6 @@ from zndraw_joblib.exceptions import (
     WorkerNotFound,
 )
 from zndraw_joblib.lifecycle import TaskStatus, split_full_name
-from zndraw_joblib.models import execute
 from zndraw_joblib.problem_route import BODY, ROOM, WAITING, WAITS, new_router, problems
 from zndraw_joblib.schemas import (
     PaginatedResponse,

@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Row, Select, and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from zndraw_joblib.database import execute, now, number
 from zndraw_joblib.lifecycle import FullName, TaskStatus
 from zndraw_joblib.models import (
     JOB,
@@ -17,10 +18,7 @@ from zndraw_joblib.models import (
     WORKER,
     alive_within,
     constant,
-    execute,
     held,
-    now,
-    number,
     queued,
     seen_from,
     served,

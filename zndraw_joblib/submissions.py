@@ -32,6 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib import jobs, telemetry
+from zndraw_joblib.database import execute, now, number, returned, scalar
 from zndraw_joblib.exceptions import (
     Forbidden,
     IdempotencyKeyReused,
@@ -40,18 +41,7 @@ from zndraw_joblib.exceptions import (
     QuotaExceeded,
 )
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, FullName, TaskStatus
-from zndraw_joblib.models import (
-    JOB,
-    TASK,
-    constant,
-    execute,
-    in_states,
-    now,
-    number,
-    queued,
-    returned,
-    scalar,
-)
+from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
 from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest, canonical
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import (

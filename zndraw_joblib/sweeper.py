@@ -13,9 +13,10 @@ from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
+from zndraw_joblib.database import execute, now, number
 from zndraw_joblib.delivery import Delivery, Dispatcher, ProvidersRemoved, SessionMaker, Transports
 from zndraw_joblib.events import Emitter, Outbox, worker_key
-from zndraw_joblib.models import JOB, WORKER, execute, now, number, silent_for
+from zndraw_joblib.models import JOB, WORKER, alive_within
 from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
@@ -153,7 +154,7 @@ async def _stale_workers(sweep: _Sweep) -> int:
             retired += len(ids)
         return len(ids)
 
-    stale = select(WORKER.c.id).where(silent_for(settings.worker_timeout_seconds))
+    stale = select(WORKER.c.id).where(~alive_within(settings.worker_timeout_seconds))
     try:
         await _each(sweep, stale, end, WORKERS_A_BATCH)
     finally:

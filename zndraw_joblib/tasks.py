@@ -28,20 +28,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from zndraw_joblib.database import execute, greatest, microseconds, now, number, scalar
 from zndraw_joblib.exceptions import TaskNotFound
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.models import (
-    JOB,
-    TASK,
-    constant,
-    execute,
-    greatest,
-    microseconds,
-    now,
-    number,
-    queued,
-    scalar,
-)
+from zndraw_joblib.models import JOB, TASK, constant, queued
 from zndraw_joblib.paging import Completion, Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings

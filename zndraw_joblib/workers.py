@@ -30,22 +30,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from zndraw_joblib.database import execute, now, number, scalar
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, QuotaExceeded, WorkerNotFound
 from zndraw_joblib.lifecycle import FullName, WorkerState
-from zndraw_joblib.models import (
-    JOB,
-    LINK,
-    PROVIDER,
-    TASK,
-    WORKER,
-    alive_within,
-    execute,
-    now,
-    number,
-    scalar,
-    seen_from,
-    served,
-)
+from zndraw_joblib.models import JOB, LINK, PROVIDER, TASK, WORKER, alive_within, seen_from, served
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.settings import JobLibSettings
 

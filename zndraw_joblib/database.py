@@ -1,0 +1,274 @@
+"""What SQLAlchemy lacks: types, SQL that each database writes its own way, and how it runs."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any, TypeVar, cast
+
+from pydantic_core import to_json
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    CursorResult,
+    DateTime,
+    Dialect,
+    Executable,
+    Float,
+    Integer,
+    Select,
+    Text,
+    TypeDecorator,
+    literal,
+    literal_column,
+)
+from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from zndraw_joblib.schemas import uncollected
+
+T = TypeVar("T")
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment; it comes back with its zone from databases that keep none, too."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None or value.tzinfo is not None:
+            return value
+        return value.replace(tzinfo=UTC)
+
+
+class JsonText(TypeDecorator[Any]):
+    """JSON, kept as text.
+
+    SQLite makes other numbers of bare ones in a column of type JSON, and PostgreSQL has to
+    read the whole of one to tell its size.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else to_json(value).decode()
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        with uncollected():
+            return json.loads(value)
+
+
+def written(construct: type[FunctionElement[Any]], standard: str, sqlite: str) -> None:
+    """Say how a construct is written: ``{0}`` is its first argument, ``{all}`` is all of them."""
+
+    def write(template: str, element: Any, compiler: SQLCompiler, **kw: Any) -> str:
+        arguments = [compiler.process(argument, **kw) for argument in element.clauses]
+        return template.format(*arguments, all=", ".join(arguments))
+
+    compiles(construct)(lambda *args, **kw: write(standard, *args, **kw))
+    compiles(construct, "sqlite")(lambda *args, **kw: write(sqlite, *args, **kw))
+
+
+class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
+    """The database's clock, some seconds from now.
+
+    Replicas compare their times with each other's rows: only the clock that they
+    share can say whether a worker is stale. Renders the statement's start, so that an
+    index can serve the comparison.
+
+    Parameters
+    ----------
+    offset : float or ColumnElement, optional
+        Seconds, negative for the past.
+    """
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+    def __init__(self, *offset: float | ColumnElement[Any]) -> None:
+        super().__init__(*(literal(o, Float) if isinstance(o, (int, float)) else o for o in offset))
+
+
+@compiles(now)
+def _standard_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    # without an offset nothing but the clock: a parameter would keep the planner from
+    # seeing that hardly a row is due
+    later = f" + make_interval(secs => {seconds})" if seconds else ""
+    return f"(statement_timestamp(){later})"
+
+
+@compiles(now, "sqlite")
+def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    later = f", ({seconds}) || ' seconds'" if seconds else ""
+    # '000': as many digits as DateTime writes, since SQLite compares times as text
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{later})"
+
+
+class seconds_between(FunctionElement[float]):  # noqa: N801
+    """The seconds from one moment to a later one."""
+
+    type = Float()
+    inherit_cache = True
+
+
+written(
+    seconds_between,
+    "extract(epoch FROM {1} - {0})",
+    sqlite="((julianday({1}) - julianday({0})) * 86400.0)",
+)
+
+
+class microseconds(FunctionElement[int]):  # noqa: N801
+    """The database's clock as a number, since 1970."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+written(
+    microseconds,
+    "CAST(extract(epoch FROM statement_timestamp()) * 1000000 AS BIGINT)",
+    # '%f' is the second with its milliseconds, '%s' all seconds before
+    sqlite=(
+        "(strftime('%s', 'now') * 1000000"
+        " + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) * 1000)"
+    ),
+)
+
+
+class noise(FunctionElement[float]):  # noqa: N801
+    """A random number between 0 and 1, drawn for each row."""
+
+    type = Float()
+    inherit_cache = True
+
+
+written(noise, "random()", sqlite="(0.5 + random() / 18446744073709551616.0)")
+
+
+class greatest(FunctionElement[int]):  # noqa: N801
+    """The largest of several numbers, none of which may be null."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+written(greatest, "greatest({all})", sqlite="max({all})")
+
+
+class octets(FunctionElement[int]):  # noqa: N801
+    """How many bytes a text takes; told without reading it, where the database can."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+# SQLite has octet_length from 3.43 on
+written(octets, "octet_length({0})", sqlite="length(CAST({0} AS BLOB))")
+
+
+class one_of(FunctionElement[Any]):  # noqa: N801
+    """Whether a column is one of what a subquery reads.
+
+    The subquery is read once: it may lock what it finds. It has no type, or SQLite would
+    be asked for ``(column IN (...)) = 1``, for which it knows no index.
+
+    Parameters
+    ----------
+    column : ColumnElement
+        What is looked for.
+    lateral : Select
+        The subquery where there is LATERAL.
+    correlated : Select
+        The subquery where there is none.
+    """
+
+    inherit_cache = True
+
+    def __init__(
+        self, column: ColumnElement[Any], *, lateral: Select[Any], correlated: Select[Any]
+    ) -> None:
+        super().__init__(column, lateral.scalar_subquery(), correlated.scalar_subquery())
+
+
+@compiles(one_of)
+def _standard_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
+    column, lateral, _ = element.clauses
+    chosen = compiler.process(lateral, **kw)
+    return f"{compiler.process(column, **kw)} = ANY (ARRAY{chosen})"
+
+
+@compiles(one_of, "sqlite")
+def _sqlite_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
+    column, _, correlated = element.clauses
+    return f"{compiler.process(column, **kw)} IN {compiler.process(correlated, **kw)}"
+
+
+def number(value: int) -> ColumnElement[int]:
+    """Return ``value`` as a literal in the SQL text, for LIMIT and OFFSET.
+
+    A planner that meets a parameter there guesses a tenth of the table.
+    """
+    return literal_column(str(int(value)), Integer)
+
+
+def returned(column: Column[T]) -> ColumnElement[T]:
+    """Return a column for a subquery of a RETURNING clause.
+
+    On SQLite SQLAlchemy leaves the tables' names away there, in subqueries too.
+    """
+    return literal_column(f"{column.table.name}.{column.name}", column.type)
+
+
+async def execute(
+    session: AsyncSession, statement: Executable, values: Any = None
+) -> CursorResult[Any]:
+    """Run a statement on any kind of session; an error shows no values.
+
+    SQLModel's sessions warn of their own ``execute``, and of all that goes through it.
+    """
+    options = {"prebuffer_rows": True}
+    try:
+        ran = await session.run_sync(Session.execute, statement, values, execution_options=options)
+    except StatementError as exc:
+        raise without_values(exc) from None
+    return cast(CursorResult[Any], ran)
+
+
+async def scalar(session: AsyncSession, statement: Executable, values: Any = None) -> Any:
+    """Return the first value of what a statement brings, None if there is none."""
+    return (await execute(session, statement, values)).scalar()
+
+
+async def scalars(session: AsyncSession, statement: Executable, values: Any = None) -> list[Any]:
+    """Return the first column of what a statement brings."""
+    return list((await execute(session, statement, values)).scalars())
+
+
+def without_values(exc: Exception) -> Exception:
+    """Return an exception whose text and causes show nothing that a client sent.
+
+    SQLAlchemy prints a statement's parameters, and drivers what they could not take.
+    """
+    if isinstance(exc, StatementError):
+        state = getattr(exc.orig, "sqlstate", None)
+        # SQLite's first line names tables and columns
+        known = isinstance(exc, DBAPIError) and not state
+        text = str(exc.orig).partition("\n")[0] if known else state or ""
+        exc.args = (f"{type(exc.orig).__name__} {text}",)
+        exc.hide_parameters = True
+        exc.__cause__ = None
+        exc.__suppress_context__ = True
+    return exc
