@@ -5,6 +5,7 @@ What is accepted has to come back as it went in, wherever it is shown.
 """
 
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
@@ -12,10 +13,13 @@ from urllib.parse import quote
 import httpx
 import pytest
 from conftest import User
+from hypothesis import given
+from hypothesis import strategies as st
 from makers import SessionMaker
 from steps import JOB, claim, offer, problem, read, register, report, stored, submit
 
 from zndraw_joblib.exceptions import PROBLEM_JSON
+from zndraw_joblib.schemas import parse_json
 
 # what matters here is what a database takes, and not how sessions are made
 pytestmark = pytest.mark.makers("plain", "postgres")
@@ -40,6 +44,10 @@ POISON = {
     "more than a double": "1e400",
     "less than a double": "[-1e+0400]",
     "more than a double, in digits": "1" + "0" * 400 + ".5",
+    "more than a double, in both": "1" * 300 + "e99",
+    "more than a double, with a sign": '{"a": 1E+400}',
+    "more than a double, after a backslash": r'["\\", 1e400]',
+    "more than a double, after a quote": r'["\"", 1e400, "\\\""]',
     "2**63": str(2**63),
     "-2**63 - 1": str(-(2**63) - 1),
     "401 digits": "1" + "0" * 400,
@@ -197,6 +205,21 @@ NO_NAMES = [
     ["a"],
     {"a": 1},
 ]
+
+
+@given(
+    st.text('"\\e019.[{,'),
+    st.from_regex(r"-?(0|[1-9][0-9]{0,22})(\.[0-9]{1,22})?([eE][+-]?[0-9]{1,4})?", fullmatch=True),
+)
+def test_a_number_is_taken_if_it_can_be_kept(beside: str, number: str):
+    """Whatever stands in a string beside it."""
+    body = json.dumps([beside, "#"]).replace('"#"', number)
+    kept = [beside, json.loads(number)]
+    if -(2**63) <= kept[1] < 2**63 if isinstance(kept[1], int) else math.isfinite(kept[1]):
+        assert parse_json(body.encode()) == kept
+    else:
+        with pytest.raises(ValueError, match="limited to"):
+            parse_json(body.encode())
 
 
 @pytest.mark.parametrize("path", ["/rooms/lab/jobs", "/rooms/lab/providers"])

@@ -58,9 +58,12 @@ T = TypeVar("T")
 # What the parser lets through but no database or second parser would is looked for in
 # the bytes: a walk through the values would take longer than everything else.
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_LARGE = re.compile(rb"\d{19}|[eE]\+?0*(?:[2-9]\d\d|\d{4})")
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+# All digits, and both signs of an exponent, are alike: a regular expression takes thirty
+# times as long to find none of these.
+_ALIKE = bytes.maketrans(b"123456789E", b"000000000e")
+_LARGE = (b"0" * 19, b"e000", b"e+000")
 _NUMBER = re.compile(rb"[-+.\deE]{5,}")
+_INTEGER = re.compile(rb"(?<![-+.\deE])-?\d{19,}+(?![.eE])")
 
 
 def parse_json(body: bytes) -> Json:
@@ -80,16 +83,16 @@ def parse_json(body: bytes) -> Json:
         :data:`MAX_CONTAINERS` lists and objects.
     """
     if _containers(body) > MAX_CONTAINERS and (
-        _containers(_STRING.sub(b"", body)) > MAX_CONTAINERS
+        _containers(_outside_strings(body)) > MAX_CONTAINERS
     ):
         raise ValueError(f"lists and objects are limited to {MAX_CONTAINERS}")
     with uncollected():
         value = pydantic_core.from_json(body, allow_inf_nan=False)
     if b"\\u0000" in body and _NUL.search(body):
         raise ValueError("NUL characters can't be stored")
-    if _LARGE.search(body):
-        for number in _NUMBER.findall(_STRING.sub(b"", body)):
-            _require_storable(number)
+    alike = body.translate(_ALIKE)
+    if any(large in alike for large in _LARGE):
+        _require_storable(_outside_strings(body))
     return value
 
 
@@ -127,11 +130,16 @@ def equal_json(one: Json, other: Json) -> bool:
     return bool(one == other) and canonical(one) == canonical(other)
 
 
-def _require_storable(number: bytes) -> None:
-    if number.lstrip(b"-").isdigit():
-        if len(number) > 20 or not -MAX_INT - 1 <= int(number) <= MAX_INT:
+def _outside_strings(body: bytes) -> bytes:
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return b" ".join(unescaped.split(b'"')[::2])
+
+
+def _require_storable(numbers: bytes) -> None:
+    for digits in _INTEGER.findall(numbers):
+        if len(digits) > 20 or not -MAX_INT - 1 <= int(digits) <= MAX_INT:
             raise ValueError("integers are limited to 64 bit")
-    elif _LARGE.search(number) and not math.isfinite(float(number)):
+    if any(map(math.isinf, map(float, _NUMBER.findall(numbers)))):
         raise ValueError("numbers are limited to the range of a double")
 
 
