@@ -74,9 +74,11 @@ def work(path: Path, token: str, seed: str, websocket: bool, urls: list[str]) ->
     record = history.recorder(path)
     rng = random.Random(seed)
     runs = count()
+    # in minutes of forks, a process id comes again
+    life = f"{os.getpid()}-{time.monotonic_ns()}"
 
     def execute(task: ClaimedTask[Any]) -> Any:
-        run = f"{os.getpid()}-{next(runs)}"
+        run = f"{life}-{next(runs)}"
         record(run=run, task=task.task_id, attempt=task.attempt)
         result = None
         try:
