@@ -14,6 +14,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -108,6 +109,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # or the garbage collector goes through all that was imported, while everybody waits
     gc.collect()
     gc.freeze()
+    if state.redis_url:
+        # drawn here, not before a fork: Socket.IO drops what a process of its name emitted
+        state.tsio.manager.host_id = uuid4().hex
     await prepare_database(state)
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host")
     broker = ListQueueBroker(state.redis_url) if state.redis_url else InMemoryBroker()

@@ -224,3 +224,15 @@ async def test_replicas_may_start_together_on_an_empty_database(
             for _ in range(4):
                 tasks.start_soon(replica)
         assert users == [2] * 4
+
+
+async def test_processes_that_are_forked_from_one_app_hear_each_other(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Socket.IO drops what was emitted under its own identity."""
+    monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/host.db")
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    app = host.create_app()
+    before_the_fork = app.state.tsio.manager.host_id
+    async with host.lifespan(app):
+        assert app.state.tsio.manager.host_id != before_the_fork
