@@ -81,6 +81,27 @@ async def test_a_silent_worker_goes_with_what_it_held(ada, bob, session_maker, t
     }
 
 
+async def test_what_is_swept_leaves_before_anything_that_is_committed_later(
+    ada, session_maker, tsio, events
+):
+    """A session takes its time to close, and whoever wants the task is not held up."""
+    worker = await offer(ada)
+    task = await move(ada, worker, await submit(ada), "running")
+    await silence(session_maker, worker)
+    left = []
+
+    @asynccontextmanager
+    async def slow_to_close():
+        async with session_maker() as session:
+            yield session
+            await anyio.sleep(0.05)
+            left.append(told(events))
+
+    events.clear()
+    await cleanup_stale_workers(slow_to_close, tsio=tsio)
+    assert left[0] == [(task["id"], "failed")]
+
+
 async def test_replicas_sweep_together(ada, session_maker, tsio, events):
     """More workers than a batch: each is retired, and told of, by one of them."""
     count = 2 * WORKERS_A_BATCH + 3

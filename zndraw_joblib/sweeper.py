@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import anyio
@@ -34,6 +34,7 @@ FIRST = UUID(int=0)
 # Rows that a pass may fail at; at more it is not the rows.
 BAD_A_PASS = 100
 
+T = TypeVar("T")
 Rows = Select[tuple[UUID]]
 #: Ends the chosen rows and returns how many it changed.
 End = Callable[[AsyncSession, Rows, Outbox], Awaitable[int]]
@@ -64,11 +65,17 @@ class _Sweep:
     reported: set[tuple[UUID, str]] = field(default_factory=set)
     looked_at: UUID = FIRST
 
-    async def deliver(self, outbox: Outbox) -> None:
-        """Return when what a transaction left in its outbox has left, or can't."""
-        published = self.delivery.publish(outbox, self.transports)
+    async def run(self, step: Callable[[AsyncSession, Outbox], Awaitable[T]]) -> T:
+        """Commit a step, and return when what it left in the outbox has left, or can't."""
+        outbox = Outbox()
+        async with self.session_maker() as session:
+            result = await step(session, outbox)
+            await session.commit()
+            # with nothing awaited in between: this is what orders events
+            published = self.delivery.publish(outbox, self.transports)
         if published is not None:
             await published
+        return result
 
 
 async def retire(
@@ -116,11 +123,7 @@ async def _drain(sweep: _Sweep, rows: Rows, end: End, size: int) -> int:
     some = rows.limit(number(size)).with_for_update(of=row_id.table, skip_locked=True)
     total = 0
     while True:
-        outbox = Outbox()
-        async with sweep.session_maker() as session:
-            handled = await end(session, some, outbox)
-            await session.commit()
-        await sweep.deliver(outbox)
+        handled = await sweep.run(lambda session, outbox: end(session, some, outbox))
         total += handled
         if not handled:
             return total
@@ -289,15 +292,15 @@ async def cleanup_worker(
     The other arguments are those of :func:`run_sweeper`.
     """
     sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
-    outbox = Outbox()
-    async with session_maker() as session:
+
+    async def remove(session: AsyncSession, outbox: Outbox) -> bool:
         chosen = select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
         removed = await workers.remove(session, await workers.lock(session, chosen))
         if removed.worker_ids:
             await retire(session, removed, sweep.transports.settings, outbox)
-        await session.commit()
-    await sweep.deliver(outbox)
-    return bool(removed.worker_ids)
+        return bool(removed.worker_ids)
+
+    return await sweep.run(remove)
 
 
 async def expel(
@@ -331,15 +334,15 @@ async def expel(
         How many workers were unlinked and providers withdrawn.
     """
     sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
-    outbox = Outbox()
-    async with session_maker() as session:
+
+    async def withdraw(session: AsyncSession, outbox: Outbox) -> int:
         removed = await workers.expel(session, user_id, room_id)
         await jobs.delete_idle(session, JOB.c.id.in_(removed.job_ids))
-        await session.commit()
-    outbox.jobs_changed(removed.job_rooms)
-    outbox.providers_gone(removed.providers)
-    await sweep.deliver(outbox)
-    return len(removed.worker_ids) + len(removed.providers)
+        outbox.jobs_changed(removed.job_rooms)
+        outbox.providers_gone(removed.providers)
+        return len(removed.worker_ids) + len(removed.providers)
+
+    return await sweep.run(withdraw)
 
 
 async def cleanup_overdue_attempts(
