@@ -182,6 +182,9 @@ class Structure(BaseModel):
     charges: dict[str, float] = Field({})
     step: float = Field(1, gt=0, multiple_of=0.5)
     mode: Literal["fast", "slow"] = "fast"
+    notes: list[Any] = Field([])
+    tags: tuple[str | None, ...] = Field(())
+    extra: dict[str, Any] = Field({})
 
 
 def check(payload: dict[str, Any]) -> bool:
@@ -208,6 +211,11 @@ def check(payload: dict[str, Any]) -> bool:
         ({"step": 0.75}, "/step"),
         ({"step": True}, "/step"),
         ({"mode": "medium"}, "/mode"),
+        ({"notes": [1, "a", [None]] * 100_000, "extra": {"a": [1]}}, None),
+        ({"notes": 5}, "/notes"),
+        ({"notes": [5], "mode": "medium"}, "/mode"),
+        ({"tags": ["a", None, "b"]}, None),
+        ({"tags": ["a", 5]}, "/tags/1"),
         ({"energy": {"left": {"value": 1}, "right": {"value": "x"}}}, "/energy/"),
     ],
     ids=lambda value: str(value)[:40],
@@ -244,6 +252,13 @@ def test_what_costs_too_much_is_left_to_the_worker():
     assert check({"energy": energy})
     assert not check({"positions": [[0.0, 0.5, 1.0]] * 50_000})
     assert not check_payloads(json.dumps(DOUBLING), {"": payload | {"b": None}})
+
+
+@pytest.mark.parametrize("items", [{"prefixItems": [True] * 9000}, {"allOf": [True] * 9000}])
+def test_what_says_nothing_costs_nevertheless(items):
+    schema = json.dumps({"properties": {"a": {"items": items}}})
+    assert check_payloads(schema, {"": {"a": [[1] * 9000]}})
+    assert not check_payloads(schema, {"": {"a": [[1] * 9000] * 50}})
 
 
 def test_payloads_of_one_request_share_what_they_may_cost():

@@ -246,9 +246,10 @@ class _Check:
 
     def misfit(self, schema: Any, value: Any, depth: int = 0) -> _Misfit | None:
         """Return the first thing in ``value`` that doesn't fit, or None."""
+        self.spend(2)
         if isinstance(schema, bool):
             return None if schema else _Misfit("schema", False)
-        self.spend(2 + 2 * len(schema))
+        self.spend(2 * len(schema))
         if depth > MAX_DEPTH or not schema.keys().isdisjoint(_UNCHECKED):
             raise _Unchecked
         # draft-07 ignores what stands beside a reference
@@ -338,8 +339,7 @@ class _Check:
             return
         rest = value[len(schema.get("prefixItems", ())) :]
         self.spend(2 + len(rest) // 16)
-        plain = isinstance(argument, dict) and argument.keys() <= {"type", "title"}
-        if plain and set(map(type, rest)) <= set(_TYPES[argument["type"]]):
+        if _fit_at_once(argument, rest):
             return
         for n, item in enumerate(rest, len(value) - len(rest)):
             yield n, argument, item
@@ -381,6 +381,16 @@ class _Check:
             except jsonschema_rs.ValidationError:
                 raise _Unchecked from None
         return self._patterns[pattern].is_valid(text)
+
+
+def _fit_at_once(schema: Any, items: list[Any]) -> bool:
+    """Tell whether items fit a schema that says their type at most; False if not known."""
+    if isinstance(schema, bool):
+        return schema
+    wanted = schema.get("type", list(_TYPES))
+    names = [wanted] if isinstance(wanted, str) else wanted
+    types = {type_ for name in names for type_ in _TYPES[name]}
+    return schema.keys() <= {"type", "title"} and set(map(type, items)) <= types
 
 
 def _has_type(value: Any, wanted: str | list[str]) -> bool:
