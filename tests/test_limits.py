@@ -3,6 +3,8 @@
 import pytest
 from steps import JOB, claim, offer, problem, read, register, report, silence, stored, submit
 
+from zndraw_joblib import submissions
+
 
 def refused(answer):
     problem(answer, 429, "quota-exceeded")
@@ -99,10 +101,20 @@ async def test_how_many_tasks_of_a_user_may_wait(app, ada, bob):
     assert (await ada.get("/rooms/lab/tasks?status=pending")).json()["total"] == 21
 
 
+async def test_each_queue_is_entered_once_and_the_limit_holds(app, ada):
+    most = app.state.joblib_settings.max_pending_tasks_per_user = 40
+    await offer(ada)
+    answers = [
+        await ada.post(f"/rooms/lab/tasks/{JOB}", json={"priority": n}) for n in range(most + 8)
+    ]
+    assert [answer.status_code for answer in answers] == [202] * most + [429] * 8
+
+
 @pytest.mark.makers("plain")
-async def test_a_flood_is_counted_now_and_then_and_comes_to_its_end(app, ada, engine):
+async def test_a_flood_is_counted_now_and_then_and_comes_to_its_end(app, ada, engine, monkeypatch):
     from sqlalchemy import event
 
+    monkeypatch.setattr(submissions, "ALWAYS_COUNTED", 100)
     most = app.state.joblib_settings.max_pending_tasks_per_user = 200
     await offer(ada)
     counted = []

@@ -77,8 +77,8 @@ class JobLibSettings(BaseSettings):
     )
     max_pending_tasks_per_user: PositiveInt = Field(
         default=2_000_000,
-        description="Tasks of one user that may wait for a worker (429 beyond). They are"
-        " counted now and then: in each queue some 5 % more may come through.",
+        description="Tasks of one user that may wait for a worker (429 beyond). More than"
+        " 10,000 are counted now and then: in each queue some 5 % more may come through.",
     )
     max_page_bytes: PositiveInt = Field(
         default=1024 * 1024,
