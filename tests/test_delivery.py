@@ -17,8 +17,9 @@ from sqlalchemy.exc import StatementError
 from steps import JOB, at_once, claim, offer, report, submit
 
 from zndraw_joblib import JobLibSettings, get_joblib_settings, get_tsio
+from zndraw_joblib.database import execute
 from zndraw_joblib.dependencies import split_unquoted
-from zndraw_joblib.models import Job, execute
+from zndraw_joblib.models import Job
 from zndraw_joblib.runtime import runtime_of
 
 HANG = 30
