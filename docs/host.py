@@ -41,6 +41,9 @@ from zndraw_joblib.events import jobs_channel, providers_channel, room_channel
 
 log = logging.getLogger(__name__)
 
+# No full name is longer.
+MAX_NAME = 1000
+
 
 def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
     """Return a Socket.IO server for people in rooms and for workers."""
@@ -70,8 +73,10 @@ def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
         for verb, change in (("join", tsio.enter_room), ("leave", tsio.leave_room)):
 
             async def handle(sid: str, data: Any, key=key, channel=channel, change=change) -> None:
-                if isinstance(data, dict) and isinstance(data.get(key), str):
-                    await change(sid, channel(data[key]))
+                name = data.get(key) if isinstance(data, dict) else None
+                # each is kept as long as the connection
+                if isinstance(name, str) and len(name) <= MAX_NAME:
+                    await change(sid, channel(name))
 
             tsio.on(f"{verb}_{noun}", handle)
     return tsio

@@ -32,6 +32,7 @@ from zndraw_auth import AuthSettings
 from zndraw_auth import User as UserRow
 
 from zndraw_joblib import JobLibSettings, register_internal_tasks, request_hash
+from zndraw_joblib.events import room_channel
 
 # a host in a process of its own has a database of its own
 pytestmark = pytest.mark.makers("plain")
@@ -236,3 +237,12 @@ async def test_processes_that_are_forked_from_one_app_hear_each_other(
     before_the_fork = app.state.tsio.manager.host_id
     async with host.lifespan(app):
         assert app.state.tsio.manager.host_id != before_the_fork
+
+
+async def test_a_browser_makes_the_host_keep_no_long_names(app: FastAPI):
+    tsio = app.state.tsio
+    join = tsio.handlers["/"]["join_room"]
+    sid = await tsio.manager.connect("a connection", "/")
+    for room in ("lab", "r" * 100_000, 5, None):
+        await join(sid, {"room_id": room})
+    assert set(tsio.rooms(sid)) == {sid, room_channel("lab")}
