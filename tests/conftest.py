@@ -10,7 +10,7 @@
 `ada`, `bob`       `User`: an `httpx.AsyncClient` of a registered user, its base URL
                    ends in `/v1/joblib`; has `.id`, `.email`, `.token`
 `admin`            the same for the superuser (auth's default admin)
-`register(name)`   makes a further user, as `await register("eve")`
+`register(name)`   makes a further user, as `await register("eve")`; all have `PASSWORD`
 `client`           nobody's: no token
 `app`              the host of `docs/host.py`, its lifespan left out; set
                    `app.state.joblib_settings` to change settings
@@ -28,45 +28,36 @@ Whatever these clients are answered has to be as the OpenAPI document says (see
 
 Coroutine tests need no mark (`anyio_mode = "auto"`). A test that uses no `session_maker`,
 directly or through another fixture, says nothing of makers and runs under `plain` alone;
-`@pytest.mark.makers("postgres")` restricts a test to the makers that it names. Sessions and
-connections that a test leaves open fail it.
+`@pytest.mark.makers("postgres")` restricts a test to the makers that it names, and over
+in-memory SQLite `makers.IN_MEMORY` alone runs. Sessions and connections that a test leaves
+open fail it.
 """
 
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-from uuid import UUID
+from threading import enumerate as running_threads
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
 
+import anyio
 import documented
 import host
 import httpx
-import jwt
 import makers
 import pytest
 import servers
 import socketio
 import strict
-from fastapi import Depends, FastAPI
-from fastapi_users.db import SQLAlchemyUserDatabase
-from fastapi_users.password import PasswordHelper
+from fastapi import FastAPI
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
-from zndraw_auth import (
-    AuthSettings,
-    Base,
-    UserManager,
-    create_engine_for_url,
-    ensure_default_admin,
-    get_user_db,
-    get_user_manager,
-)
+from zndraw_auth import AuthSettings, Base, create_engine_for_url
 from zndraw_auth import User as UserRow
-from zndraw_auth.settings import get_auth_settings
+from zndraw_auth.users import get_jwt_strategy
 
 PREFIX = "/v1/joblib"
 PASSWORD = "correct horse battery staple"
@@ -75,8 +66,36 @@ AUTH_SETTINGS = AuthSettings(
     default_admin_email="admin@example.org",
     default_admin_password=PASSWORD,
 )
-#: argon2 as it is, made cheap: the suite logs in thousands of times
-CHEAP = PasswordHelper(PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),)))
+#: what takes longest begins first, so that no core is idle at the end
+LONGEST = (
+    "test_replicas",
+    "test_client",
+    "test_attacks",
+    "test_lifecycle",
+    "test_end_to_end",
+    "test_history",
+    "test_docs",
+    "test_access",
+    "test_bad_input",
+    "test_upgrade",
+)
+#: by argon2 as it is, made cheap
+HASHED_PASSWORD = PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),)).hash(
+    PASSWORD
+)
+
+
+def user_row(name: str, **columns: Any) -> dict[str, Any]:
+    row = {"id": uuid4(), "email": f"{name}@example.org", "hashed_password": HASHED_PASSWORD}
+    return {**row, "is_active": True, "is_superuser": False, "is_verified": False, **columns}
+
+
+#: who is there when a test begins
+USERS = {
+    "ada": user_row("ada"),
+    "bob": user_row("bob"),
+    "admin": user_row("admin", is_superuser=True, is_verified=True),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -106,13 +125,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     maker = config.option.maker
 
     def is_needless(item: pytest.Item) -> bool:
+        if maker == "locked-memory" and item.path.stem not in makers.IN_MEMORY:
+            return True
         if mark := item.get_closest_marker("makers"):
             return maker not in mark.args
         return maker != "plain" and "session_maker" not in item.fixturenames
 
-    needless = [item for item in items if is_needless(item)]
-    config.hook.pytest_deselected(items=needless)
-    items[:] = [item for item in items if item not in needless]
+    needless = {item for item in items if is_needless(item)}
+    config.hook.pytest_deselected(items=[*needless])
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items[:] = sorted((item for item in items if item not in needless), key=place)
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +183,9 @@ async def redis_url(redis_server_url: str) -> str:
 def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("template") / "empty.sqlite"
     engine = create_engine(f"sqlite:///{path}")
-    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        Base.metadata.create_all(connection)
+        connection.execute(insert(UserRow), [*USERS.values()])
     engine.dispose()
     return path
 
@@ -174,19 +202,40 @@ def database_url(maker: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
     return f"sqlite+aiosqlite:///{path}"
 
 
+def be_patient(dialect: Any, record: Any, args: Any, options: dict[str, Any]) -> None:
+    """Let a writer wait for its turn, however many there are on a busy machine."""
+    options["timeout"] = 60
+
+
+def be_quick(connection: Any, record: Any) -> None:
+    """Let what is committed not outlive a power cut."""
+    connection.execute("PRAGMA synchronous = OFF")
+
+
 @pytest.fixture
 async def engine(maker: str, database_url: str) -> AsyncIterator[AsyncEngine]:
-    """Yield the engine of a database with empty tables."""
+    """Yield the engine of a database whose tables are empty, but for the users."""
+    before = running_threads()
     engine = create_engine_for_url(database_url)
-    if maker in ("postgres", "locked-memory"):
+    if maker == "postgres":
+        tables = ", ".join(f'"{t.name}"' for t in Base.metadata.sorted_tables)
         async with engine.begin() as connection:
-            if maker == "postgres":
-                tables = ", ".join(f'"{t.name}"' for t in Base.metadata.sorted_tables)
-                await connection.execute(text(f"TRUNCATE {tables}"))
-            else:
-                await connection.run_sync(Base.metadata.create_all)
+            await connection.execute(text(f"TRUNCATE {tables}"))
+            await connection.execute(insert(UserRow), [*USERS.values()])
+    elif maker == "locked-memory":
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+            await connection.execute(insert(UserRow), [*USERS.values()])
+    else:
+        event.listen(engine.sync_engine, "do_connect", be_patient)
+        event.listen(engine.sync_engine, "connect", be_quick)
     yield engine
     await engine.dispose()
+    # SQLite's driver has a thread for each connection: where one was cut off, by the end of a
+    # sweeper or of a request, it still wants to tell the event loop, and may find it closed
+    with anyio.move_on_after(2):
+        while any("_connection_worker" in t.name for t in {*running_threads()}.difference(before)):
+            await anyio.sleep(0.001)
 
 
 @pytest.fixture
@@ -224,15 +273,6 @@ class RecordingManager(socketio.AsyncManager):
         await super().emit(event, data, namespace, room=room, **kwargs)
 
 
-async def cheap_user_manager(
-    user_db: Annotated[SQLAlchemyUserDatabase[UserRow, UUID], Depends(get_user_db)],
-    settings: Annotated[AuthSettings, Depends(get_auth_settings)],
-) -> AsyncIterator[UserManager]:
-    async for manager in get_user_manager(user_db, settings):
-        manager.password_helper = CHEAP
-        yield manager
-
-
 @pytest.fixture
 def app(session_maker: makers.SessionMaker) -> FastAPI:
     """Return the host of `docs/host.py`, over the session maker under test.
@@ -244,7 +284,6 @@ def app(session_maker: makers.SessionMaker) -> FastAPI:
     app.state.auth_settings = AUTH_SETTINGS
     app.state.tsio.manager = RecordingManager()
     app.state.tsio.manager.set_server(app.state.tsio)
-    app.dependency_overrides[get_user_manager] = cheap_user_manager
     return app
 
 
@@ -278,58 +317,46 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def log_in(client: httpx.AsyncClient, app: FastAPI, email: str) -> User:
-    answer = await client.post(
-        "http://host/auth/jwt/login", data={"username": email, "password": PASSWORD}
-    )
-    token = answer.raise_for_status().json()["access_token"]
+async def log_in(app: FastAPI, row: dict[str, Any]) -> User:
+    """Return a client with a token, as auth makes it of the right password."""
+    token = await get_jwt_strategy(app.state.auth_settings).write_token(UserRow(**row))
     user = User(
         transport=httpx.ASGITransport(app),
         base_url=f"http://host{PREFIX}",
         headers={"Authorization": f"Bearer {token}"},
         event_hooks={"response": [documented.check]},
     )
-    claims = jwt.decode(token, options={"verify_signature": False})
-    user.id, user.email, user.token = UUID(claims["sub"]), email, token
+    user.id, user.email, user.token = row["id"], row["email"], token
     return user
 
 
 @pytest.fixture
-async def register(app: FastAPI, client: httpx.AsyncClient) -> Callable[[str], Awaitable[User]]:
-    """Return a function that registers an ordinary user and logs it in."""
+async def register(app: FastAPI, engine: AsyncEngine) -> Callable[[str], Awaitable[User]]:
+    """Return a function that makes an ordinary user and logs it in."""
 
     async def register(name: str) -> User:
-        email = f"{name}@example.org"
-        answer = await client.post(
-            "http://host/auth/register", json={"email": email, "password": PASSWORD}
-        )
-        answer.raise_for_status()
-        return await log_in(client, app, email)
+        row = user_row(name)
+        async with engine.begin() as connection:
+            await connection.execute(insert(UserRow), row)
+        return await log_in(app, row)
 
     return register
 
 
 @pytest.fixture
-async def ada(register: Callable[[str], Awaitable[User]]) -> User:
-    return await register("ada")
+async def ada(app: FastAPI) -> User:
+    return await log_in(app, USERS["ada"])
 
 
 @pytest.fixture
-async def bob(register: Callable[[str], Awaitable[User]]) -> User:
-    return await register("bob")
+async def bob(app: FastAPI) -> User:
+    return await log_in(app, USERS["bob"])
 
 
 @pytest.fixture
-async def admin(app: FastAPI, client: httpx.AsyncClient, engine: AsyncEngine) -> User:
+async def admin(app: FastAPI) -> User:
     """Return the superuser that auth makes from its settings."""
-    email = AUTH_SETTINGS.default_admin_email
-    # of the kind that every release of auth can use
-    async with SQLModelSession(engine) as session:
-        # there already, so that auth promotes it and makes no expensive hash
-        session.add(UserRow(email=email, hashed_password=CHEAP.hash(PASSWORD)))
-        await session.commit()
-        await ensure_default_admin(session, AUTH_SETTINGS)
-    return await log_in(client, app, email)
+    return await log_in(app, USERS["admin"])
 
 
 @pytest.fixture

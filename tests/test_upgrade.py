@@ -71,12 +71,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 def old_rows(count: int) -> Rows:
     """Return what 0.1.7 may have left, tidy and untidy: tasks in every shape."""
-    hashed = conftest.CHEAP.hash(conftest.PASSWORD)
-    users = [
-        {"id": uuid4(), "email": f"{name}@example.org", "hashed_password": hashed,
-         "is_active": True, "is_superuser": False, "is_verified": True}
-        for name in ("ann", "ben")
-    ]  # fmt: skip
+    users = [conftest.user_row(name) for name in ("ann", "ben")]
     ann, ben = (user["id"] for user in users)
     jobs = [
         {"id": uuid4(), "room_id": room, "category": "modifiers", "name": name,
@@ -253,9 +248,9 @@ def mended(task: dict[str, Any], internal: UUID) -> dict[str, Any]:
     return task | {"completed_at": task["completed_at"] or since}
 
 
-async def work(app: FastAPI, client: Any, rows: Rows, maker: SessionMaker) -> set[UUID]:
+async def work(app: FastAPI, rows: Rows, maker: SessionMaker) -> set[UUID]:
     """Let users go on where 0.1.7 left them; return the tasks that they moved."""
-    ann, ben = [await conftest.log_in(client, app, user["email"]) for user in rows["user"]]
+    ann, ben = [await conftest.log_in(app, user) for user in rows["user"]]
     tasks = rows["task"]
     old_worker = rows["worker"][1]["id"]
     in_turn = sorted(
@@ -320,7 +315,6 @@ async def test_there_work_and_back(
     engine: AsyncEngine,
     rows: Rows,
     app: FastAPI,
-    client: Any,
     session_maker: SessionMaker,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -329,7 +323,7 @@ async def test_there_work_and_back(
     await alembic(engine, monkeypatch, "upgrade", "head")
     assert await look(engine, differences) == []
 
-    moved = await work(app, client, rows, session_maker)
+    moved = await work(app, rows, session_maker)
     await alembic(engine, monkeypatch, "downgrade", "base")
     assert await look(engine, shape_but_for_keys_names) == before
     assert all(name == to_be for to_be, name in await look(engine, names_of_keys))
