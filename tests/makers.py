@@ -1,11 +1,13 @@
-"""The session makers that a host may set; the suite runs over each of them.
+"""The session makers that a host may set; the gates run the suite over four of them.
 
 =============  ==================================================================
 plain          ``async_sessionmaker(engine)`` on a SQLite file, exactly so
 locked         the same with SQLModel's sessions, wrapped in one ``asyncio.Lock``
-locked-memory  wrapped in a lock too, over in-memory SQLite on one shared connection
-strict         a SQLite file; fails the test when a session is held while
-               anything but the database is awaited (see ``strict.py``)
+strict         as ``locked``; fails the test when a session is held while
+               anything but the database is awaited (see ``strict.py``). The
+               gates run it in the place of ``locked``
+locked-memory  as ``locked``, over in-memory SQLite on one shared connection: the
+               tests of each noun, since all else is as with a file
 postgres       ``async_sessionmaker(engine)`` on a private PostgreSQL
 =============  ==================================================================
 """
@@ -25,31 +27,41 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
-MAKERS = ("plain", "locked", "locked-memory", "strict", "postgres")
+MAKERS = ("plain", "locked", "strict", "locked-memory", "postgres")
+#: what runs over in-memory SQLite. Nothing there may cut off a statement: SQLAlchemy then
+#: throws the connection away, and the database with it
+IN_MEMORY = (
+    "test_claims",
+    "test_harness",
+    "test_jobs",
+    "test_mixed_sweeps",
+    "test_providers",
+    "test_purge",
+    "test_reports",
+    "test_tasks",
+    "test_workers",
+)
 
 SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 
 
 def make_session_maker(name: str, engine: AsyncEngine) -> tuple[SessionMaker, Callable[[], bool]]:
     """Return a maker, and a function that tells whether it has a session open."""
-    base_maker = async_sessionmaker(engine)
-    if name == "locked":
-        # as hosts do that use SQLModel: it warns of its own `execute`
-        base_maker = async_sessionmaker(engine, class_=SQLModelSession, expire_on_commit=False)
     connections = _count_connections(engine)
-    if name == "strict":
-        return strict.strict_maker(base_maker), lambda: bool(strict.open_sessions() or connections)
-    if name.startswith("locked"):
-        db_lock = asyncio.Lock()
+    if name in ("plain", "postgres"):
+        return async_sessionmaker(engine), lambda: bool(connections)
+    # as hosts do that use SQLModel: it warns of its own `execute`
+    base_maker = async_sessionmaker(engine, class_=SQLModelSession, expire_on_commit=False)
+    db_lock = asyncio.Lock()
 
-        @asynccontextmanager
-        async def locked_maker() -> AsyncIterator[AsyncSession]:
-            async with db_lock:
-                async with base_maker() as session:
-                    yield session
+    @asynccontextmanager
+    async def locked_maker() -> AsyncIterator[AsyncSession]:
+        async with db_lock:
+            async with base_maker() as session:
+                yield session
 
-        return locked_maker, lambda: bool(db_lock.locked() or connections)
-    return base_maker, lambda: bool(connections)
+    made = strict.strict_maker(locked_maker) if name == "strict" else locked_maker
+    return made, lambda: bool(db_lock.locked() or connections)
 
 
 def _count_connections(engine: AsyncEngine) -> set[int]:

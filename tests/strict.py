@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession
 
 DATABASE = ("sqlalchemy.", "aiosqlite.", "asyncpg.")
 SERVERS = ("httpx._transports.asgi", "uvicorn.")
@@ -30,9 +30,16 @@ _held: WeakKeyDictionary[asyncio.Task[Any], list[str]] = WeakKeyDictionary()
 
 
 def strict_maker(
-    base_maker: async_sessionmaker[AsyncSession],
+    base_maker: Callable[[], AbstractAsyncContextManager[AsyncSession]],
 ) -> Callable[[], AbstractAsyncContextManager[AsyncSession]]:
-    """Return a maker that knows which task holds a session."""
+    """Return a maker that knows which task holds a session.
+
+    Raises
+    ------
+    RuntimeError
+        From the maker, when a task opens a session inside another one: under a lock it
+        would wait for itself.
+    """
 
     @asynccontextmanager
     async def maker() -> AsyncIterator[AsyncSession]:
@@ -42,19 +49,15 @@ def strict_maker(
         here = "".join(traceback.format_stack()[-12:-2])
         if held:
             _note(f"a session was opened inside another one:\n{here}")
-        held.append(here)
-        try:
-            async with base_maker() as session:
+            raise RuntimeError("a session was opened inside another one")
+        async with base_maker() as session:
+            held.append(here)
+            try:
                 yield session
-        finally:
-            held.pop()
+            finally:
+                held.pop()
 
     return maker
-
-
-def open_sessions() -> int:
-    """Return how many sessions are open in all tasks."""
-    return sum(len(held) for held in _held.values())
 
 
 def take_violations() -> list[str]:

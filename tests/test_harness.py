@@ -11,10 +11,11 @@ import makers
 import pytest
 import socketio
 import strict
-from conftest import Sent, User
+from conftest import USERS, Sent, User
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from steps import stored
 from zndraw_auth import current_active_user, current_user_scoped_session
 from zndraw_auth.db import SessionDep, get_session_maker
 
@@ -67,8 +68,9 @@ async def over_a_cancelled_wait(request: Request) -> None:
 
 
 async def inside_another_session(request: Request) -> None:
-    async with request.app.state.session_maker() as second:
-        await second.execute(text("SELECT 1"))
+    with pytest.raises(RuntimeError, match="inside another one"):
+        async with request.app.state.session_maker():
+            pass
 
 
 OFFENCES: list[Offence] = [
@@ -194,9 +196,15 @@ async def test_a_session_left_open_is_told(maker: str, engine: AsyncEngine):
     await makers.assert_closed(in_use)
 
 
-async def test_every_test_begins_with_empty_tables(engine: AsyncEngine, ada: User):
+@pytest.mark.parametrize("time", range(2))
+async def test_every_test_begins_with_the_users_alone(
+    engine: AsyncEngine, session_maker: makers.SessionMaker, register: Any, ada: User, time: int
+):
     async with engine.connect() as connection:
-        assert await connection.scalar(text('SELECT count(*) FROM "user"')) == 1
+        assert await connection.scalar(text('SELECT count(*) FROM "user"')) == len(USERS)
+    assert not any((await stored(session_maker)).values())
+    await register("eve")
+    assert (await ada.post("/workers")).status_code == 201
 
 
 async def test_users_are_told_apart(ada: User, bob: User, admin: User):

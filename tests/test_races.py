@@ -25,7 +25,7 @@ from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.sweeper import cleanup_idle_jobs, cleanup_overdue_attempts, cleanup_stale_workers
 from zndraw_joblib.workers import Caller
 
-pytestmark = pytest.mark.makers("plain", "locked", "postgres")
+pytestmark = pytest.mark.makers("plain", "postgres")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def scene(
     if maker == "postgres":
         meet = partial(steps.meet, session_maker)
     else:
-        meet = partial(races.meet_before_writes, engine, alone=maker == "locked")
+        meet = partial(races.meet_before_writes, engine)
     return Scene(ada, ada, bob, "lab", session_maker, meet, hears)
 
 
