@@ -463,8 +463,8 @@ async def run_sweeper(
 async def _forever(sweep: _Sweep) -> None:
     settings = sweep.transports.settings
     interval, timeout = (settings.sweeper_interval_seconds, settings.worker_timeout_seconds)
-    # in this time a worker is heard twice
-    unnoticed = max(1.0, min(interval, timeout / 4))
+    # a worker that slept along for so long is heard in time all the same
+    unnoticed = max(1.0, timeout / 4)
     pause = interval
     latest: datetime | None = None
     while True:
