@@ -25,7 +25,7 @@ import socketio
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-HANG = 30
+HANG = 120
 DOCS = Path(host.__file__).parent
 WORKER = Path(__file__).parent / "end_to_end_worker.py"
 ADMIN = {"username": "admin@example.org", "password": secrets.token_urlsafe()}

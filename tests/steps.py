@@ -112,7 +112,7 @@ async def meet(
     async def send(at: int, request: Callable[[], Awaitable[Any]]) -> None:
         answers[at] = await request()
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(120):
         async with anyio.create_task_group() as group, session_maker() as holder:
             await hold(holder)
             for at, request in enumerate(requests):

@@ -7,6 +7,7 @@ What is accepted has to come back as it went in, wherever it is shown.
 import json
 import math
 from collections.abc import AsyncIterator
+from itertools import product
 from typing import Any
 from urllib.parse import quote
 
@@ -95,7 +96,9 @@ class Scene:
 
     async def refuses(self, answer: httpx.Response, *statuses: int) -> Any:
         """Nothing was stored, and whoever looks sees what there was."""
-        assert answer.status_code in statuses, answer.text[:500]
+        sent = answer.request
+        what = f"{sent.method} {sent.url} {sent.content[:200]!r}: {answer.text[:500]}"
+        assert answer.status_code in statuses, what
         assert answer.headers["content-type"] == PROBLEM_JSON
         body = answer.json()
         assert body["status"] == answer.status_code
@@ -222,48 +225,45 @@ def test_a_number_is_taken_if_it_can_be_kept(beside: str, number: str):
             parse_json(body.encode())
 
 
-@pytest.mark.parametrize("path", ["/rooms/lab/jobs", "/rooms/lab/providers"])
-async def test_no_names(ada, scene, path):
-    for field in ("name", "category"):
-        for name in NO_NAMES:
-            body = {"category": "modifiers", "name": "New", "schema": {}, field: name}
-            answer = await ada.put(path, content=json.dumps(body), headers=JSON)
-            await scene.refuses(answer, 400, 422)
+async def test_no_names(ada, scene):
+    for noun, field, name in product(("jobs", "providers"), ("name", "category"), NO_NAMES):
+        body = {"category": "modifiers", "name": "New", "schema": {}, field: name}
+        answer = await ada.put(f"/rooms/lab/{noun}", content=json.dumps(body), headers=JSON)
+        await scene.refuses(answer, 400, 422)
 
 
-@pytest.mark.parametrize(
-    "room", ["a@b", "@", "@lab", "@global ", "a:b", ":", "a%00", "%0A", "r" * 256, "%7F"]
-)
-async def test_no_rooms(ada, admin, scene, room):
+NO_ROOMS = ["a@b", "@", "@lab", "@global ", "a:b", ":", "a%00", "%0A", "r" * 256, "%7F"]
+
+
+async def test_no_rooms(ada, admin, scene):
+    """Each of them in one place, and one of them in each place."""
     worker = {"category": "modifiers", "name": "New", "schema": {}}
-    for user in (ada, admin):
-        for method, path, body in (
-            ("GET", "jobs", None),
-            ("GET", f"jobs/{JOB}", None),
-            ("GET", f"jobs/{JOB}/tasks", None),
-            ("GET", "tasks", None),
-            ("GET", "workers", None),
-            ("GET", "providers", None),
-            ("GET", f"providers/{JOB}/info", None),
-            ("GET", f"providers/{JOB}", None),
-            ("PUT", "jobs", worker),
-            ("PUT", "providers", worker),
-            ("POST", f"tasks/{JOB}", {}),
-        ):
-            answer = await user.request(method, f"/rooms/{room}/{path}", json=body)
-            problem(answer, 400, "invalid-room-id")
+    places = [
+        ("GET", "jobs", None),
+        ("GET", f"jobs/{JOB}", None),
+        ("GET", f"jobs/{JOB}/tasks", None),
+        ("GET", "tasks", None),
+        ("GET", "workers", None),
+        ("GET", "providers", None),
+        ("GET", f"providers/{JOB}/info", None),
+        ("GET", f"providers/{JOB}", None),
+        ("PUT", "jobs", worker),
+        ("PUT", "providers", worker),
+        ("POST", f"tasks/{JOB}", {}),
+    ]
+    asked = [*product([ada, admin], NO_ROOMS, places[-3:-2]), *product([ada], ["@lab"], places)]
+    for user, room, (method, path, body) in asked:
+        answer = await user.request(method, f"/rooms/{room}/{path}", json=body)
+        problem(answer, 400, "invalid-room-id")
     assert await scene.look() == scene.before
 
 
-@pytest.mark.parametrize(
-    "name", ["lab:modifiers:%00", "lab:%00:Rotate", "%00:modifiers:Rotate", "%ff%fe", "%"]
-)
-async def test_no_full_names(ada, scene, name):
-    for path in (f"jobs/{name}", f"jobs/{name}/tasks"):
-        await scene.refuses(await ada.get(f"/rooms/lab/{path}"), 404)
-    for path in (f"providers/{name}", f"providers/{name}/info"):
-        await scene.refuses(await ada.get(f"/rooms/lab/{path}"), 404)
-    await scene.refuses(await ada.post(f"/rooms/lab/tasks/{name}", json={}), 404)
+async def test_no_full_names(ada, scene):
+    for name in ("lab:modifiers:%00", "lab:%00:Rotate", "%00:modifiers:Rotate", "%ff%fe", "%"):
+        for path in ("jobs/$", "jobs/$/tasks", "providers/$", "providers/$/info"):
+            url = f"/rooms/lab/{path.replace('$', name)}"
+            await scene.refuses(await ada.get(url), 404)
+        await scene.refuses(await ada.post(f"/rooms/lab/tasks/{name}", json={}), 404)
 
 
 async def test_no_ids(ada, scene):
@@ -286,9 +286,8 @@ NO_TIMES = [-1, -1e-300, 1e300, 1e10, 2**63 - 1, "1", "NaN", "inf", True, [], {}
 NO_COUNTS = [-1, 1.5, 2**31, 2**53, 2**63 - 1, "1", True, [], {}, "\uff11"]
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
+async def test_no_registrations(ada, scene):
+    for field, values in (
         ("max_attempts", [*NO_COUNTS, 0, 101, None]),
         ("retry_delay_seconds", [*NO_TIMES, None]),
         ("timeout_seconds", NO_TIMES),
@@ -296,26 +295,20 @@ NO_COUNTS = [-1, 1.5, 2**31, 2**53, 2**63 - 1, "1", True, [], {}, "\uff11"]
         ("schema", [None, [], "x", 1, True, {"type": "no"}, {"$ref": "file:///x"}]),
         ("schema", [{"properties": {"a": {"pattern": "("}}}, {"$schema": "x:y"}]),
         ("worker_id", [1, "x", [], {}, ID + ID]),
-    ],
-)
-async def test_no_registrations(ada, scene, field, values):
-    for value in values:
-        for name in ("New", "Rotate"):
+    ):
+        for name, value in product(("New", "Rotate"), values):
             await scene.refuses(await register(ada, name, **{field: value}), 422)
 
 
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
+async def test_no_submissions(ada, scene):
+    for field, values in (
         ("payload", [None, [], "x", 1, True]),
         ("priority", [*NO_COUNTS[1:], 1001, -1001, None]),
         ("delay_seconds", [*NO_TIMES, None]),
-    ],
-)
-async def test_no_submissions(ada, scene, field, values):
-    for value in values:
-        answer = await ada.post(f"/rooms/lab/tasks/{JOB}", json={field: value})
-        await scene.refuses(answer, 422)
+    ):
+        for value in values:
+            answer = await ada.post(f"/rooms/lab/tasks/{JOB}", json={field: value})
+            await scene.refuses(answer, 422)
 
 
 async def test_no_reports(ada, scene):

@@ -47,7 +47,7 @@ from zndraw_joblib.settings import JobLibSettings
 pytestmark = pytest.mark.makers("plain")
 
 ROOM = "lab"
-HANG = 60
+HANG = 120
 
 
 class Work(Extension):

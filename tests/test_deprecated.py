@@ -83,7 +83,7 @@ async def test_the_sweeper_takes_a_generator_of_sessions_and_tells_rooms(
         )
     async with anyio.create_task_group() as group:
         group.start_soon(lambda: sweeping)
-        with anyio.fail_after(30):
+        with anyio.fail_after(120):
             while (await ada.get("/rooms/attic/providers")).json()["items"]:
                 await anyio.sleep(0.01)
             while not cleanup.rooms:

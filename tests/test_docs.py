@@ -238,7 +238,7 @@ async def working(page: Path, elsewhere: Path, *arguments: str) -> AsyncIterator
 
 async def is_there(user: Any, job: str, room: str = "lab") -> None:
     """Wait until a worker offers a job."""
-    with anyio.fail_after(30):
+    with anyio.fail_after(120):
         while (await user.get(f"/rooms/{room}/jobs/{job}")).status_code == 404:
             await anyio.sleep(0.05)
 

@@ -1,6 +1,5 @@
 """The example host, its browsers and its workers, each in a process of its own."""
 
-import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,28 +9,12 @@ import httpx
 import pytest
 from conftest import User
 from fastapi import FastAPI
-from internal_jobs import EXTENSIONS, Composition, make_mint_token
-from processes import (
-    ADMIN,
-    DOCS,
-    HANG,
-    SECRET,
-    Host,
-    browsing,
-    fresh_database,
-    hosting,
-    read,
-    running,
-    submit,
-    until,
-    working,
-)
+from internal_jobs import Composition
+from processes import ADMIN, HANG, Host, browsing, fresh_database, hosting, read, submit, working
 from sqlalchemy import func, select
-from taskiq_redis import ListQueueBroker
-from zndraw_auth import AuthSettings
 from zndraw_auth import User as UserRow
 
-from zndraw_joblib import JobLibSettings, register_internal_tasks, request_hash
+from zndraw_joblib import JobLibSettings, request_hash
 from zndraw_joblib.events import room_channel
 
 # a host in a process of its own has a database of its own
@@ -159,49 +142,6 @@ async def test_what_the_host_runs_itself(hosted: Host):
         task_id = await submit(http, "office", COMPOSITION, symbols=["Cu", "O", "Cu"])
         # no `task_available`: it is no worker's
         await browser.hears("claimed", "running", "completed")
-        task = await read(http, f"/tasks/{task_id}")
-        assert task["result"] == {"Cu": 2, "O": 1}
-
-
-async def test_what_is_delivered_twice_through_redis_runs_once(redis_url: str, tmp_path: Path):
-    async with (
-        hosting(tmp_path, REDIS_URL=redis_url) as host,
-        browsing(host, "office") as browser,
-        host.client() as http,
-    ):
-        symbols = ["Cu", "O", "Cu"]
-        task_id = await submit(http, "office", COMPOSITION, symbols=symbols)
-        await browser.hears("claimed")
-        broker = ListQueueBroker(redis_url)
-        settings = AuthSettings(secret_key=SECRET["ZNDRAW_AUTH_SECRET_KEY"])
-        again = register_internal_tasks(
-            broker, EXTENSIONS, None, mint_token=make_mint_token(settings)
-        )
-        message = {"room_id": "office", "payload": {"symbols": symbols}}
-        await again.send(COMPOSITION, task_id=task_id, **message)
-        await broker.shutdown()
-        command = ("-m", "taskiq", "worker", "--workers=1", f"--app-dir={DOCS}")
-        async with running(
-            *command,
-            "internal_jobs:worker_broker",
-            log=tmp_path / "taskiq.log",
-            HOST_URL=host.url,
-            REDIS_URL=redis_url,
-            # it has neither database nor secret
-            DATABASE_URL="none://",
-        ):
-            await browser.hears("running", "completed")
-            asked = f'PATCH /v1/joblib/tasks/{task_id} HTTP/1.1" '
-
-            def answers() -> list[str]:
-                return re.findall(asked + r"(\d+)", host.process.written())
-
-            await until(lambda: len(answers()) >= 3, answers)
-            # what a second run would report has come before the end of another task
-            await submit(http, "office", COMPOSITION, symbols=[])
-            await browser.hears("claimed", "running", "completed")
-            # start and end of the one that ran; the start of the other
-            assert sorted(answers()) == ["200", "200", "409"]
         task = await read(http, f"/tasks/{task_id}")
         assert task["result"] == {"Cu": 2, "O": 1}
 

@@ -1,8 +1,6 @@
 """What is handed out: the wheel, the sdist, and what importing them costs."""
 
-import os
 import re
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -25,7 +23,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
     return built
 
@@ -93,29 +91,3 @@ def test_all_that_the_gates_install_is_locked():
     }
     names = {re.match(r"[\w.-]+", one)[0].replace("_", "-") for one in wanted}
     assert not names - locked, "nox -s lock"
-
-
-def test_a_worker_starts_faster_than_a_host(tmp_path: Path):
-    """In CPU time of processes side by side, so that a busy machine decides nothing."""
-    env = dict(os.environ)
-    if env.pop("PYTHONDONTWRITEBYTECODE", None):
-        # else what is measured is the compiler
-        env.setdefault("PYTHONPYCACHEPREFIX", str(tmp_path))
-
-    def cost(module: str) -> float:
-        # the interpreter's own start is not counted
-        clock = "import time; start = time.process_time()"
-        probe = f"{clock}; import {module}; print(time.process_time() - start)"
-        ran = subprocess.run(
-            [sys.executable, "-c", probe],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=env,
-            timeout=60,
-        )
-        return float(ran.stdout)
-
-    cost("zndraw_joblib.routes")
-    ratios = [cost("zndraw_joblib.client") / cost("zndraw_joblib.routes") for _ in range(3)]
-    assert statistics.median(ratios) < 0.35, ratios

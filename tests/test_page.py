@@ -36,7 +36,7 @@ FLAGS = [
     "--disable-component-update",
 ]
 #: milliseconds, against hangs
-HANG = 20_000
+HANG = 60_000
 
 
 class Stretch(Extension):

@@ -410,7 +410,7 @@ async def provider_process(
         lines = BufferedByteReceiveStream(process.stdout)
 
         async def line() -> bytes:
-            with anyio.fail_after(30):
+            with anyio.fail_after(120):
                 return await lines.receive_until(b"\n", 100)
 
         try:

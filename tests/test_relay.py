@@ -25,7 +25,7 @@ from zndraw_joblib import request_hash
 from zndraw_joblib.results import MemoryResults, RedisResults
 from zndraw_joblib.settings import JobLibSettings
 
-HANG = 30
+HANG = 120
 FILES = {"category": "filesystem", "name": "files"}
 FULL_NAME = "lab:filesystem:files"
 READ = f"/rooms/lab/providers/{FULL_NAME}"
@@ -173,7 +173,7 @@ async def test_a_result_is_answered_as_it_was_uploaded(ada, bob, results):
     provider = await offer(ada, content_type='text/x-Y; charset="latin 1"')
     await ask(bob)
     await upload(ada, provider, data)
-    answer = await bob.get(READ, headers={"Prefer": "wait=99"})
+    answer = await bob.get(READ, headers={"Prefer": "wait=999"})
     assert answer.content == data
     assert answer.headers["Content-Type"] == 'text/x-Y; charset="latin 1"'
     assert answer.headers["Content-Length"] == str(len(data))

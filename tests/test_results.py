@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from zndraw_joblib import results as results_module
 from zndraw_joblib.results import MemoryResults, RedisResults, ResultBackend
 
-HANG = 30
+HANG = 120
 
 
 @pytest.fixture(params=["memory", "redis"])
