@@ -81,6 +81,8 @@ async def test_a_silent_worker_goes_with_what_it_held(ada, bob, session_maker, t
     }
 
 
+# its session waits for a timer, which is what `strict` forbids
+@pytest.mark.makers("plain", "locked", "postgres")
 async def test_what_is_swept_leaves_before_anything_that_is_committed_later(
     ada, session_maker, tsio, events
 ):
