@@ -86,7 +86,7 @@ class JobLibSettings(BaseSettings):
         " more than its share comes `abridged`.",
     )
     max_query_bytes: PositiveInt = Field(
-        default=8 * 1024 * 1024,
+        default=2 * 1024 * 1024,
         description="What the contents of tasks that are asked for by their ids may take"
         " together; the rest comes `abridged`.",
     )
