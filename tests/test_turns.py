@@ -31,7 +31,7 @@ class Queue:
             *(SETTINGS, lambda target: True),
         )
         async with self.session_maker() as session:
-            batch = await submissions.submit_many(session, *submission)
+            batch = await submissions.submit(session, *submission)
             await session.commit()
         return batch.ids
 

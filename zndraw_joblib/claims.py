@@ -6,32 +6,18 @@ from itertools import groupby
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    ColumnElement,
-    Row,
-    Select,
-    and_,
-    bindparam,
-    exists,
-    func,
-    literal_column,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import workers
 from zndraw_joblib.database import execute, now, number, one_of
+from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, due, held, queued
 from zndraw_joblib.paging import size_of
-from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import VIEW, ahead, of_job, place_again, read_view
+from zndraw_joblib.tasks import SHOWN, ahead, of_job, place_again
 from zndraw_joblib.workers import Caller
 
 # Due tasks that one claim moves into the queue.
@@ -39,38 +25,38 @@ PROMOTED = 1000
 # What the payloads of a claim may take together, but for the last of them, in bytes.
 MAX_BYTES = 1024 * 1024
 
-_WORKER: ColumnElement[UUID] = bindparam("worker", type_=WORKER.c.id.type)
+_WORKER: sa.ColumnElement[UUID] = sa.bindparam("worker", type_=WORKER.c.id.type)
 _FULL_NAME = JOB.c.room_id + ":" + JOB.c.category + ":" + JOB.c.name
 
 
-def _served(link: Any, named: bool) -> ColumnElement[bool]:
+def _served(link: Any, named: bool) -> sa.ColumnElement[bool]:
     """Return the condition for links to the jobs that a claim is for."""
     if not named:
-        return and_(link.worker_id == _WORKER)
-    names = _FULL_NAME.in_(bindparam("jobs", expanding=True))
-    return and_(link.worker_id == _WORKER, exists().where(JOB.c.id == link.job_id, names))
+        return sa.and_(link.worker_id == _WORKER)
+    names = _FULL_NAME.in_(sa.bindparam("jobs", expanding=True))
+    return sa.and_(link.worker_id == _WORKER, sa.exists().where(JOB.c.id == link.job_id, names))
 
 
 async def served(session: AsyncSession, worker_id: UUID) -> dict[UUID, str]:
     """Return a worker's jobs, with their full names."""
     found = await execute(
         session,
-        select(JOB.c.id, _FULL_NAME.label("full_name"))
+        sa.select(JOB.c.id, _FULL_NAME.label("full_name"))
         .join(LINK, LINK.c.job_id == JOB.c.id)
         .where(LINK.c.worker_id == worker_id),
     )
     return {row.id: row.full_name for row in found}
 
 
-def _queue(task: Any, job_id: ColumnElement[UUID], *shown: Any) -> Select[Any]:
+def _queue(task: Any, job_id: sa.ColumnElement[UUID], *shown: Any) -> sa.Select[Any]:
     return (
-        select(*shown)
+        sa.select(*shown)
         .where(task.job_id == job_id, queued(task))
         .order_by(task.queue_order, task.id)
     )
 
 
-def _next_by_lateral(limit: int, named: bool) -> Select[Any]:
+def _next_by_lateral(limit: int, named: bool) -> sa.Select[Any]:
     """Return the next tasks, locked one by one as they are found.
 
     The queue of the job whose turn it is is read until there are enough; then the next
@@ -81,8 +67,8 @@ def _next_by_lateral(limit: int, named: bool) -> Select[Any]:
     first = _queue(head.c, link.c.job_id, head.c.priority, head.c.queued_at)
     first_of = first.limit(number(1)).lateral("first")
     turn = (
-        select(link.c.job_id)
-        .select_from(link.join(first_of, true()))
+        sa.select(link.c.job_id)
+        .select_from(link.join(first_of, sa.true()))
         .where(_served(link.c, named))
         .order_by(first_of.c.priority.desc(), first_of.c.queued_at, link.c.job_id)
         .subquery("turn")
@@ -91,32 +77,32 @@ def _next_by_lateral(limit: int, named: bool) -> Select[Any]:
     some = _queue(waiting.c, turn.c.job_id, waiting.c.id, size).limit(number(limit))
     next_of = some.with_for_update(skip_locked=True).lateral("next")
     chosen = (
-        select(next_of.c.id, next_of.c.size)
-        .select_from(turn.join(next_of, true()))
+        sa.select(next_of.c.id, next_of.c.size)
+        .select_from(turn.join(next_of, sa.true()))
         .limit(number(limit))
     )
     return _bounded(chosen, limit)
 
 
-def _bounded(chosen: Select[Any], limit: int) -> Select[Any]:
+def _bounded(chosen: sa.Select[Any], limit: int) -> sa.Select[Any]:
     """Return the ids of the first of ``chosen``, as far as their sizes allow."""
     tasks = chosen.subquery("chosen")
     if limit == 1:
-        return select(tasks.c.id)
-    up_to_here = func.sum(tasks.c.size).over(rows=(None, 0))
-    sizes = select(tasks.c.id, (up_to_here - tasks.c.size).label("before"))
+        return sa.select(tasks.c.id)
+    up_to_here = sa.func.sum(tasks.c.size).over(rows=(None, 0))
+    sizes = sa.select(tasks.c.id, (up_to_here - tasks.c.size).label("before"))
     bounded = sizes.subquery("bounded")
-    return select(bounded.c.id).where(bounded.c.before < number(MAX_BYTES))
+    return sa.select(bounded.c.id).where(bounded.c.before < number(MAX_BYTES))
 
 
-def _next_by_heads(limit: int, named: bool) -> Select[Any]:
+def _next_by_heads(limit: int, named: bool) -> sa.Select[Any]:
     """Return the same for a database that knows no LATERAL, and one writer."""
     link = LINK.alias("link")
     head, first, waiting, some = map(TASK.alias, ("head", "first", "waiting", "next"))
     first_of = _queue(first.c, link.c.job_id, first.c.id).limit(number(1))
     some_of = _queue(some.c, link.c.job_id, some.c.id).limit(number(limit))
     chosen = (
-        select(waiting.c.id, size_of(waiting.c.payload).label("size"))
+        sa.select(waiting.c.id, size_of(waiting.c.payload).label("size"))
         .select_from(link)
         .join(head, head.c.id == first_of.correlate(link).scalar_subquery())
         .join(waiting, waiting.c.id.in_(some_of.correlate(link).scalar_subquery()))
@@ -130,16 +116,18 @@ def _next_by_heads(limit: int, named: bool) -> Select[Any]:
     return _bounded(chosen, limit)
 
 
-def _first_of_all(column: ColumnElement[Any], which: ColumnElement[bool]) -> Any:
+def _first_of_all(column: sa.ColumnElement[Any], which: sa.ColumnElement[bool]) -> Any:
     # of the job of each link, as the head of its index: for an EXISTS over the tasks
     # PostgreSQL, with a generic plan, reads them all
-    least = select(func.min(column)).where(ahead.c.job_id == LINK.c.job_id, which)
+    least = sa.select(sa.func.min(column)).where(ahead.c.job_id == LINK.c.job_id, which)
     return least.correlate(LINK).scalar_subquery()
 
 
-def _some(condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    return exists(
-        select(literal_column("1")).select_from(LINK).where(LINK.c.worker_id == _WORKER, condition)
+def _some(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    return sa.exists(
+        sa.select(sa.literal_column("1"))
+        .select_from(LINK)
+        .where(LINK.c.worker_id == _WORKER, condition)
     )
 
 
@@ -148,13 +136,13 @@ _SOME_DUE = _some(_first_of_all(_MOMENT, _MOMENT.is_not(None)) <= now())
 _SOME_QUEUED = _some(_first_of_all(ahead.c.queue_order, queued(ahead.c)).is_not(None))
 
 
-def _at_work() -> ColumnElement[bool]:
+def _at_work() -> sa.ColumnElement[bool]:
     # It stays locked, so that it goes with what it claimed, or before.
-    worker: Select[Any] = (
-        select(literal_column("1"))
+    worker: sa.Select[Any] = (
+        sa.select(sa.literal_column("1"))
         .where(
             WORKER.c.id == _WORKER,
-            WORKER.c.user_id == bindparam("owner"),
+            WORKER.c.user_id == sa.bindparam("owner"),
             WORKER.c.state == WorkerState.ACTIVE.value,
         )
         .with_for_update(read=True)
@@ -162,11 +150,12 @@ def _at_work() -> ColumnElement[bool]:
     return worker.scalar_subquery().is_not(None)
 
 
-def _claimed_before(task: Any) -> ColumnElement[bool]:
-    return and_(task.worker_id == _WORKER, held(task), task.claim_key == bindparam("key"))
+def _claimed_before(task: Any) -> sa.ColumnElement[bool]:
+    return sa.and_(task.worker_id == _WORKER, held(task), task.claim_key == sa.bindparam("key"))
 
 
-_SHOWN = (TASK.c.job_id, TASK.c.queue_order, TASK.c.queued_at, *VIEW)
+# What a claim brings, and what its order is told by.
+_CLAIMED = (*SHOWN, TASK.c.job_id, TASK.c.queue_order, TASK.c.queued_at)
 
 
 @lru_cache(maxsize=256)
@@ -183,7 +172,7 @@ def claiming(limit: int, keyed: bool, start: bool, named: bool) -> ReturningUpda
             TASK.c.deadline_at: now(of_job(JOB.c.timeout_seconds)),
         }
     return (
-        update(TASK)
+        sa.update(TASK)
         .where(
             one_of(
                 TASK.c.id,
@@ -192,46 +181,46 @@ def claiming(limit: int, keyed: bool, start: bool, named: bool) -> ReturningUpda
             ),
             _at_work(),
             # delayed tasks whose time has come take their places first
-            or_(bindparam("promoted", type_=Boolean()), ~_SOME_DUE),
-            ~exists().where(_claimed_before(ahead.c)) if keyed else true(),
+            sa.or_(sa.bindparam("promoted", type_=sa.Boolean()), ~_SOME_DUE),
+            ~sa.exists().where(_claimed_before(ahead.c)) if keyed else sa.true(),
         )
         .values(
             {
                 **taken,
                 TASK.c.worker_id: _WORKER,
-                TASK.c.holder_id: bindparam("holder"),
+                TASK.c.holder_id: sa.bindparam("holder"),
                 TASK.c.attempt: TASK.c.attempt + 1,
                 TASK.c.claimed_at: now(),
-                TASK.c.claim_key: bindparam("key"),
+                TASK.c.claim_key: sa.bindparam("key"),
                 TASK.c.progress: None,
                 TASK.c.progress_message: None,
             }
         )
-        .returning(workers.heartbeat_due(_WORKER), *_SHOWN)
+        .returning(*_CLAIMED, workers.heartbeat_due(_WORKER))
     )
 
 
 #: What a claim that found nothing asks of its worker: also what its key brought before.
 ASKING = (
-    select(
+    sa.select(
+        *_CLAIMED,
         WORKER.c.user_id,
         WORKER.c.state,
         workers.heartbeat_due(_WORKER),
-        or_(_SOME_DUE, _SOME_QUEUED).label("claimable"),
-        *_SHOWN,
+        sa.or_(_SOME_DUE, _SOME_QUEUED).label("claimable"),
     )
     .select_from(WORKER.outerjoin(TASK, _claimed_before(TASK.c)))
     .where(WORKER.c.id == _WORKER)
 )
 
 PROMOTING = (
-    update(TASK)
+    sa.update(TASK)
     .where(
         TASK.c.id.in_(
-            select(ahead.c.id)
+            sa.select(ahead.c.id)
             .where(
                 due(ahead.c),
-                ahead.c.job_id.in_(select(LINK.c.job_id).where(LINK.c.worker_id == _WORKER)),
+                ahead.c.job_id.in_(sa.select(LINK.c.job_id).where(LINK.c.worker_id == _WORKER)),
             )
             .order_by(ahead.c.available_at)
             .limit(number(PROMOTED))
@@ -253,7 +242,7 @@ class Claim(NamedTuple):
 
     Attributes
     ----------
-    tasks : list of TaskResponse
+    tasks : list of TaskView
         In the order in which they were claimed.
     done : bool
         The worker drains: there is nothing to wait for.
@@ -261,7 +250,7 @@ class Claim(NamedTuple):
         The tasks are those that the key brought before.
     """
 
-    tasks: list[TaskResponse]
+    tasks: list[TaskView]
     done: bool = False
     repeated: bool = False
 
@@ -279,26 +268,17 @@ async def claim(
 ) -> Claim:
     """Give a worker the next tasks of its jobs; a draining one gets nothing.
 
-    Within a job tasks come in the order of their places. Between jobs the one comes
-    first whose first task has the highest priority, then the one whose first task has
-    waited longest: places are never compared between jobs.
+    Within a job tasks come in the order of their places, which are never compared between
+    jobs: first comes the job whose first task has the highest priority, or waited longest.
 
     Parameters
     ----------
-    session : AsyncSession
-        Whose owner commits.
-    worker_id : UUID
-        The worker; the claim counts as a heartbeat.
-    caller : Caller
-        Its owner.
-    settings : JobLibSettings
-        The host's.
-    limit : int
-        How many tasks at most.
+    worker_id, caller : UUID, Caller
+        The worker and its owner; the claim counts as a heartbeat.
+    limit, start : int, bool
+        How many tasks at most, and whether they are running at once.
     key : str, optional
         The claim's idempotency key: what it brought once, it brings again.
-    start : bool
-        The tasks are running at once.
     jobs : collection of str, optional
         Full names: of the worker's jobs, these alone.
 
@@ -307,47 +287,48 @@ async def claim(
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    names = {
+    names = _parameters(worker_id, caller, settings, key, jobs)
+    statement = claiming(limit, key is not None, start, jobs is not None)
+    if key is not None:
+        # of two claims under one key the second waits here, and sees what the first took
+        await workers.touch(session, worker_id, caller)
+    taken = (await execute(session, statement, names)).all()
+    # nothing taken: only now is it worth a read to tell why
+    found = taken or (await execute(session, ASKING, names)).all()
+    worker = taken[0] if taken else workers.checked(next(iter(found), None), worker_id, caller)
+    if worker.heartbeat_due:
+        await workers.keep_alive(session, [worker_id])
+    if worker.id is not None:
+        return Claim(_in_order(found), repeated=not taken)
+    draining = worker.state == WorkerState.DRAINING
+    if worker.claimable and not draining:
+        await execute(session, PROMOTING, names)
+        taken = (await execute(session, statement, names | {"promoted": True})).all()
+    return Claim(_in_order(taken), done=draining)
+
+
+def _parameters(
+    worker_id: UUID,
+    caller: Caller,
+    settings: JobLibSettings,
+    key: str | None,
+    jobs: Collection[str] | None,
+) -> dict[str, Any]:
+    return {
         "worker": worker_id,
         # one for each of their types: SQLite writes a user's id in two ways
         "owner": caller.id,
         "holder": caller.id,
         "key": key,
         "jobs": list(jobs or ()),
+        "promoted": False,
         **workers.due_after(settings),
     }
-    statement = claiming(limit, key is not None, start, jobs is not None)
-
-    async def take(promoted: bool) -> Sequence[Row[Any]]:
-        return (await execute(session, statement, names | {"promoted": promoted})).all()
-
-    if key is not None:
-        # Of two claims under one key the second waits here, and sees what the first took.
-        await workers.touch(session, worker_id, caller)
-    rows = await take(promoted=False)
-    if rows:
-        if rows[0].heartbeat_due:
-            await workers.keep_alive(session, [worker_id])
-        return Claim(_in_order(rows))
-    found = (await execute(session, ASKING, names)).all()
-    worker = workers.checked(found[0] if found else None, worker_id, caller)
-    if worker.heartbeat_due:
-        await workers.keep_alive(session, [worker_id])
-    if worker.id is not None:
-        return Claim(_in_order(found), repeated=True)
-    if worker.state == WorkerState.DRAINING:
-        return Claim([], done=True)
-    if worker.claimable:
-        await execute(session, PROMOTING, names)
-        rows = await take(promoted=True)
-    return Claim(_in_order(rows))
 
 
-def _in_order(rows: Sequence[Row[Any]]) -> list[TaskResponse]:
+def _in_order(rows: Sequence[Any]) -> list[TaskView]:
     """Return tasks as they were claimed, which no RETURNING tells."""
-    if len(rows) == 1:
-        return [read_view(rows[0])]
     placed = sorted(rows, key=lambda row: (row.job_id, row.queue_order, row.id))
     queues = [list(queue) for _, queue in groupby(placed, key=lambda row: row.job_id)]
     queues.sort(key=lambda queue: (-queue[0].priority, queue[0].queued_at))
-    return [read_view(row) for queue in queues for row in queue]
+    return [row for queue in queues for row in queue]

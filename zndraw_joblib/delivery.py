@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import anyio
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import attempts, telemetry
+from zndraw_joblib import attempts, tasks, telemetry
 from zndraw_joblib.events import Dispatch, Emitter, Outbox, TaskView, emit
 from zndraw_joblib.exceptions import InternalJobNotConfigured, InvalidRequest
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
-from zndraw_joblib.schemas import TaskSubmitRequest
+from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.waiting import Waiters, Wakeups
 
@@ -239,6 +239,7 @@ async def _dispatch(dispatches: Sequence[Dispatch], transports: Transports) -> O
 async def _send(task: TaskView, transports: Transports) -> None:
     if transports.registry is None:
         raise RuntimeError("there is no broker")
+    subject = TaskResponse.model_validate_json(tasks.as_json(task))
     trace = {"traceparent": task.traceparent} if task.traceparent else {}
     with (
         telemetry.continuing(trace),
@@ -246,10 +247,10 @@ async def _send(task: TaskView, transports: Transports) -> None:
     ):
         await transports.registry.send(
             task.job_name,
-            subject=task,
+            subject=subject,
             task_id=str(task.id),
             room_id=task.room_id,
-            payload=task.payload,
+            payload=subject.payload,
         )
 
 

@@ -357,7 +357,7 @@ def _full_path(request: Request) -> str:
 
 
 def page_response(
-    request: Request, query: PageQuery, listing: Listing, items: list[Any]
+    request: Request, query: PageQuery, listing: Listing, items: Iterable[Any]
 ) -> Response:
     """Return a page of a listing, with a link to the next one (RFC 8288)."""
     headers = {}

@@ -304,7 +304,7 @@ class Outbox:
             # never
             elif (
                 task.status is TaskStatus.PENDING
-                and task.available_at == task.created_at
+                and task.available_at is None
                 and split_full_name(name).room != INTERNAL_ROOM
             ):
                 self.queued.append(job_key(name))
@@ -344,10 +344,18 @@ class Outbox:
 
 
 class TaskView(TaskLike, Protocol):
-    """A task as the wire shows it."""
+    """A task as statements bring it.
+
+    Attributes
+    ----------
+    payload : str or None
+        JSON; None of many tasks, whose contents nobody hears of.
+    available_at : datetime or None
+        Until when it waits; None when it waits for no time.
+    """
 
     job_name: str
-    payload: dict[str, Any]
+    payload: str | None
     queue_position: int | None
     available_at: datetime | None
     error_type: Any

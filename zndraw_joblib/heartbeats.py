@@ -20,17 +20,12 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import workers
-from zndraw_joblib.database import execute
+from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import HELD, TaskStatus
 from zndraw_joblib.models import LINK, PROVIDER, TASK, held, rechecked
-from zndraw_joblib.schemas import (
-    HeartbeatResponse,
-    TaskHeartbeat,
-    TaskResponse,
-    WorkerUpdateRequest,
-)
+from zndraw_joblib.schemas import HeartbeatResponse, TaskHeartbeat, WorkerUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import BRIEF, read_changed
+from zndraw_joblib.tasks import BRIEF, change
 from zndraw_joblib.workers import Caller
 
 
@@ -41,12 +36,12 @@ class Beat(NamedTuple):
     ----------
     answer : HeartbeatResponse
         What the worker is told.
-    progressed : list of TaskResponse
+    progressed : list of TaskView
         Tasks whose progress was stored.
     """
 
     answer: HeartbeatResponse
-    progressed: list[TaskResponse]
+    progressed: list[TaskView]
 
 
 def _count_of(table: Any) -> ColumnElement[int]:
@@ -137,7 +132,7 @@ async def beat(
 
 async def _store(
     session: AsyncSession, worker_id: UUID, told: Sequence[TaskHeartbeat], settings: JobLibSettings
-) -> list[TaskResponse]:
+) -> list[TaskView]:
     """Store progress; what ended meanwhile is left to the next heartbeat."""
     fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in told)
     messages = ((TASK.c.id == t.id, literal(t.message, String)) for t in told)
@@ -153,8 +148,7 @@ async def _store(
         .with_for_update()
     )
     # what is not told stays: a message alone erases no progress
-    stored = await execute(
-        session,
+    storing = (
         update(TASK)
         .where(rechecked(held()), TASK.c.id.in_(theirs))
         .values(
@@ -163,6 +157,6 @@ async def _store(
                 TASK.c.progress_message: func.coalesce(case(*messages), TASK.c.progress_message),
             }
         )
-        .returning(*BRIEF),
+        .returning(*BRIEF)
     )
-    return await read_changed(session, stored.all(), settings)
+    return await change(session, storing, settings)

@@ -23,12 +23,12 @@ from zndraw_joblib import claims, workers
 from zndraw_joblib.claims import Claim
 from zndraw_joblib.database import execute, now, number
 from zndraw_joblib.delivery import SessionMaker
-from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
+from zndraw_joblib.events import TaskView, job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, in_states, queued
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import TaskJson, ahead
+from zndraw_joblib.tasks import ahead
 from zndraw_joblib.waiting import Receive, Waiters, Wakeups
 from zndraw_joblib.workers import Caller
 
@@ -147,8 +147,8 @@ def subscribed(poll: LongPoll, subscription: Subscription) -> Iterator[None]:
 
 
 async def for_end(
-    poll: LongPoll, task_id: UUID, look: Callable[[], Awaitable[TaskJson]]
-) -> TaskJson:
+    poll: LongPoll, task_id: UUID, look: Callable[[], Awaitable[TaskView]]
+) -> TaskView:
     """Return what ``look`` says of a task once it has ended, or when time is up."""
     deadline = anyio.current_time() + poll.seconds
     with poll.waiters.waiting_for([task_key(task_id)]) as waiter:

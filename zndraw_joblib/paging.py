@@ -9,19 +9,7 @@ from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Row,
-    Select,
-    Table,
-    Text,
-    bindparam,
-    cast,
-    func,
-    select,
-    tuple_,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.database import execute, number, octets
@@ -83,56 +71,57 @@ class Listing:
         Where the next page begins.
     """
 
-    rows: Sequence[Row[Any]]
+    rows: Sequence[sa.Row[Any]]
     total: int
     next: Cursor | None
 
 
-def size_of(*columns: Any) -> ColumnElement[int]:
+def size_of(*columns: Any) -> sa.ColumnElement[int]:
     """Return how many bytes columns take together, as text."""
-    sizes = (func.coalesce(octets(cast(c, Text)), number(0)) for c in columns)
+    sizes = (sa.func.coalesce(octets(sa.cast(c, sa.Text)), number(0)) for c in columns)
     return sum(sizes, start=number(0))
 
 
-Completion = Callable[[Select[Any]], Select[Any]]
-
-
-def _as_chosen(chosen: Select[Any]) -> Select[Any]:
-    return chosen
+Completion = Callable[[sa.Select[Any]], sa.Select[Any]]
 
 
 @lru_cache(maxsize=64)
-def _counting(statement: Select[Any], table: Table) -> Select[tuple[int]]:
+def _counting(statement: sa.Select[Any], table: sa.Table) -> sa.Select[tuple[int]]:
     counted = statement.with_only_columns(table.c.id, maintain_column_froms=True)
-    return select(func.count()).select_from(counted.subquery())
+    return sa.select(sa.func.count()).select_from(counted.subquery())
 
 
 @lru_cache(maxsize=256)
 def _page(
-    statement: Select[Any], table: Table, limit: int, continued: bool, complete: Completion
-) -> Select[Any]:
+    statement: sa.Select[Any],
+    table: sa.Table,
+    limit: int,
+    continued: bool,
+    complete: Completion | None,
+) -> sa.Select[Any]:
     # built once for each shape: to build a statement takes longer than to run it
     newest_first = statement.order_by(table.c.created_at.desc(), table.c.id.desc())
     if continued:
         newest_first = newest_first.where(
-            tuple_(table.c.created_at, table.c.id)
-            < tuple_(
-                bindparam("last_moment", type_=table.c.created_at.type),
-                bindparam("last_id", type_=table.c.id.type),
+            sa.tuple_(table.c.created_at, table.c.id)
+            < sa.tuple_(
+                sa.bindparam("last_moment", type_=table.c.created_at.type),
+                sa.bindparam("last_id", type_=table.c.id.type),
             )
         )
     else:
-        newest_first = newest_first.offset(bindparam("offset", type_=BigInteger()))
-    return complete(newest_first.limit(number(limit + 1)))
+        newest_first = newest_first.offset(sa.bindparam("offset", type_=sa.BigInteger()))
+    chosen = newest_first.limit(number(limit + 1))
+    return complete(chosen) if complete else chosen
 
 
 async def paginate(
     session: AsyncSession,
-    statement: Select[Any],
-    table: Table,
+    statement: sa.Select[Any],
+    table: sa.Table,
     page: Page,
     values: Mapping[str, Any],
-    complete: Completion = _as_chosen,
+    complete: Completion | None = None,
 ) -> Listing:
     """Run one page of ``statement``, whose rows carry ``created_at`` and ``id``.
 
@@ -155,7 +144,7 @@ async def paginate(
         What it adds to the chosen rows, it adds to those of the page alone.
     """
     cursor = page.cursor
-    rows: Sequence[Row[Any]] = []
+    rows: Sequence[sa.Row[Any]] = []
     if page.limit:
         asked = _page(statement, table, page.limit, cursor is not None, complete)
         start = (

@@ -16,12 +16,11 @@ from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
 from zndraw_joblib import attempts, deprecated, jobs, telemetry
 from zndraw_joblib.delivery import SessionMaker, Transports
-from zndraw_joblib.events import Outbox
+from zndraw_joblib.events import Outbox, TaskView
 from zndraw_joblib.exceptions import describe
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
 from zndraw_joblib.runtime import runtime_of
-from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import settings_of
 from zndraw_joblib.waiting import wakeups_of
 
@@ -362,7 +361,7 @@ def _starting(app: FastAPI, session_maker: SessionMaker, executor: Any) -> Run:
     return run
 
 
-async def _fail(app: FastAPI, session_maker: SessionMaker, task: TaskResponse, error: str) -> None:
+async def _fail(app: FastAPI, session_maker: SessionMaker, task: TaskView, error: str) -> None:
     seconds = settings_of(app).dispatch_timeout_seconds
     try:
         # whatever cancels the executor does not leave its task running
@@ -377,9 +376,9 @@ async def _fail(app: FastAPI, session_maker: SessionMaker, task: TaskResponse, e
 async def _change(
     app: FastAPI,
     session_maker: SessionMaker,
-    step: Callable[..., Awaitable[list[TaskResponse]]],
+    step: Callable[..., Awaitable[list[TaskView]]],
     *arguments: Any,
-) -> list[TaskResponse]:
+) -> list[TaskView]:
     outbox, settings = Outbox(), settings_of(app)
     async with session_maker() as session:
         changed = await step(session, *arguments, settings)

@@ -1,62 +1,42 @@
 """Reports: what workers and users say becomes of a task."""
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    ColumnElement,
-    Float,
-    Row,
-    String,
-    and_,
-    bindparam,
-    case,
-    func,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
 from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, failed
 from zndraw_joblib.database import execute, now
+from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
 from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, ErrorType, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
-from zndraw_joblib.schemas import TaskResponse, TaskUpdateRequest, equal_json
+from zndraw_joblib.schemas import TaskUpdateRequest, equal_json, uncollected
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import (
-    VIEW,
-    back_in_queue,
-    not_found,
-    of_job,
-    read_changed,
-    read_view,
-    seen,
-)
-from zndraw_joblib.workers import Caller, RoomAccess, permits
+from zndraw_joblib.tasks import SHOWN, back_in_queue, change, of_job, require_visible, seen
+from zndraw_joblib.workers import Caller, RoomAccess
 
 
 class Reported(NamedTuple):
     """A task after a report, and whether this report changed it."""
 
-    task: TaskResponse
+    task: TaskView
     changed: bool
 
 
-def _each(what: str, kind: TypeEngine[Any], count: int) -> ColumnElement[Any]:
+def _each(what: str, kind: TypeEngine[Any], count: int) -> sa.ColumnElement[Any]:
     """Return of each task what its own one of ``count`` reports says."""
-    return case(
+    return sa.case(
         *(
             (
-                TASK.c.id == bindparam(f"task_{n}", type_=TASK.c.id.type),
-                bindparam(f"{what}_{n}", type_=kind),
+                TASK.c.id == sa.bindparam(f"task_{n}", type_=TASK.c.id.type),
+                sa.bindparam(f"{what}_{n}", type_=kind),
             )
             for n in range(count)
         )
@@ -72,19 +52,19 @@ def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
             TASK.c.status: status,
             TASK.c.started_at: now(),
             TASK.c.deadline_at: now(of_job(JOB.c.timeout_seconds)),
-            TASK.c.claim_key: func.coalesce(
-                bindparam("key", type_=TASK.c.claim_key.type), TASK.c.claim_key, NO_KEY
+            TASK.c.claim_key: sa.func.coalesce(
+                sa.bindparam("key", type_=TASK.c.claim_key.type), TASK.c.claim_key, NO_KEY
             ),
         }
     error = _each("error", TASK.c.error.type, count)
     if status is TaskStatus.FAILED:
         return failed(
             error,
-            _each("entry", String(), count),
+            _each("entry", sa.String(), count),
             ErrorType.USER_ERROR,
-            bindparam("longest_backoff", type_=Float()),
+            sa.bindparam("longest_backoff", type_=sa.Float()),
             # a comparison, since a lone parameter is no condition everywhere
-            _each("retryable", Boolean(), count).is_(true()),
+            _each("retryable", sa.Boolean(), count).is_(sa.true()),
         )
     return {
         TASK.c.status: status,
@@ -104,32 +84,32 @@ DELIVERED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.PENDI
 @lru_cache(maxsize=128)
 def _moving(status: TaskStatus, superuser: bool, count: int, keyed: bool) -> ReturningUpdate[Any]:
     # built once for each shape
-    ids = [bindparam(f"task_{n}", type_=TASK.c.id.type) for n in range(count)]
+    ids = [sa.bindparam(f"task_{n}", type_=TASK.c.id.type) for n in range(count)]
     leased = _each("attempt", TASK.c.attempt.type, count)
     return (
-        update(TASK)
+        sa.update(TASK)
         .where(
             TASK.c.id.in_(ids),
             rechecked(_may_become(status)),
-            _may_report(superuser, status, bindparam("holder"), bindparam("submitter")),
-            TASK.c.attempt == func.coalesce(leased, TASK.c.attempt),
-            _of_this_delivery(status, leased) if keyed else true(),
+            _may_report(superuser, status, sa.bindparam("holder"), sa.bindparam("submitter")),
+            TASK.c.attempt == sa.func.coalesce(leased, TASK.c.attempt),
+            _of_this_delivery(status, leased) if keyed else sa.true(),
         )
         .values(_reported(status, count))
-        .returning(*VIEW)
+        .returning(*SHOWN)
     )
 
 
-def _of_this_delivery(status: TaskStatus, leased: ColumnElement[Any]) -> ColumnElement[bool]:
+def _of_this_delivery(status: TaskStatus, leased: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
     """A keyed report of an ``@internal`` attempt is of the delivery that started it."""
     if status not in DELIVERED:
-        return true()
-    key = bindparam("key", type_=TASK.c.claim_key.type)
+        return sa.true()
+    key = sa.bindparam("key", type_=TASK.c.claim_key.type)
     running = TASK.c.status == constant(TaskStatus.RUNNING)
-    return or_(
+    return sa.or_(
         TASK.c.worker_id.is_not(None),
         TASK.c.claim_key.in_([NO_KEY, key]),
-        and_(TASK.c.claim_key.is_(None), or_(running, leased.is_not(None))),
+        sa.and_(TASK.c.claim_key.is_(None), sa.or_(running, leased.is_not(None))),
     )
 
 
@@ -143,7 +123,7 @@ async def _move(
     caller: Caller,
     settings: JobLibSettings,
     key: str | None,
-) -> list[TaskResponse]:
+) -> list[TaskView]:
     """Move those tasks to the reported state that are the caller's to move."""
     names: dict[str, Any] = {
         "holder": caller.id,
@@ -164,14 +144,13 @@ async def _move(
             f"entry_{n}": error_entry(report.error, ErrorType.USER_ERROR),
         }
     moving = _moving(status, caller.is_superuser, count, key is not None)
-    moved = await execute(session, moving, names)
-    return await read_changed(session, moved.all(), settings)
+    return await change(session, moving, settings, names)
 
 
 # By id: two requests that lock in two orders would wait for each other.
 _LOCKING = (
-    select(TASK.c.id)
-    .where(TASK.c.id.in_(bindparam("tasks", expanding=True)))
+    sa.select(TASK.c.id)
+    .where(TASK.c.id.in_(sa.bindparam("tasks", expanding=True)))
     .order_by(TASK.c.id)
     .with_for_update()
 )
@@ -244,102 +223,93 @@ async def report_many(
     """
     if len(reports) > 1:
         await execute(session, _LOCKING, {"tasks": list(reports)})
-    moved: dict[UUID, TaskResponse] = {}
+    moved: dict[UUID, TaskView] = {}
     for status in {report.status: None for report in reports.values()}:
         alike = {i: r for i, r in reports.items() if r.status is status}
-        views = await _move(session, status, alike, caller, settings, key)
-        moved |= {task.id: task for task in views}
-    current: dict[UUID, Row[Any]] = {}
+        tasks = await _move(session, status, alike, caller, settings, key)
+        moved |= {task.id: task for task in tasks}
+    current: dict[UUID, sa.Row[Any]] = {}
     if unmoved := reports.keys() - moved.keys():
         # nothing moved: only now is it worth a read to tell why
-        found = await execute(
-            session,
-            seen(settings.queue_position_max)
-            .add_columns(TASK.c.holder_id, TASK.c.claim_key)
-            .where(TASK.c.id.in_(unmoved)),
-        )
+        reading = seen(settings.queue_position_max).add_columns(TASK.c.claim_key)
+        found = await execute(session, reading.where(TASK.c.id.in_(unmoved)))
         current = {row.id: row for row in found}
     outcomes: list[Reported | ProblemException] = []
     for task_id, request in reports.items():
         if task_id in moved:
             outcomes.append(Reported(moved[task_id], changed=True))
             continue
-        row = current.get(task_id)
         try:
-            entitled = row is not None and _entitled(row, request.status, caller)
-            if row is None or not (
-                entitled or await permits(may_enter, session, caller, row.room_id)
-            ):
-                raise not_found(task_id)
-            stands = _explain(row, entitled, request, key)
-            if (
-                request.status is TaskStatus.RUNNING
-                and row.worker_id is None
-                # the broker may deliver twice: a start can be repeated under its key alone
-                and not await confirm_internal_start(session, task_id, row.attempt, key)
-            ):
-                raise _lease_lost(row)
-            outcomes.append(Reported(stands, changed=False))
+            row = current.get(task_id)
+            if row is None or not _entitled(row, request.status, caller):
+                row = await require_visible(session, row, task_id, caller, may_enter)
+                raise _not_yours(row, request)
+            outcomes.append(await _repeated(session, row, request, key))
         except ProblemException as exc:
             outcomes.append(exc)
     return outcomes
 
 
-def _may_become(status: TaskStatus) -> ColumnElement[bool]:
+def _may_become(status: TaskStatus) -> sa.ColumnElement[bool]:
     allowed = in_states(REPORTABLE.get(status, frozenset()))
     if status is not TaskStatus.PENDING:
         return allowed
-    started = func.coalesce(TASK.c.started_at, TASK.c.claimed_at)
-    return and_(allowed, started == TASK.c.claimed_at)
+    started = sa.func.coalesce(TASK.c.started_at, TASK.c.claimed_at)
+    return sa.and_(allowed, started == TASK.c.claimed_at)
 
 
 def _may_report(
     superuser: bool, status: TaskStatus, holder: Any, submitter: Any
-) -> ColumnElement[bool]:
+) -> sa.ColumnElement[bool]:
     # two of the same user: the columns are of two types
     if superuser:
-        return true()
-    holds: ColumnElement[bool] = TASK.c.holder_id == holder
+        return sa.true()
+    holds: sa.ColumnElement[bool] = TASK.c.holder_id == holder
     if status is TaskStatus.CANCELLED:
-        return or_(holds, TASK.c.created_by_id == submitter)
+        return sa.or_(holds, TASK.c.created_by_id == submitter)
     return holds
 
 
-def _entitled(row: Row[Any], status: TaskStatus, caller: Caller) -> bool:
+def _entitled(row: sa.Row[Any], status: TaskStatus, caller: Caller) -> bool:
     submitted = status is TaskStatus.CANCELLED and row.created_by_id == caller.id
     return caller.is_superuser or row.holder_id == caller.id or submitted
 
 
-def _explain(
-    row: Row[Any], entitled: bool, request: TaskUpdateRequest, key: str | None
-) -> TaskResponse:
+def _fenced_out(row: sa.Row[Any], request: TaskUpdateRequest) -> bool:
+    return request.attempt is not None and (
+        row.attempt != request.attempt or row.status not in HELD
+    )
+
+
+def _not_yours(row: sa.Row[Any], request: TaskUpdateRequest) -> ProblemException:
+    # a zombie is told that its lease is over, and a stranger no more than that
+    if _fenced_out(row, request):
+        return LeaseLost.exception()
+    return Forbidden.exception(f"task {row.id} is not yours to report on")
+
+
+async def _repeated(
+    session: AsyncSession, row: Any, request: TaskUpdateRequest, key: str | None
+) -> Reported:
     """Return the task if the report repeats the one that won; else raise what it is."""
     task_id, status = row.id, row.status
-    current = request.attempt is None or row.attempt == request.attempt
+    starts = request.status is TaskStatus.RUNNING
     internal = row.worker_id is None and request.status in DELIVERED
-    unstarted = internal and row.status is TaskStatus.CLAIMED
-    taken = (request.status is TaskStatus.RUNNING or internal) and (
+    unstarted = internal and status is TaskStatus.CLAIMED
+    taken = (starts or internal) and (
         key is not None and (row.claim_key not in (None, NO_KEY, key) or unstarted)
     )
-    repeated = (
-        status == request.status
-        and status in REPORTABLE
-        and (
-            status not in TERMINAL
-            or equal_json([row.error, row.result], [request.error, request.result])
-        )
-    )
-    fenced_out = not current or (request.attempt is not None and status not in HELD)
-    if not entitled:
-        # a zombie is told that its lease is over, and a stranger no more than that
-        raise (
-            LeaseLost.exception()
-            if fenced_out
-            else Forbidden.exception(f"task {task_id} is not yours to report on")
-        )
-    if repeated and current and not taken:
-        return read_view(row)
-    if fenced_out or taken:
+    current = request.attempt in (None, row.attempt)
+    if current and not taken and _same_report(row, request):
+        # the broker may deliver twice: a start can be repeated under its key alone
+        if (
+            starts
+            and row.worker_id is None
+            and not await confirm_internal_start(session, task_id, row.attempt, key)
+        ):
+            raise _lease_lost(row)
+        return Reported(row, changed=False)
+    if taken or _fenced_out(row, request):
         raise _lease_lost(row)
     raise InvalidTaskTransition.exception(
         f"a {status.value} task can't become {request.status.value}"
@@ -349,7 +319,17 @@ def _explain(
     )
 
 
-def _lease_lost(row: Row[Any]) -> ProblemException:
+def _same_report(row: sa.Row[Any], request: TaskUpdateRequest) -> bool:
+    if row.status != request.status or row.status not in REPORTABLE:
+        return False
+    if row.status not in TERMINAL:
+        return True
+    with uncollected():
+        result = json.loads(row.result or "null")
+    return equal_json([row.error, result], [request.error, request.result])
+
+
+def _lease_lost(row: sa.Row[Any]) -> ProblemException:
     return LeaseLost.exception(
         f"task {row.id} is {row.status.value} in attempt {row.attempt}, and not under this lease",
         task_status=row.status.value,

@@ -5,6 +5,7 @@ from uuid import UUID
 
 from fastapi import Query, Request, Response, status
 from pydantic_core import to_json
+from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import claims, jobs, long_polls, reports, submissions, tasks, validation
@@ -29,6 +30,7 @@ from zndraw_joblib.dependencies import (
     wait_headers,
     written,
 )
+from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import (
     Forbidden,
     IdempotencyKeyReused,
@@ -51,7 +53,6 @@ from zndraw_joblib.schemas import (
     TaskBatchResponse,
     TaskClaimRequest,
     TaskClaimResponse,
-    TaskOutcome,
     TaskQueryRequest,
     TaskQueryResponse,
     TaskReportsRequest,
@@ -109,19 +110,25 @@ async def submit_task(
         require_broker(context.transports, target.name, [body], "/body")
         return validation.check_payloads(target.schema, {"/body/payload": body.payload})
 
-    submitted = await submissions.submit(
-        session, room_id, job_name, caller, body, settings, check, idempotency_key=idempotency_key
+    submission = await submissions.submit(
+        session, room_id, job_name, caller, [body], settings, check, idempotency_key=idempotency_key
     )
-    task = submitted.task
-    if submitted.created:
-        name = split_full_name(task.job_name)
-        await jobs.admit(session, name, caller, settings)
-        context.outbox.task_changed(task)
-        context.outbox.dispatch([task])
+    await _submitted(context, session, submission)
+    (task,) = submission.tasks
+    headers = {"Location": location_of_task(request, task.id), "Retry-After": "1"}
+    return json_response(tasks.as_json(task), 202, headers)
+
+
+async def _submitted(
+    context: Context, session: AsyncSession, submission: submissions.Submission
+) -> None:
+    """Admit what is new, commit, and tell of it."""
+    if submission.created:
+        name = split_full_name(submission.tasks[0].job_name)
+        await jobs.admit(session, name, context.caller, context.settings)
+        context.outbox.tasks_changed(submission.tasks)
+        context.outbox.dispatch(submission.tasks)
     await context.commit(session)
-    where = location_of_task(request, task.id)
-    headers = {"Location": where, "Retry-After": "1"}
-    return json_response(task, 202, headers)
 
 
 @router.post(
@@ -152,7 +159,7 @@ async def submit_batch(
         payloads = {f"/body/tasks/{n}/payload": task.payload for n, task in enumerate(body.tasks)}
         return validation.check_payloads(target.schema, payloads)
 
-    batch = await submissions.submit_many(
+    submission = await submissions.submit(
         session,
         room_id,
         job_name,
@@ -162,13 +169,8 @@ async def submit_batch(
         check,
         idempotency_key=idempotency_key,
     )
-    if batch.created:
-        name = split_full_name(batch.created[0].job_name)
-        await jobs.admit(session, name, caller, settings)
-        context.outbox.tasks_changed(batch.created)
-        context.outbox.dispatch(batch.created)
-    await context.commit(session)
-    return json_response({"ids": batch.ids}, 202)
+    await _submitted(context, session, submission)
+    return json_response({"ids": submission.ids}, 202)
 
 
 def _submitting(job_name: str) -> Action:
@@ -196,10 +198,10 @@ async def list_job_tasks(
     name = jobs.find(room_id, job_name)
     rows = await execute(session, jobs.SERVED, name._asdict())
     job = jobs.found(rows.one_or_none(), room_id, job_name)
-    items, listing = await tasks.list_tasks(
+    listing = await tasks.list_tasks(
         session, room_id, query.page(), context.settings, job_id=job.id, status=query.status
     )
-    return page_response(request, query, listing, items)
+    return page_response(request, query, listing, map(tasks.as_json, listing.rows))
 
 
 @router.get(
@@ -218,10 +220,10 @@ async def list_room_tasks(
     """List the tasks that the room submitted."""
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await tasks.list_tasks(
+    listing = await tasks.list_tasks(
         session, room_id, query.page(), context.settings, status=query.status
     )
-    return page_response(request, query, listing, items)
+    return page_response(request, query, listing, map(tasks.as_json, listing.rows))
 
 
 @router.post(
@@ -260,7 +262,8 @@ async def claim_tasks(
     wait = _preferred(context)
     poll = context.long_poll(session_maker, wait)
     claim = await long_polls.for_work(poll, body.worker_id, body.jobs, look)
-    answer = TaskClaimResponse(task=next(iter(claim.tasks), None), tasks=claim.tasks)
+    claimed = [tasks.as_json(task) for task in claim.tasks]
+    answer = b'{"task":%b,"tasks":%b}' % (claimed[0] if claimed else b"null", written(claimed))
     return json_response(answer, headers=wait_headers(wait))
 
 
@@ -281,14 +284,14 @@ async def read_task(
     """Show a task; with `Prefer: wait` once it has ended."""
     context = await context_of(request, user)
 
-    async def look() -> tasks.TaskJson:
+    async def look() -> TaskView:
         async with session_maker() as session:
             return await tasks.read(session, task_id, context.caller, may_enter, context.settings)
 
     wait = _preferred(context)
     poll = context.long_poll(session_maker, wait)
     task = await long_polls.for_end(poll, task_id, look)
-    return json_response(task.json, headers=wait_headers(wait))
+    return json_response(tasks.as_json(task), headers=wait_headers(wait))
 
 
 @router.post(
@@ -318,7 +321,7 @@ async def query_tasks(
     async with session_maker() as session:
         found = await tasks.read_many(session, there, context.settings)
     missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
-    shown = written(task.json for task in found)
+    shown = written(map(tasks.as_json, found))
     answer = b'{"tasks":%b,"missing":%b}' % (shown, to_json(sorted(missing)))
     return json_response(answer, headers=wait_headers(wait))
 
@@ -337,21 +340,22 @@ async def report_tasks(
     reported = await reports.report_many(
         session, by_id, context.caller, may_enter, context.settings
     )
-    outcomes: list[TaskOutcome] = []
-    for task_id, report in zip(by_id, reported, strict=True):
-        if isinstance(report, ProblemException):
-            problem = report.problem
-            outcome = TaskOutcome(id=task_id, status=problem.status, problem=problem)
-        else:
-            outcome = TaskOutcome(id=task_id, status=200, task=report.task)
-        outcomes.append(outcome)
     context.outbox.tasks_changed(
         report.task
         for report in reported
         if isinstance(report, reports.Reported) and report.changed
     )
     await context.commit(session)
-    return json_response(TaskReportsResponse(outcomes=outcomes))
+    outcomes = written(_outcome(*outcome) for outcome in zip(by_id, reported, strict=True))
+    return json_response(b'{"outcomes":%b}' % outcomes)
+
+
+def _outcome(task_id: UUID, report: reports.Reported | ProblemException) -> bytes:
+    if isinstance(report, ProblemException):
+        problem = report.problem
+        return to_json({"id": task_id, "status": problem.status, "task": None, "problem": problem})
+    head = to_json({"id": task_id, "status": 200, "problem": None})
+    return head[:-1] + b',"task":%b}' % tasks.as_json(report.task)
 
 
 @router.patch(
@@ -376,7 +380,7 @@ async def report_task(
     if reported.changed:
         context.outbox.task_changed(reported.task)
     await context.commit(session)
-    return json_response(reported.task)
+    return json_response(tasks.as_json(reported.task))
 
 
 @router.post(
@@ -415,4 +419,4 @@ async def retry_task(
     context.outbox.dispatch([task])
     await context.commit(session)
     where = location_of_task(request, task.id)
-    return json_response(task, 202, {"Location": where})
+    return json_response(tasks.as_json(task), 202, {"Location": where})

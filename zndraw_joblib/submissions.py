@@ -1,83 +1,43 @@
-"""Submissions: how a task, or a batch of them, gets into its queue, once or again."""
+"""Submissions: how tasks get into their queue, once or again."""
 
 import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import (
-    ColumnElement,
-    CompoundSelect,
-    Float,
-    Row,
-    Select,
-    Text,
-    bindparam,
-    cast,
-    exists,
-    func,
-    insert,
-    literal,
-    literal_column,
-    null,
-    select,
-    true,
-    union_all,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
-from zndraw_joblib import jobs, telemetry
+from zndraw_joblib import exceptions, jobs, tasks, telemetry
 from zndraw_joblib.database import execute, now, number, returned, scalar
-from zndraw_joblib.exceptions import (
-    Forbidden,
-    IdempotencyKeyReused,
-    InvalidTaskTransition,
-    JobNotFound,
-    QuotaExceeded,
-)
+from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, FullName, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
-from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest, canonical
+from zndraw_joblib.schemas import TaskSubmitRequest, canonical
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import (
-    BRIEF,
-    VIEW,
-    back_in_queue,
-    born_claimed,
-    last_errors,
-    new_place,
-    not_found,
-    of_job,
-    position,
-    read_changed,
-    read_view,
-    seen,
-)
-from zndraw_joblib.workers import Caller, RoomAccess, permits
+from zndraw_joblib.workers import Caller, RoomAccess
 
 
-def _digest(*requests: TaskSubmitRequest) -> str:
-    asked = canonical([dict(request) for request in requests])
-    return hashlib.sha256(asked.encode()).hexdigest()
+class Submission(NamedTuple):
+    """What was submitted, now or earlier under the same idempotency key.
 
-
-class Submitted(NamedTuple):
-    """A task, and whether it is new or was there under its idempotency key."""
-
-    task: TaskResponse
-    created: bool
-
-
-class Batch(NamedTuple):
-    """The ids of a batch, and those tasks of it that are new."""
+    Attributes
+    ----------
+    ids : list of UUID
+        Of the tasks, in the order of the request.
+    tasks : list of TaskView
+        The new ones; several have no contents, but for the broker. Where none is new, the
+        first that is left.
+    created : bool
+        Whether they are new.
+    """
 
     ids: list[UUID]
-    created: list[TaskResponse]
+    tasks: list[TaskView]
+    created: bool
 
 
 class Target(NamedTuple):
@@ -97,60 +57,69 @@ class Target(NamedTuple):
     name: FullName
     schema: str
 
-
-async def _target(session: AsyncSession, room: str, full_name: str) -> Target:
-    name = jobs.find(room, full_name)
-    rows = await execute(session, jobs.SERVED, name._asdict())
-    row = jobs.found(rows.one_or_none(), room, full_name)
-    return Target(row.id, name, row.schema)
+    @property
+    def internal(self) -> bool:
+        """Whether the server runs its tasks itself."""
+        return self.name.room == INTERNAL_ROOM
 
 
 def _parameter(name: str, column: Any) -> Any:
-    return bindparam(name, type_=column.type)
+    return sa.bindparam(name, type_=column.type)
 
 
+_JOB_ID = _parameter("job", TASK.c.job_id)
+_SUBMITTER = _parameter("submitter", TASK.c.created_by_id)
 # Those of the tasks that were submitted under a key.
 _UNDER_KEY = (
-    TASK.c.created_by_id == _parameter("submitter", TASK.c.created_by_id),
-    TASK.c.job_id == _parameter("job", TASK.c.job_id),
+    TASK.c.created_by_id == _SUBMITTER,
+    TASK.c.job_id == _JOB_ID,
     TASK.c.room_id == _parameter("in_room", TASK.c.room_id),
     TASK.c.idempotency_key == _parameter("key", TASK.c.idempotency_key),
 )
 
 
-@lru_cache(maxsize=16)
-def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) -> Any:
-    # built once for each shape
-    job, rank = _parameter("job", JOB.c.id), _parameter("rank", TASK.c.queue_order)
-    submitter = _parameter("submitter", TASK.c.created_by_id)
-    columns: dict[Any, Any] = {
+def _values(internal: bool) -> dict[Any, Any]:
+    """Return what a new task consists of, but for what its job says."""
+    rank = _parameter("rank", TASK.c.queue_order)
+    seconds: sa.ColumnElement[float] = sa.bindparam("seconds", type_=sa.Float())
+    values = {
         TASK.c.id: _parameter("new_id", TASK.c.id),
+        TASK.c.job_id: _JOB_ID,
         TASK.c.room_id: _parameter("in_room", TASK.c.room_id),
-        TASK.c.created_by_id: submitter,
+        TASK.c.created_by_id: _SUBMITTER,
         TASK.c.payload: _parameter("given", TASK.c.payload),
         TASK.c.payload_checked: _parameter("checked", TASK.c.payload_checked),
         TASK.c.priority: rank,
-        TASK.c.queue_order: new_place(job, rank, submitter),
+        TASK.c.queue_order: tasks.new_place(_JOB_ID, rank, _SUBMITTER),
         TASK.c.job_name: _parameter("full_name", TASK.c.job_name),
         TASK.c.idempotency_key: _parameter("key", TASK.c.idempotency_key),
         TASK.c.request_digest: _parameter("digest", TASK.c.request_digest),
+        TASK.c.batch_index: _parameter("index", TASK.c.batch_index),
         TASK.c.traceparent: _parameter("trace", TASK.c.traceparent),
-        TASK.c.job_id: JOB.c.id,
-        TASK.c.max_attempts: JOB.c.max_attempts,
     }
-    seconds: ColumnElement[float] = bindparam("seconds", type_=Float())
     if internal:
-        columns |= born_claimed(seconds) | {TASK.c.attempt: literal(1)}
-    elif delayed:
-        columns[TASK.c.available_at] = now(seconds)
+        return values | tasks.born_claimed(seconds) | {TASK.c.attempt: sa.literal(1)}
+    return values | {TASK.c.available_at: sa.case((seconds > 0, now(seconds)))}
+
+
+def _insert(values: dict[Any, Any], source: sa.Select[Any]) -> Any:
+    # of the table, not of the class: the parameters are values, not rows to insert
+    return sa.insert(TASK).from_select([column.key for column in values], source)
+
+
+@lru_cache(maxsize=16)
+def _inserting(internal: bool, keyed: bool, position_max: int) -> Any:
+    """Return what inserts the first task of a submission, if the job takes it."""
+    # built once for each shape
+    values = _values(internal) | {TASK.c.max_attempts: JOB.c.max_attempts}
     source = (
-        select(*columns.values())
+        sa.select(*values.values())
         .where(
-            JOB.c.id == job,
+            JOB.c.id == _JOB_ID,
             JOB.c.deleted.is_(False),
             # the one that the payload was checked against
-            cast(JOB.c.schema, Text) == bindparam("schema", type_=Text()),
-            ~exists().where(*_UNDER_KEY) if keyed else true(),
+            sa.cast(JOB.c.schema, sa.Text) == sa.bindparam("schema", type_=sa.Text()),
+            ~sa.exists().where(*_UNDER_KEY) if keyed else sa.true(),
         )
         .with_for_update(read=True, key_share=True)
     )
@@ -158,70 +127,18 @@ def _inserting(internal: bool, delayed: bool, keyed: bool, position_max: int) ->
         # as both databases have it; SQLAlchemy's own construct is compiled anew each time
         source = source.suffix_with("ON CONFLICT DO NOTHING")
     order, id_ = returned(TASK.c.queue_order), returned(TASK.c.id)
-    queue_position = null() if internal else position(job, order, id_, position_max)
-    # of the table, not of the class: the parameters are values, not rows to insert
-    return (
-        insert(TASK)
-        .from_select([column.key for column in columns], source)
-        .returning(
-            TASK.c.queue_order,
-            queue_position.label("queue_position"),
-            # but for what the request told, and nobody need read twice
-            *(column for column in VIEW if column is not TASK.c.payload),
-        )
-    )
+    position = sa.null() if internal else tasks.position(_JOB_ID, order, id_, position_max)
+    placed = position.label("queue_position")
+    shown = (placed if column.key == placed.key else column for column in tasks.SHOWN)
+    return _insert(values, source).returning(*shown, TASK.c.queue_order)
 
 
-async def _insert(
-    session: AsyncSession,
-    target: Target,
-    request: TaskSubmitRequest,
-    settings: JobLibSettings,
-    names: dict[str, Any],
-) -> Row[Any] | None:
-    internal = target.name.room == INTERNAL_ROOM
-    redispatch = settings.internal_redispatch_seconds
-    shape = internal, request.delay_seconds > 0, names["key"] is not None
-    inserted = await execute(
-        session,
-        _inserting(*shape, settings.queue_position_max),
-        {
-            "given": request.payload,
-            "rank": request.priority,
-            "full_name": str(target.name),
-            "job": target.id,
-            "schema": target.schema,
-            "seconds": redispatch if internal else request.delay_seconds,
-            **names,
-        },
-    )
-    return inserted.one_or_none()
-
-
-async def _earlier(
-    session: AsyncSession,
-    statement: Select[Any],
-    target: Target,
-    room: str,
-    full_name: str,
-    names: dict[str, Any],
-) -> Row[Any]:
-    """Return what ``statement`` reads of the first that is left under the key."""
-    if names["key"] is not None:
-        found = await execute(
-            session,
-            statement.add_columns(TASK.c.request_digest, TASK.c.batch_index)
-            .where(*_UNDER_KEY)
-            .order_by(TASK.c.batch_index)
-            .limit(number(1)),
-            {"job": target.id, **names},
-        )
-        if row := found.one_or_none():
-            if row.request_digest != names["digest"]:
-                raise IdempotencyKeyReused.exception()
-            return row
-    # it went, or came back with another schema, after it was found
-    raise jobs.not_found(room, full_name)
+@lru_cache(maxsize=2)
+def _inserting_others(internal: bool) -> Any:
+    """Return what inserts the other ones, beside the first, which holds the job."""
+    same = TASK.c.max_attempts, TASK.c.created_at
+    values = _values(internal) | {c: _parameter(f"first_{c.key}", c) for c in same}
+    return _insert(values, sa.select(*values.values()))
 
 
 async def submit(
@@ -229,35 +146,28 @@ async def submit(
     room: str,
     full_name: str,
     caller: Caller,
-    request: TaskSubmitRequest,
+    requests: Sequence[TaskSubmitRequest],
     settings: JobLibSettings,
     check: Callable[[Target], bool],
     *,
     idempotency_key: str | None = None,
-) -> Submitted:
-    """Insert a task.
+) -> Submission:
+    """Insert tasks of one job, at most 1000: all of them, or none.
 
-    A task of an ``@internal`` job is born claimed, for the broker instead of a worker.
+    Those of an ``@internal`` job are born claimed, for the broker instead of a worker.
+    Until the commit the job is locked against soft-deletion.
 
     Parameters
     ----------
-    session : AsyncSession
-        Whose owner commits; until then the job is locked against soft-deletion.
-    room : str
-        The room that asks.
-    full_name : str
-        The job's.
-    caller : Caller
-        The submitter.
-    request : TaskSubmitRequest
+    room, full_name : str
+        The room that asks, and the job's name.
+    requests : sequence of TaskSubmitRequest
         What to run.
-    settings : JobLibSettings
-        The host's.
     check : callable
-        Raises if the job can't take what is submitted; returns whether the payload was
+        Raises if the job can't take what is submitted; returns whether the payloads were
         compared with the job's schema.
     idempotency_key : str, optional
-        For this user, room and job it names one task, as long as that is kept.
+        For this user, room and job it names one submission, as long as any of it is kept.
 
     Raises
     ------
@@ -266,196 +176,124 @@ async def submit(
         ``quota-exceeded``, and what ``check`` raises.
     """
     target = await _target(session, room, full_name)
-    new_id = uuid7()
-    names = {
-        "new_id": new_id,
-        "in_room": room,
-        "submitter": caller.id,
-        "checked": check(target),
-        "key": idempotency_key,
-        "digest": idempotency_key and _digest(request),
-        "trace": telemetry.submitting(full_name, new_id),
-    }
-    row = await _insert(session, target, request, settings, names)
-    if row is not None:
-        await _check_quota(session, caller.id, settings, [row.queue_order])
-        return Submitted(read_view(row, payload=request.payload), created=True)
-    statement = seen(settings.queue_position_max)
-    row = await _earlier(session, statement, target, room, full_name, names)
-    return Submitted(read_view(row), created=False)
+    whose = {"in_room": room, "submitter": caller.id, "checked": check(target)}
+    first, *others = _rows(target, whose, requests, settings, idempotency_key)
+    inserting = _inserting(target.internal, bool(idempotency_key), settings.queue_position_max)
+    inserted = await execute(session, inserting, first | {"schema": target.schema})
+    rows: list[Any] = list(inserted.all())
+    if not rows:
+        return await _earlier(session, target, first, len(requests), settings)
+    if others:
+        rows = await _insert_others(session, target, rows[0], others)
+    await _check_quota(session, caller.id, settings, [row.queue_order for row in rows])
+    if others and not target.internal:
+        rows = await _placed(session, target.id, rows, settings)
+    return Submission([row.id for row in rows], rows, created=True)
 
 
-def _ids(first: UUID, count: int) -> list[UUID]:
-    return [UUID(int=first.int + n) for n in range(count)]
-
-
-async def submit_many(
-    session: AsyncSession,
-    room: str,
-    full_name: str,
-    caller: Caller,
+def _rows(
+    target: Target,
+    whose: dict[str, Any],
     requests: Sequence[TaskSubmitRequest],
     settings: JobLibSettings,
-    check: Callable[[Target], bool],
-    *,
-    idempotency_key: str | None = None,
-) -> Batch:
-    """Insert tasks of one job, at most 1000.
-
-    Parameters, and what is raised, are those of :func:`submit`, but for:
-
-    Parameters
-    ----------
-    requests : sequence of TaskSubmitRequest
-        What to run.
-    idempotency_key : str, optional
-        For this user, room and job it names one batch, as long as anything of it is kept.
-    """
-    target = await _target(session, room, full_name)
+    key: str | None,
+) -> list[dict[str, Any]]:
+    """Return the parameters of each task."""
     names = {
-        # Its last bits are zero, so that the ids of a batch can follow each other in the
-        # order of the request, and one tells all.
-        "new_id": UUID(int=uuid7().int >> 10 << 10),
-        "in_room": room,
-        "submitter": caller.id,
-        "checked": check(target),
-        "key": idempotency_key,
-        "digest": idempotency_key and _digest(*requests),
-        # one trace for all of them
-        "trace": telemetry.submitting(full_name),
+        **whose,
+        "job": target.id,
+        "full_name": str(target.name),
+        "key": key,
+        "digest": key and _digest(requests),
+        "trace": telemetry.carried(),
     }
-    first = await _insert(session, target, requests[0], settings, names)
-    if first is None:
-        statement = select(TASK.c.id)
-        row = await _earlier(session, statement, target, room, full_name, names)
-        ids = _ids(UUID(int=row.id.int - row.batch_index), len(requests))
-        return Batch(ids, [])
-    places = await _places(session, target.id, first, requests)
-    key = {"idempotency_key": names["key"], "request_digest": names["digest"]}
-    created = await _add(session, target.id, first, requests, places, key, settings)
-    await _check_quota(session, caller.id, settings, places)
-    return Batch([task.id for task in created], created)
-
-
-# Priorities whose queues one statement looks at.
-_PLACED = 16
-
-
-@lru_cache(maxsize=1)
-def _placing() -> CompoundSelect[Any]:
-    # built once: to make it takes longer than to run it
-    job = _parameter("job", TASK.c.job_id)
-    user = _parameter("submitter", TASK.c.created_by_id)
-    ranks = [_parameter(f"rank_{n}", TASK.c.queue_order) for n in range(_PLACED)]
-    return union_all(*(select(rank, new_place(job, rank, user)) for rank in ranks))
-
-
-async def _places(
-    session: AsyncSession, job_id: UUID, first: Row[Any], requests: Sequence[TaskSubmitRequest]
-) -> list[int]:
-    """Return the places of a batch, whose tasks follow each other in each queue."""
-    following = {first.priority: first.queue_order}
-    others = sorted({request.priority for request in requests} - {first.priority})
-    for start in range(0, len(others), _PLACED):
-        some = others[start : start + _PLACED]
-        ranks = {f"rank_{n}": some[n % len(some)] for n in range(_PLACED)}
-        asked = {"job": job_id, "submitter": first.created_by_id, **ranks}
-        found = await execute(session, _placing(), asked)
-        following |= dict(found.tuples().all())
-    places = []
-    for request in requests:
-        places.append(following[request.priority])
-        following[request.priority] += 1
-    return places
-
-
-def _shared(
-    job_id: UUID, first: Row[Any], under_key: dict[str, Any], settings: JobLibSettings
-) -> dict[str, Any]:
-    """Return what the other tasks of a batch have from its first."""
-    return {
-        "job_id": job_id,
-        "failed_attempts": 0,
-        **under_key,
-        "deadline_at": None
-        if first.status is TaskStatus.PENDING
-        else first.claimed_at + timedelta(seconds=settings.internal_redispatch_seconds),
-        **{
-            column.key: getattr(first, column.key)
-            for column in (
-                TASK.c.job_name, TASK.c.room_id, TASK.c.created_by_id, TASK.c.status,
-                TASK.c.attempt, TASK.c.max_attempts, TASK.c.created_at, TASK.c.claimed_at,
-                TASK.c.traceparent, TASK.c.payload_checked,
-            )
-        },
-    }  # fmt: skip
-
-
-async def _add(
-    session: AsyncSession,
-    job_id: UUID,
-    first: Row[Any],
-    requests: Sequence[TaskSubmitRequest],
-    places: Sequence[int],
-    under_key: dict[str, Any],
-    settings: JobLibSettings,
-) -> list[TaskResponse]:
-    """Insert the other tasks of a batch beside its first, which holds the job."""
-    shared = _shared(job_id, first, under_key, settings)
-    own = [
-        {
-            "id": id_,
-            "payload": request.payload,
-            "priority": request.priority,
-            "available_at": first.created_at + timedelta(seconds=request.delay_seconds)
-            if request.delay_seconds
-            else None,
-        }
-        for id_, request in zip(_ids(first.id, len(requests)), requests, strict=True)
-    ]
-    if len(own) > 1:
-        # many rows of parameters for one small statement: no number of tasks makes a
-        # large one
-        await execute(
-            session,
-            insert(TASK),
-            [
-                {**shared, **row, "queue_order": places[n], "batch_index": n}
-                for n, row in enumerate(own)
-                if n
-            ],
-        )
-    positions: Sequence[int | None] = [None] * len(own)
-    if first.status is TaskStatus.PENDING:
-        ranked = list(zip(places, _ids(first.id, len(own)), strict=True))
-        most = settings.queue_position_max
-        positions = await _positions(session, job_id, ranked, most)
-    shown = read_view(first, payload=requests[0].payload)
+    redispatch = settings.internal_redispatch_seconds
+    # Its last bits are zero, so that the ids of a batch can follow each other in the order
+    # of the request, and one tells all.
+    first_id = uuid7().int >> 10 << 10
     return [
-        shown.model_copy(
-            update={
-                **row,
-                "available_at": row["available_at"] or first.created_at,
-                "queue_position": place,
-            }
-        )
-        for row, place in zip(own, positions, strict=True)
+        {
+            **names,
+            "new_id": UUID(int=first_id + n),
+            "index": n,
+            "given": request.payload,
+            "rank": request.priority,
+            "seconds": redispatch if target.internal else request.delay_seconds,
+        }
+        for n, request in enumerate(requests)
     ]
 
 
-async def _positions(
-    session: AsyncSession, job_id: UUID, places: Sequence[tuple[int, UUID]], most: int
-) -> list[int]:
-    """Return how far places are from the head of a job's queue: one look for all."""
+async def _target(session: AsyncSession, room: str, full_name: str) -> Target:
+    name = jobs.find(room, full_name)
+    rows = await execute(session, jobs.SERVED, name._asdict())
+    row = jobs.found(rows.one_or_none(), room, full_name)
+    return Target(row.id, name, row.schema)
+
+
+def _digest(requests: Sequence[TaskSubmitRequest]) -> str:
+    asked = canonical([dict(request) for request in requests])
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
+async def _earlier(
+    session: AsyncSession,
+    target: Target,
+    names: dict[str, Any],
+    count: int,
+    settings: JobLibSettings,
+) -> Submission:
+    """Return what was submitted under the key before."""
+    if names["key"] is not None:
+        reading = tasks.seen(settings.queue_position_max).where(*_UNDER_KEY)
+        earlier = reading.add_columns(TASK.c.request_digest, TASK.c.batch_index)
+        found = await execute(session, earlier.order_by(TASK.c.batch_index).limit(number(1)), names)
+        row: Any = found.one_or_none()
+        if row is not None:
+            if row.request_digest != names["digest"]:
+                raise exceptions.IdempotencyKeyReused.exception()
+            first_id = row.id.int - row.batch_index
+            ids = [UUID(int=first_id + n) for n in range(count)]
+            return Submission(ids, [row], created=False)
+    # it went, or came back with another schema, after it was found
+    raise jobs.not_found(names["in_room"], str(target.name))
+
+
+async def _insert_others(
+    session: AsyncSession, target: Target, first: sa.Row[Any], others: Sequence[dict[str, Any]]
+) -> list[Any]:
+    """Insert the other tasks of a batch; return all of them."""
+    # one small statement many times: no number of tasks makes a large one
+    same = {"first_max_attempts": first.max_attempts, "first_created_at": first.created_at}
+    inserting = _inserting_others(target.internal)
+    await execute(session, inserting, [other | same for other in others])
+    # the broker gets the contents
+    shown = tasks.SHOWN if target.internal else tasks.BRIEF
+    batch = TASK.c.id.between(first.id, others[-1]["new_id"])
+    found = await execute(
+        session, sa.select(*shown, TASK.c.queue_order).where(batch).order_by(TASK.c.id)
+    )
+    return list(found.all())
+
+
+async def _placed(
+    session: AsyncSession, job_id: UUID, rows: Sequence[sa.Row[Any]], settings: JobLibSettings
+) -> list[TaskView]:
+    """Return tasks with their places in the queue: one look at its head for all of them."""
+    most = settings.queue_position_max
     head = await execute(
         session,
-        select(TASK.c.queue_order, TASK.c.id)
+        sa.select(TASK.c.queue_order, TASK.c.id)
         .where(TASK.c.job_id == job_id, queued())
         .order_by(TASK.c.queue_order, TASK.c.id)
         .limit(number(most)),
     )
     before = [(row.queue_order, row.id) for row in head]
-    return [min(bisect_left(before, place) + 1, most) for place in places]
+
+    def position(row: sa.Row[Any]) -> int:
+        return min(bisect_left(before, (row.queue_order, row.id)) + 1, most)
+
+    return [tasks.with_position(row, position(row)) for row in rows]
 
 
 async def retry(
@@ -464,7 +302,7 @@ async def retry(
     caller: Caller,
     may_enter: RoomAccess,
     settings: JobLibSettings,
-) -> TaskResponse:
+) -> TaskView:
     """Set a terminal task going again, with all its attempts before it.
 
     Raises
@@ -475,55 +313,56 @@ async def retry(
     """
     # locked, so that no soft-deletion of the job comes in between; where nothing is
     # locked, what was read here may be over by the time of the write
+    asked = TASK.c.attempt, TASK.c.errors, TASK.c.room_id, TASK.c.created_by_id, TASK.c.holder_id
     found = await execute(
         session,
-        select(*BRIEF, TASK.c.errors, JOB.c.room_id.label("of_room"))
+        sa.select(*asked, JOB.c.room_id.label("of_room"))
         .join(JOB, TASK.c.job_id == JOB.c.id)
         .where(TASK.c.id == task_id)
         .with_for_update(read=True, key_share=True, of=JOB),
     )
-    task = found.one_or_none()
-    entitled = task and (caller.is_superuser or task.created_by_id == caller.id)
-    if task is None or not (entitled or await permits(may_enter, session, caller, task.room_id)):
-        raise not_found(task_id)
-    if not entitled:
-        raise Forbidden.exception(f"task {task_id} is not yours to retry")
-    seconds = settings.internal_redispatch_seconds
-    reborn = born_claimed(seconds) if task.of_room == INTERNAL_ROOM else {}
-    place = new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id)
-    raised = await execute(
-        session,
-        update(TASK)
+    row = found.one_or_none()
+    if row is None or not (caller.is_superuser or row.created_by_id == caller.id):
+        await tasks.require_visible(session, row, task_id, caller, may_enter)
+        raise exceptions.Forbidden.exception(f"task {task_id} is not yours to retry")
+    retrying = (
+        sa.update(TASK)
         .where(
             TASK.c.id == task_id,
             in_states(TERMINAL),
-            TASK.c.attempt == task.attempt,
-            of_job(JOB.c.deleted).is_(False),
+            TASK.c.attempt == row.attempt,
+            tasks.of_job(JOB.c.deleted).is_(False),
         )
-        .values(
-            {
-                **back_in_queue(),
-                TASK.c.queue_order: place,
-                TASK.c.queued_at: now(),
-                TASK.c.failed_attempts: 0,
-                TASK.c.completed_at: None,
-                TASK.c.result: None,
-                # or each retry would make it longer
-                TASK.c.errors: "\n".join(last_errors(task)) or None,
-                **reborn,
-            }
-        )
-        .returning(TASK.c.queue_order, *VIEW),
+        .values(_anew(row, settings))
+        .returning(*tasks.SHOWN, TASK.c.queue_order)
     )
-    rows = raised.all()
-    if rows:
-        if not reborn:
-            places = [row.queue_order for row in rows]
-            await _check_quota(session, task.created_by_id, settings, places)
-        return (await read_changed(session, rows, settings))[0]
-    if await scalar(session, select(of_job(JOB.c.deleted)).where(TASK.c.id == task_id)):
-        raise JobNotFound.exception("job not found: the task's job is gone")
-    raise InvalidTaskTransition.exception("only a terminal task can be tried again")
+    retried = (await execute(session, retrying)).all()
+    if not retried:
+        gone = sa.select(tasks.of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
+        if await scalar(session, gone):
+            raise exceptions.JobNotFound.exception("job not found: the task's job is gone")
+        raise exceptions.InvalidTaskTransition.exception("only a terminal task can be tried again")
+    if row.of_room != INTERNAL_ROOM:
+        places = [task.queue_order for task in retried]
+        await _check_quota(session, row.created_by_id, settings, places)
+    return (await tasks.with_positions(session, retried, settings))[0]
+
+
+def _anew(row: sa.Row[Any], settings: JobLibSettings) -> dict[Any, Any]:
+    """Return what makes a task that has ended as it was when it was submitted."""
+    anew = {
+        **tasks.back_in_queue(),
+        TASK.c.queue_order: tasks.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id),
+        TASK.c.queued_at: now(),
+        TASK.c.failed_attempts: 0,
+        TASK.c.completed_at: None,
+        TASK.c.result: None,
+        # or each retry would make it longer
+        TASK.c.errors: "\n".join(tasks.last_errors(row.errors)) or None,
+    }
+    if row.of_room == INTERNAL_ROOM:
+        anew |= tasks.born_claimed(settings.internal_redispatch_seconds)
+    return anew
 
 
 # A quota up to here is counted with each submission: it takes a millisecond.
@@ -550,13 +389,13 @@ async def _check_quota(
     if user_id is None or all(place % between for place in places):
         return
     theirs = (
-        select(literal_column("1"))
+        sa.select(sa.literal_column("1"))
         .where(TASK.c.created_by_id == user_id, TASK.c.status == constant(TaskStatus.PENDING))
         .limit(number(most + 1))
         .subquery()
     )
-    waiting = await scalar(session, select(func.count()).select_from(theirs)) or 0
+    waiting = await scalar(session, sa.select(sa.func.count()).select_from(theirs)) or 0
     if waiting > most:
-        raise QuotaExceeded.exception(
+        raise exceptions.QuotaExceeded.exception(
             f"waiting tasks are limited to {most} for each user", headers={"Retry-After": "5"}
         )

@@ -15,10 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
 from zndraw_joblib.database import execute, now, number
 from zndraw_joblib.delivery import Delivery, Dispatcher, ProvidersRemoved, SessionMaker, Transports
-from zndraw_joblib.events import Emitter, Outbox, worker_key
+from zndraw_joblib.events import Emitter, Outbox, TaskView, worker_key
 from zndraw_joblib.models import JOB, WORKER, alive_within
 from zndraw_joblib.runtime import runtime_of
-from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings, get_settings
 from zndraw_joblib.waiting import Waiters, wakeups_of
 
@@ -38,7 +37,7 @@ T = TypeVar("T")
 Rows = Select[tuple[UUID]]
 #: Ends the chosen rows and returns how many it changed.
 End = Callable[[AsyncSession, Rows, Outbox], Awaitable[int]]
-Step = Callable[[AsyncSession, Rows, JobLibSettings], Awaitable[list[TaskResponse]]]
+Step = Callable[[AsyncSession, Rows, JobLibSettings], Awaitable[list[TaskView]]]
 
 
 @dataclass

@@ -85,8 +85,3 @@ def task_changed(task: Any) -> None:
     # a handler of the host's that raises decides nothing
     with suppress(Exception):
         log.log(level, "task %s of %s %s", task.id, task.job_name, event, extra=fields)
-
-
-def submitting(job_name: str, task_id: Any = None) -> str | None:
-    """Return the trace that a submitted task carries."""
-    return carried()
