@@ -29,6 +29,9 @@ SPREAD = (
     *("--dist=loadfile", "--no-loadscope-reorder"),
 )
 
+# the directories of the suite, as pytest has them
+SUITE = os.pathsep.join(PYPROJECT["tool"]["pytest"]["ini_options"]["pythonpath"])
+
 # nox would kill a process half a second after Ctrl-C: ours stop their own children first
 PATIENT = {"interrupt_timeout": 20.0, "terminate_timeout": 10.0}
 
@@ -138,38 +141,41 @@ def host(session: nox.Session) -> None:
 def history(session: nox.Session) -> None:
     """Kill replicas and workers for minutes, and judge what all of them tell of it."""
     install(session, "test")
-    # the suite's directories, as pytest has them
-    env = {"PYTHONPATH": os.pathsep.join(("tests", "docs"))}
-    session.run("python", "tests/history_run.py", *session.posargs, env=env, **PATIENT)
+    env = {"PYTHONPATH": SUITE}
+    session.run("python", "tests/programs/history_run.py", *session.posargs, env=env, **PATIENT)
 
 
 @nox.session
 def sweep(session: nox.Session) -> None:
     """Measure heartbeats while the sweeper ends what 10,000 silent workers held."""
     install(session, "test")
-    session.run("pytest", "-s", "--maker", "locked", "tests/sweep_load.py", *session.posargs)
+    session.run(
+        "pytest", "-s", "--maker", "locked", "tests/programs/sweep_load.py", *session.posargs
+    )
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Compare costs with the floor and the published release: ``-- --quick``."""
     install(session, "test", "bench")
-    session.run("python", "tests/bench.py", *session.posargs, **PATIENT)
+    session.run(
+        "python", "tests/bench/bench.py", *session.posargs, env={"PYTHONPATH": SUITE}, **PATIENT
+    )
 
 
 @nox.session
 def mutants(session: nox.Session) -> None:
     """Put wrongs into the package and tell which the suite notices: ``-- --count 20``."""
     install(session, "test")
-    session.run("python", "tests/mutants.py", *session.posargs, **PATIENT)
+    session.run("python", "tests/programs/mutants.py", *session.posargs, **PATIENT)
 
 
 @nox.session
 def waiting(session: nox.Session) -> None:
     """Hold a thousand requests that wait against the heartbeats of others."""
     install(session, "test")
-    env = {"PYTHONPATH": os.pathsep.join(("tests", "docs"))}
-    session.run("python", "tests/waiting_load.py", *session.posargs, env=env, **PATIENT)
+    env = {"PYTHONPATH": SUITE}
+    session.run("python", "tests/programs/waiting_load.py", *session.posargs, env=env, **PATIENT)
 
 
 @nox.session
@@ -186,7 +192,7 @@ def compat(session: nox.Session) -> None:
     into = ("pip", "install", "-q", "--python", python, "-c", LOCK)
     session.run(*uv, *into, *packages, client)
     env = {"OLD_PYTHON": python}
-    session.run("pytest", "tests/compat.py", *session.posargs, env=env, **PATIENT)
+    session.run("pytest", "tests/programs/compat.py", *session.posargs, env=env, **PATIENT)
 
 
 @nox.session
@@ -213,7 +219,7 @@ def lock(session: nox.Session) -> None:
 def zndraw(session: nox.Session) -> None:
     """Run a released ZnDraw, unchanged, and drive it with its own client."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "zndraw"), "-e", ".")
-    session.run("python", "tests/zndraw_host.py", **PATIENT)
+    session.run("python", "tests/zndraw_host.py", env={"PYTHONPATH": SUITE}, **PATIENT)
 
 
 @nox.session

@@ -872,7 +872,8 @@ manager.disconnect()
 
 async def test_a_fork_has_a_client_of_its_own_or_none(url: str, admin: Any):
     run = await anyio.run_process(
-        [sys.executable, "-c", FORK, url, admin.token, os.path.dirname(__file__)], check=False
+        [sys.executable, "-c", FORK, url, admin.token, os.path.dirname(servers.__file__)],
+        check=False,
     )
     assert (run.stdout, run.returncode) == (b"worked fork fork fork ", 0), run.stderr
 

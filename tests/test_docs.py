@@ -229,7 +229,7 @@ page["work"](*sys.argv[2:])
 async def working(page: Path, elsewhere: Path, *arguments: str) -> AsyncIterator[None]:
     """Let the worker that a page shows work, and leave when it is asked to."""
     command, log = ("-c", WORK, page, *arguments), elsewhere / "worker.log"
-    paths = os.pathsep.join(map(str, (pages.ROOT / "tests", pages.DOCS)))
+    paths = os.pathsep.join(map(str, (pages.ROOT / "tests" / "harness", pages.DOCS)))
     async with running(*command, log=log, PYTHONPATH=paths) as process:
         yield
         process.popen.send_signal(signal.SIGTERM)

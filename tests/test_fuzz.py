@@ -17,7 +17,7 @@ from steps import offer
 
 from zndraw_joblib.settings import JobLibSettings
 
-HERE = Path(__file__).parent
+HARNESS = Path(__file__).parent / "harness"
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 EFFORT = (
     ["--max-examples", EXAMPLES]
@@ -38,14 +38,14 @@ async def test_every_answer_is_documented(app: FastAPI, server, ada, admin, tmp_
     await offer(ada)
     command = [
         *(sys.executable, "-m", "schemathesis.cli"),
-        *("--config-file", str(HERE / "fuzz.toml")),
+        *("--config-file", str(HARNESS / "fuzz.toml")),
         *("run", f"{server}/openapi.json", "--include-path-regex", "^/v1/joblib"),
         *EFFORT,
     ]
     env = {
         "SCHEMATHESIS_HOOKS": "fuzz",
         "FUZZ_TOKENS": f"{ada.token} {admin.token}",
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(HARNESS), os.environ.get("PYTHONPATH", "")]),
     }
     ran = await anyio.run_process(
         command, check=False, cwd=tmp_path, env=os.environ | env, stderr=subprocess.STDOUT

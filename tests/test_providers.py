@@ -403,7 +403,7 @@ async def provider_process(
     *arguments: str,
 ) -> AsyncIterator[tuple[Process, Callable[[], Awaitable[bytes]]]]:
     """Run a provider; yield its process, and what returns its next line."""
-    script = str(Path(__file__).parent / "provider_process.py")
+    script = str(Path(__file__).parent / "harness" / "provider_process.py")
     command = [sys.executable, script, *arguments]
     async with await anyio.open_process(command, stderr=None) as process:
         assert process.stdout is not None

@@ -21,6 +21,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import httpx
+import processes
 import psutil
 import pytest
 import races
@@ -36,7 +37,7 @@ from steps import at_once, meet, silence, statuses
 # they have a database of their own
 pytestmark = pytest.mark.makers("plain")
 
-FAULTY = Path(__file__).parent / "faulty_host.py"
+FAULTY = Path(processes.__file__).parent / "faulty_host.py"
 COMPOSITION = f"@internal:analysis:{Composition.__name__}"
 DAY = 86400
 #: within which the service is well again once what it depends on is back; figures are printed

@@ -53,7 +53,7 @@ async def pair(
 async def program(pair: Pair, role: str, log: Path) -> AsyncIterator[Process]:
     command = (HERE / "compat_worker.py", role, pair.host.url, pair.host.token)
     # not ours, where 0.1.7 is to be found
-    path = "" if pair.python == OLD else str(HERE.parent)
+    path = "" if pair.python == OLD else str(HERE.parent.parent)
     async with running(*command, log=log, python=pair.python, PYTHONPATH=path) as process:
         yield process
 

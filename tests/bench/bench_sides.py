@@ -47,7 +47,7 @@ def release_python(directory: Path) -> Path:
 def environment(ours: bool) -> dict[str, str]:
     """Return the variables of a process of this tree, or of what knows nothing of it."""
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return environ | ({"PYTHONPATH": str(HERE.parent)} if ours else {})
+    return environ | ({"PYTHONPATH": str(HERE.parent.parent)} if ours else {})
 
 
 class Database:

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = "zndraw_joblib"
 #: seconds after which the tests of one mutant count as hung, which is noticed too
 PATIENCE = 900
