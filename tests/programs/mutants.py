@@ -36,6 +36,7 @@ PATIENCE = 900
 TESTS = {
     "attempts": "mixed_sweeps internal reports sweeper batches",
     "claims": "claims turns batches workers watch races",
+    "database": "tasks sweeper plans",
     "delivery": "delivery internal tasks faults",
     "dependencies": "access jobs providers pages limits bad_input",
     "heartbeats": "workers claims races",
