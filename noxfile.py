@@ -81,9 +81,10 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def pictures(session: nox.Session) -> None:
-    """Draw the state machine anew, from the code."""
-    install(session)
+    """Draw the pictures of the docs anew: the state machine, and the example host's page."""
+    install(session, "test", "page")
     session.run("python", "docs/states.py")
+    drive_page(session, "-k", "people_see", PICTURES=os.path.abspath("docs/pictures"))
 
 
 @nox.session
@@ -225,12 +226,17 @@ def zndraw(session: nox.Session) -> None:
 @nox.session
 def page(session: nox.Session) -> None:
     """Drive the example host's page in a real Chromium, installed with apt if need be."""
+    install(session, "test", "page")
+    drive_page(session)
+
+
+def drive_page(session: nox.Session, *options: str, **env: str) -> None:
+    """Run the page's tests; they are skipped where there is no Chromium: here they must not be."""
     names = ("chromium", "chromium-browser", "google-chrome")
     if not any(map(shutil.which, names)):
         session.run("apt-get", "update", external=True)
         packages = ("-y", "--no-install-recommends", "chromium")
         session.run("apt-get", "install", *packages, external=True)
-    install(session, "test", "page")
-    # the test is skipped where there is no Chromium: here it must not be
-    env = {"CHROMIUM": next(filter(None, map(shutil.which, names)), None)}
-    session.run("pytest", "tests/test_page.py", *session.posargs, env=env, **PATIENT)
+    env["CHROMIUM"] = next(filter(None, map(shutil.which, names)), "")
+    command = ("pytest", "tests/test_page.py", *options, *session.posargs)
+    session.run(*command, env=env, **PATIENT)

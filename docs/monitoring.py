@@ -1,6 +1,6 @@
 """What the example host shows of itself: a page for people, numbers for Prometheus.
 
-The page is ``page.html`` as it stands. The numbers are served where ``METRICS_TOKEN`` is
+The page is ``page.html`` as it stands, and is told what its users are called. The numbers are served where ``METRICS_TOKEN`` is
 set, to whoever brings it::
 
     scrape_configs:
@@ -13,12 +13,14 @@ import os
 import secrets
 from pathlib import Path
 from typing import Annotated
+from uuid import UUID
 
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-from zndraw_auth import SessionDep
+from sqlalchemy import select
+from zndraw_auth import SessionDep, User, current_active_user
 
 from zndraw_joblib import JobStats, queue_stats
 from zndraw_joblib.settings import settings_of
@@ -33,6 +35,15 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_
 async def page() -> FileResponse:
     """Show a room: its jobs, its workers, its tasks as they move."""
     return FileResponse(PAGE)
+
+
+@router.get("/names", dependencies=[Depends(current_active_user)])
+async def names(
+    session: SessionDep, id: Annotated[list[UUID], Query(max_length=100)]
+) -> dict[UUID, str]:
+    """Tell what users are called: their addresses up to the ``@``."""
+    found = await session.execute(select(User.id, User.email).where(User.id.in_(id)))
+    return {row.id: row.email.partition("@")[0] for row in found}
 
 
 async def scraper(bearer: Bearer) -> None:

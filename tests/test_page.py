@@ -1,24 +1,32 @@
 """The page of the example host, driven in a real Chromium: ``nox -s page``."""
 
+import asyncio
 import os
+import re
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import conftest
 import pytest
+import servers
+import steps
+import test_beneath
 from anyio.to_thread import run_sync
 from conftest import User
+from fastapi import FastAPI
 from makers import SessionMaker
-from pydantic import Field
-from steps import claim, offer, silence, submit
+from pydantic import BaseModel, Field
+from sqlalchemy import text
 
-from zndraw_joblib import Category, Extension, JobManager
+from zndraw_joblib import Category, Extension, JobManager, get_room_access
 
 playwright = pytest.importorskip("playwright.async_api")
+axe = pytest.importorskip("axe_playwright_python.async_playwright")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 
 pytestmark = [
@@ -39,56 +47,108 @@ FLAGS = [
 HANG = 60_000
 
 
+class Axis(StrEnum):
+    X = "x"
+    Z = "z"
+
+
+class Bath(BaseModel):
+    """What the atoms exchange heat with."""
+
+    temperature: float = Field(default=300, ge=0, json_schema_extra={"unit": "K"})
+
+
 class Stretch(Extension):
-    """Stretch the cell."""
+    """Stretch the cell along an axis."""
 
     category: ClassVar[Category] = Category.MODIFIER
-    factor: float = Field(default=1.1, gt=0)
-    axis: str = "z"
+    factor: float = Field(default=1.1, gt=0, description="New length over old length")
+    axis: Axis = Axis.Z
 
-    def run(self, vis: Any, **kwargs: Any) -> dict[str, float]:
+    def run(self, vis: Any, **kwargs: Any) -> dict[str, Any]:
         if self.factor > 9:
             raise ValueError("too far")
-        return {"length": 10 * self.factor}
+        energies = [{"step": n, "energy": round(-3.7 - 0.2 * n / 5, 2)} for n in range(5)]
+        return {"length": 10 * self.factor, "energies": energies}
+
+
+class Everything(Extension):
+    """All kinds of fields."""
+
+    category: ClassVar[Category] = Category.ANALYSIS
+    name: str
+    count: int
+    mode: Literal["fast", "exact"] = "fast"
+    label: str | None = None
+    seed: int | None = 7
+    wrap: bool = True
+    sure: bool | None = None
+    centre: tuple[float, float, float] = (0, 0, 0)
+    atoms: list[int] = Field(default=[1, 2])
+    bath: Bath = Bath()
+    other: Bath | None = None
+    baths: list[Bath] = Field(default=[])
+    notes: dict[str, str] = Field(default={})
+    either: int | list[int] = 3
+
+    def run(self, vis: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Any]:
+    async with playwright.async_playwright() as driver:
+        chromium = driver.chromium
+        browser = await chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        await browser.close()
 
 
 @pytest.fixture
-async def page(tmp_path: Path) -> AsyncIterator[Any]:
-    async with playwright.async_playwright() as driver:
-        context = await driver.chromium.launch_persistent_context(
-            str(tmp_path / "profile"),
-            executable_path=CHROMIUM,
-            headless=True,
-            args=FLAGS,
-            viewport={"width": 1280, "height": 800},
-        )
-        context.set_default_timeout(HANG)
-        page = context.pages[0]
-        page.wrong = []
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        # what is not the host's would be a dependency from outside
-        page.hosts = set()
-        page.on("request", lambda request: page.hosts.add(request.url.split("/")[2]))
-        yield page
-        await context.close()
+async def page(browser: Any) -> AsyncIterator[Any]:
+    context = await browser.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(HANG)
+    playwright.expect.set_options(timeout=HANG)
+    page = await context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    # what is not the host's would be a dependency from outside
+    hosts: set[str] = set()
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+    yield page
+    await context.close()
+    assert wrong == []
+    assert len(hosts) <= 1
 
 
-async def look(page: Any, name: str) -> None:
-    """Keep pictures of the page where ``SCREENSHOTS`` says, for people to look at."""
-    if directory := os.environ.get("SCREENSHOTS"):
-        for scheme in ("light", "dark"):
-            await page.emulate_media(color_scheme=scheme)
-            for width in (1280, 400):
-                await page.set_viewport_size({"width": width, "height": 800})
-                path = Path(directory) / f"{name}-{scheme}-{width}.png"
-                await page.screenshot(path=path, full_page=True)
-        await page.set_viewport_size({"width": 1280, "height": 800})
-
-
-async def log_in(page: Any, user: User, password: str) -> None:
+async def log_in(page: Any, user: User, password: str = conftest.PASSWORD) -> None:
     await page.get_by_label("E-mail").fill(user.email)
     await page.get_by_label("Password").fill(password)
     await page.get_by_role("button", name="Log in").click()
+
+
+async def enter(page: Any, url: str, user: User) -> None:
+    await page.goto(url)
+    await log_in(page, user)
+    await playwright.expect(page.locator("#line")).to_have_text("live")
+
+
+async def draw(page: Any, name: str) -> None:
+    """Draw a picture for the docs, where ``PICTURES`` says."""
+    if directory := os.environ.get("PICTURES"):
+        await page.screenshot(path=Path(directory) / name)
+
+
+def lane(page: Any, name: str) -> Any:
+    return page.locator(f"#{name} .card")
+
+
+async def connect(url: str, user: User, execute: Callable[[Any], Any], *jobs: Any) -> JobManager:
+    login = {"user": user.email, "password": conftest.PASSWORD}
+    manager = await run_sync(partial(JobManager.connect, url, **login, execute=execute))
+    for job in jobs:
+        await run_sync(partial(manager.register, job, room="lab"))
+    return manager
 
 
 async def test_people_see_tasks_move_and_move_them(page: Any, server: str, ada: User, bob: User):
@@ -101,101 +161,373 @@ async def test_people_see_tasks_move_and_move_them(page: Any, server: str, ada: 
         assert go.wait(30)
         return task.extension.run(None)
 
-    async def serve() -> JobManager:
-        login = {"user": ada.email, "password": conftest.PASSWORD}
-        manager = await run_sync(partial(JobManager.connect, server, **login, execute=execute))
-        await run_sync(partial(manager.register, Stretch, room="lab"))
-        return manager
-
     await page.goto(server)
-    await look(page, "login")
     await log_in(page, bob, "wrong")
     await expect(page.get_by_text("not the password")).to_be_visible()
-    await log_in(page, bob, conftest.PASSWORD)
-    await expect(page.get_by_role("status").first).to_have_text("live")
+    await log_in(page, bob)
+    await expect(page.locator("#line")).to_have_text("live")
     await expect(page.get_by_text("No job yet")).to_be_visible()
 
     # a worker comes, and the page hears of it
-    manager = await serve()
+    manager = await connect(server, ada, execute, Stretch)
     try:
         job = page.locator("#jobs button")
         await expect(job).to_contain_text("1 worker alive")
         await expect(page.locator(".worker.alive")).to_have_count(1)
-        waiting, going, ended = (
-            page.locator(f"#{lane} .card") for lane in ("waiting", "going", "ended")
-        )
+        waiting, going, ended = (lane(page, name) for name in ("waiting", "running", "ended"))
+        factor = page.get_by_label("Factor")
 
-        async def send(factor: str) -> None:
-            await page.get_by_label("Factor").fill(factor)
-            await page.get_by_role("button", name="Submit").click()
+        async def send(value: str) -> None:
+            await factor.fill(value)
+            await page.get_by_role("button", name="Submit", exact=True).click()
 
-        await job.click()
+        await job.press("Enter")
         await send("-1")
-        await expect(page.locator("#submit .told")).to_contain_text("/factor")
+        await expect(factor).to_have_attribute("aria-invalid", "true")
+        await expect(factor).to_be_focused()
+        await expect(page.locator("#submit .field", has=factor)).to_contain_text("-1")
         await send("2")
         await expect(going).to_contain_text("running")
         await send("3")
         await expect(waiting).to_contain_text("place 1")
         await send("10")
         await expect(waiting).to_have_count(2)
+        # of somebody else: it is told who that is, and it is not bob's to cancel
+        await steps.submit(ada, "lab:modifiers:Stretch", payload={"factor": 4})
+        await expect(waiting).to_have_count(3)
+        hers = waiting.filter(has_text="factor 4")
+        await expect(hers).to_contain_text("ada")
+        await expect(hers.get_by_role("button")).to_have_count(0)
         assert await run_sync(running.wait, 30)
         await expect(going).to_contain_text("pulling")
-        await expect(job).to_contain_text("2 waiting · 1 running")
+        await expect(going).to_contain_text("you")
+        await expect(job).to_contain_text("3 waiting · 1 running")
+        await expect(waiting).to_contain_text(["place 1", "place 2", "place 3"])
+        await draw(page, "room.png")
 
-        # the one that was submitted before the last
-        await waiting.last.get_by_role("button", name="Cancel").click()
+        await waiting.filter(has_text="factor 3").get_by_role("button", name="Cancel").click()
+        await expect(page.locator("#said")).to_contain_text("Cancelled Stretch")
         await expect(ended).to_contain_text("cancelled")
-        await look(page, "moving")
         go.set()
-        await expect(ended).to_have_count(3)
-        failed = page.locator(".card.failed")
-        await expect(failed).to_contain_text("too far")
+        await expect(ended).to_have_count(4)
+        await expect(page.locator(".card.failed")).to_contain_text("too far")
         done = page.locator(".card.completed")
-        await done.get_by_role("button", name="Show").click()
-        await expect(done.locator("pre")).to_contain_text('"length": 20')
-        await page.locator(".card.cancelled").get_by_role("button", name="Retry").click()
         await expect(done).to_have_count(2)
-        await look(page, "ended")
+        await page.locator(".card.cancelled").get_by_role("button", name="Retry").click()
+        await expect(done).to_have_count(3)
+
+        # a task has an address of its own
+        link = done.filter(has_text="factor 2").get_by_role("link")
+        await link.press("Enter")
+        result = page.locator("#result")
+        await expect(result.get_by_role("row", name="length")).to_contain_text("20")
+        table = result.get_by_role("region", name="Table of energies")
+        await expect(table.get_by_role("row").nth(2)).to_have_text("1-3.74")
+        await expect(page.locator("#parameters")).to_contain_text("factor")
+        await page.evaluate("scrollTo(0, 0)")
+        await draw(page, "task.png")
+        await page.reload()
+        await expect(result.get_by_role("row", name="length")).to_contain_text("20")
+        assert "completed" in await page.title()
+        await page.get_by_role("button", name="Submit another").click()
+        await expect(factor).to_have_value("2")
+        await page.go_back()
+        await page.get_by_role("link", name="All tasks").click()
+        await expect(link).to_be_focused()
+        await page.locator(".card.failed").get_by_role("link").click()
+        await expect(page.locator("#error")).to_contain_text("ValueError: too far")
+        await expect(result).to_be_hidden()
+        await page.go_back()
     finally:
         go.set()
         await run_sync(manager.disconnect)
 
     # it looks the same to whoever comes later
     await page.reload()
-    await expect(ended).to_have_count(3)
+    await expect(ended).to_have_count(4)
     await expect(page.get_by_text("No job yet")).to_be_visible()
     await page.get_by_role("button", name="Log out").click()
     await expect(page.get_by_label("E-mail")).to_be_visible()
-    assert page.wrong == []
-    assert page.hosts == {server.removeprefix("http://")}
 
 
 async def test_a_connection_that_breaks_comes_back(
-    page: Any, server: str, app: Any, ada: User, session_maker: SessionMaker
+    page: Any, server: str, app: FastAPI, ada: User, session_maker: SessionMaker
 ):
     expect = playwright.expect
     # what lives is not for the browser's clock to say
     ahead = "const now = Date.now; Date.now = () => now() + 3600e3"
     await page.add_init_script(ahead)
-    await page.goto(server)
-    await log_in(page, ada, conftest.PASSWORD)
+    await enter(page, server, ada)
     line = page.locator("#line")
-    await expect(line).to_have_text("live")
     engine = app.state.tsio.eio
     for sid in list(engine.sockets):
         await engine.disconnect(sid)
     await expect(line).to_have_text("offline")
-    worker = await offer(ada)
+    worker = await steps.offer(ada)
     await expect(line).to_have_text("live")
     # what it missed it has asked for, and it hears what comes
     await expect(page.locator("#jobs button")).to_contain_text("Rotate")
-    await submit(ada)
-    await expect(page.locator("#waiting .card")).to_have_count(1)
-    await claim(ada, worker)
-    await expect(page.locator("#going .card")).to_have_count(1)
+    await steps.submit(ada)
+    await expect(lane(page, "waiting")).to_contain_text("just now")
+    (task,) = await steps.claim(ada, worker)
+    await expect(lane(page, "running")).to_have_count(1)
     await expect(page.locator(".worker.alive")).to_have_count(1)
-    await silence(session_maker, worker)
+
+    # what was told before comes late
+    await app.state.tsio.emit("task_status_event", {**task, "status": "pending", "revision": 1})
+    await steps.report(ada, task, "running")
+    await steps.report(ada, task, "completed")
+    await expect(lane(page, "ended")).to_have_count(1)
+    late = {**task, "name": task["job_name"], "status": "running"}
+    await app.state.tsio.emit("task_status_event", late)
+    await steps.submit(ada)
+    await expect(lane(page, "waiting")).to_have_count(1)
+    await expect(lane(page, "running")).to_have_count(0)
+
+    await steps.silence(session_maker, worker)
     await page.reload()
     await expect(page.locator(".worker")).to_contain_text("silent since")
     await expect(page.locator(".worker.alive")).to_have_count(0)
-    assert page.wrong == []
+
+
+async def copy(session_maker: SessionMaker, task: Any, count: int) -> None:
+    """Put copies of a task into the database, a second and a place apart."""
+    changed = {
+        "id": "lower(hex(randomblob(16)))",
+        "created_at": "strftime('%Y-%m-%d %H:%M:%f', created_at, '+' || n || ' seconds')",
+        "queue_order": "queue_order + n",
+        "idempotency_key": "NULL",
+    }
+    async with session_maker() as session:
+        columns = [row.name for row in await session.execute(text("PRAGMA table_info(task)"))]
+        values = ", ".join(changed.get(name, name) for name in columns)
+        await session.execute(
+            text(
+                f"INSERT INTO task ({', '.join(columns)})"
+                " WITH RECURSIVE copies(n) AS"
+                " (SELECT 1 UNION ALL SELECT n + 1 FROM copies WHERE n < :count)"
+                f" SELECT {values} FROM task, copies WHERE id = :id"
+            ),
+            {"count": count, "id": task["id"].replace("-", "")},
+        )
+        await session.commit()
+
+
+@pytest.mark.parametrize("count", [3, 300, 100_000])
+async def test_a_long_queue_hides_nothing(
+    page: Any, server: str, ada: User, session_maker: SessionMaker, count: int
+):
+    expect = playwright.expect
+    worker = await steps.offer(ada)
+    failed = await steps.submit(ada)
+    await steps.claim(ada, worker, start=True)
+    await steps.report(ada, failed, "failed", error="it broke")
+    running = await steps.submit(ada)
+    await steps.claim(ada, worker, start=True)
+    first = await steps.submit(ada, payload={"number": 1})
+    await copy(session_maker, first, count - 1)
+    await enter(page, server, ada)
+    waiting = lane(page, "waiting")
+    await expect(page.locator("#waiting h2")).to_have_text(f"Waiting {count:,}")
+    await expect(waiting).to_have_count(min(count, 60))
+    await expect(waiting.first.get_by_role("link")).to_contain_text(first["id"][-6:])
+    await expect(waiting.first).to_contain_text("place 1 ")
+    await expect(waiting.nth(2)).to_contain_text("place 3 ")
+    await expect(lane(page, "running")).to_contain_text(running["id"][-6:])
+    await expect(lane(page, "ended")).to_contain_text("it broke")
+    more = page.locator("#waiting").get_by_role("button", name="Show more")
+    if count > 60:
+        await more.click()
+        await expect(waiting).to_have_count(180)
+    else:
+        await expect(more).to_be_hidden()
+    await page.get_by_role("searchbox").fill(first["id"])
+    await expect(waiting).to_have_count(1)
+    await expect(lane(page, "running")).to_have_count(0)
+    await page.get_by_role("searchbox").fill("")
+    await page.get_by_label("How they ended").select_option("completed")
+    await expect(lane(page, "ended")).to_have_count(0)
+    await steps.offer(ada, "Other")
+    await page.get_by_label("Job", exact=True).select_option("lab:modifiers:Other")
+    await expect(page.locator("#waiting h2")).to_have_text("Waiting 0")
+    await expect(page.locator(".card")).to_have_count(0)
+
+
+async def test_a_refused_room_shows_nothing_of_another(
+    page: Any, server: str, app: FastAPI, ada: User, bob: User
+):
+    expect = playwright.expect
+
+    async def may_enter(session: Any, caller: Any, room_id: str) -> bool:
+        return room_id != "secret" or caller.id == ada.id
+
+    async def room_access() -> Any:
+        return may_enter
+
+    app.dependency_overrides[get_room_access] = room_access
+    await steps.offer(ada)
+    await steps.submit(bob)
+    await steps.offer(ada, room="secret")
+    hidden = await steps.submit(ada, "secret:modifiers:Rotate", "secret")
+    await enter(page, server, bob)
+    await expect(lane(page, "waiting")).to_have_count(1)
+    await page.get_by_role("textbox", name="Room").fill("secret")
+    await page.get_by_role("button", name="Enter").click()
+    await expect(page.locator("#refused")).to_contain_text("You can't enter this room")
+    await expect(page.get_by_role("heading", name="secret")).to_be_visible()
+    await expect(page.locator("#room")).to_be_hidden()
+    await expect(page.locator(".card, #jobs li, .worker")).to_have_count(0)
+    await page.goto(f"{server}/#lab/{hidden['id']}")
+    await expect(page.locator("#task [role=alert]")).to_contain_text("not found")
+    await expect(page.locator("#task .box")).to_be_hidden()
+    await page.get_by_role("link", name="All tasks").click()
+    await expect(lane(page, "waiting")).to_have_count(1)
+
+
+async def test_a_burst_of_events_leaves_the_focus_where_it_is(page: Any, server: str, ada: User):
+    expect = playwright.expect
+    worker = await steps.offer(ada, schema=Stretch.model_json_schema())
+    await steps.submit(ada)
+    (task,) = await steps.claim(ada, worker, start=True)
+    await enter(page, server, ada)
+    going = lane(page, "running")
+
+    async def burst(start: int) -> None:
+        for n in range(start, start + 40):
+            said = {"id": task["id"], "attempt": 1, "progress": n / 100, "message": f"step {n}"}
+            await ada.patch(f"/workers/{worker}", json={"tasks": [said]})
+            if n % 10 == 0:
+                await steps.submit(ada)
+        await expect(going).to_contain_text(f"step {start + 39}")
+
+    await page.locator("#jobs button").click()
+    field = page.get_by_label("Factor")
+    await field.fill("")
+    bursting = asyncio.create_task(burst(0))
+    await field.press_sequentially("3.14159265", delay=40)
+    await bursting
+    await expect(field).to_be_focused()
+    await expect(field).to_have_value("3.14159265")
+    cancel = going.get_by_role("button", name="Cancel")
+    await cancel.focus()
+    await burst(40)
+    await expect(cancel).to_be_focused()
+    await expect(lane(page, "waiting")).to_have_count(8)
+    # the card goes to another lane, and so does the focus
+    await cancel.press("Enter")
+    await expect(lane(page, "ended").get_by_role("link")).to_be_focused()
+
+
+async def test_a_form_has_a_field_for_each_kind(page: Any, server: str, ada: User):
+    expect = playwright.expect
+    await steps.offer(ada, "Everything", schema=Everything.model_json_schema())
+    await enter(page, server, ada)
+    await page.locator("#jobs button").click()
+    submit = page.get_by_role("button", name="Submit", exact=True)
+
+    async def submitted() -> Any:
+        await submit.click()
+        await expect(page.locator("#said")).to_contain_text("Submitted")
+        tail = (await page.locator("#said").inner_text()).split()[-1].rstrip(".")
+        tasks = (await ada.get("/rooms/lab/tasks")).json()["items"]
+        (task,) = [task for task in tasks if task["id"].endswith(tail)]
+        await page.evaluate("document.querySelector('#said').textContent = ''")
+        return Everything.model_validate(task["payload"])
+
+    await page.get_by_label("Name").fill("ada")
+    await page.get_by_label("Count").fill("3")
+    assert await submitted() == Everything(name="ada", count=3)
+
+    await page.get_by_label("Mode").select_option("exact")
+    await page.get_by_label("Seed").fill("")
+    await page.get_by_label("Label").fill("first")
+    await page.get_by_label("Wrap").uncheck()
+    await page.get_by_label("Sure").select_option("false")
+    await page.get_by_label("Centre 2").fill("0.5")
+    await page.get_by_role("button", name="Remove from Atoms").first.click()
+    await page.get_by_role("button", name="Add to Atoms").click()
+    await page.get_by_label("Atoms 2").last.fill("9")
+    await page.get_by_role("button", name="Add to Other").click()
+    await page.get_by_label("Temperature (K)").last.fill("10")
+    await page.get_by_role("button", name="Add to Baths").click()
+    await page.get_by_label("Notes").fill('{"a": "b"}')
+    await page.get_by_label("Either").fill("[4]")
+    changed = Everything(
+        name="ada",
+        count=3,
+        mode="exact",
+        seed=None,
+        label="first",
+        wrap=False,
+        sure=False,
+        centre=(0, 0.5, 0),
+        atoms=[2, 9],
+        other=Bath(temperature=10),
+        baths=[Bath()],
+        notes={"a": "b"},
+        either=[4],
+    )
+    assert await submitted() == changed
+    # as JSON and back it is the same
+    toggle = page.get_by_role("button", name="As JSON")
+    await toggle.click()
+    await expect(page.get_by_label("Parameters")).to_have_value(re.compile('"first"'))
+    assert await submitted() == changed
+    await toggle.click()
+    assert await submitted() == changed
+
+    await page.get_by_label("Notes").fill("{")
+    await submit.click()
+    await expect(page.get_by_label("Notes")).to_have_attribute("aria-invalid", "true")
+    await page.get_by_label("Notes").fill('{"a": 1}')
+    await page.get_by_label("Temperature (K)").first.fill("-1")
+    await page.get_by_label("Temperature (K)").first.evaluate("node => node.min = ''")
+    await submit.click()
+    await expect(page.get_by_label("Temperature (K)").first).to_have_attribute(
+        "aria-invalid", "true"
+    )
+
+
+async def test_nobody_is_left_out(page: Any, server: str, ada: User):
+    expect = playwright.expect
+    worker = await steps.offer(ada, "Everything", schema=Everything.model_json_schema())
+    payload = {"name": "ada", "count": 3, "atoms": list(range(50))}
+    tasks = [await steps.submit(ada, "lab:modifiers:Everything", payload=payload) for _ in range(3)]
+    await steps.claim(ada, worker, max_tasks=2, start=True)
+    curve = {"r": [0.1, 0.2, 0.3], "g": [1.0, 2.0, 3.0]}
+    result = {**curve, "cells": [[1, 2], [3, 4]], "deep": [{}]}
+    await steps.report(ada, tasks[0], "completed", result=result)
+
+    async def check() -> None:
+        for width, scheme in ((400, "dark"), (1280, "light")):
+            await page.set_viewport_size({"width": width, "height": 800})
+            await page.emulate_media(color_scheme=scheme)
+            found = await axe.Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
+            overflow = "document.documentElement.scrollWidth - innerWidth"
+            assert await page.evaluate(overflow) <= 0
+
+    await page.goto(server)
+    await check()
+    await log_in(page, ada)
+    await expect(lane(page, "ended")).to_have_count(1)
+    await page.locator("#jobs button").click()
+    await expect(page.locator("#submit")).to_be_visible()
+    await check()
+    await lane(page, "ended").get_by_role("link").click()
+    table = page.get_by_role("region", name="Table of r, g")
+    await expect(table.get_by_role("row").nth(2)).to_have_text("0.22")
+    await check()
+
+
+@pytest.mark.parametrize("way", [test_beneath.mounted, test_beneath.cut_off_by_a_proxy])
+async def test_it_works_beneath_a_path(page: Any, app: FastAPI, ada: User, way: Any):
+    expect = playwright.expect
+    await steps.offer(ada)
+    async with servers.serve(way(app)) as url:
+        await enter(page, f"{url}/a%20tool/", ada)
+        await page.locator("#jobs button").click()
+        await page.get_by_role("button", name="Submit", exact=True).click()
+        await lane(page, "waiting").get_by_role("link").click()
+        await expect(page.locator("#task dl")).to_contain_text("lab:modifiers:Rotate")
+        await page.close()
