@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: imports go down; on a floor they go leftward
 FLOORS = [
     ["lifecycle", "settings", "exceptions"],
-    ["schemas", "validation", "extension", "provider"],
+    ["schemas", "validation"],
     ["telemetry", "events", "waiting", "results"],
     ["database", "models", "paging", "migration"],
     [
@@ -33,15 +33,13 @@ FLOORS = [
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
-    "client_answers",
+    "extension",
+    "provider",
     "client_transport",
-    "client_connection",
-    "client_tasks",
-    "client_registrations",
+    "client_user",
+    "client_worker",
     "client_claims",
-    "client_readers",
     "client_hands",
-    "client_ending",
     "client",
 ]
 #: beside it too, for one release: it looks at anything, and these look at it

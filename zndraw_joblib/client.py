@@ -3,7 +3,6 @@
 `JobManager` is the face of what the modules beside it do.
 """
 
-import inspect
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -12,15 +11,12 @@ from typing import Any, Self, TypeVar, overload
 from uuid import UUID
 
 from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
-from zndraw_joblib.client_connection import HostApi, Socket
-from zndraw_joblib.client_ending import Ending
-from zndraw_joblib.client_hands import Hands, Pulse
-from zndraw_joblib.client_readers import Readers
-from zndraw_joblib.client_registrations import Life, OfferedJob, OfferedProvider, Registrations
-from zndraw_joblib.client_tasks import ClaimedTask, Submissions, TaskCancelled, TaskFailed
+from zndraw_joblib.client_hands import Hands, Readers, Shutdown, run_extension
 from zndraw_joblib.client_transport import Api, Transport
-from zndraw_joblib.events import ProviderRequest, TaskAvailable, TaskStatusEvent
-from zndraw_joblib.extension import Category, Extension, as_json, category_of
+from zndraw_joblib.client_user import HostApi, Submissions, TaskFailed
+from zndraw_joblib.client_worker import Life, Offered, Registrations, Socket
+from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
+from zndraw_joblib.extension import Category, ClaimedTask, Extension, TaskCancelled, category_of
 from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy, TaskResponse
@@ -28,14 +24,16 @@ from zndraw_joblib.schemas import JobPolicy, TaskResponse
 __all__ = ["Category", "ClaimedTask", "Extension", "JobManager", "TaskCancelled", "TaskFailed"]
 
 E = TypeVar("E", bound=type[Extension])
+Kwargs = dict[str, Any] | None
+Policy = JobPolicy | None
 
 
 class JobManager:
     """A worker of a host.
 
-    A mapping of the full names of its jobs to their classes, and a context manager
-    that ends with `disconnect`. Methods that ask the host raise `ConnectionError` when
-    it can't be reached, and `PermissionError` when it doesn't let this user.
+    A mapping of the full names of its jobs to their classes, and a context manager that
+    ends with `disconnect`. Methods that ask the host raise `ConnectionError` when it can't
+    be reached, and `PermissionError` when it doesn't let this user.
 
     Parameters
     ----------
@@ -84,19 +82,15 @@ class JobManager:
         self.polling_interval = polling_interval
         self.concurrency = concurrency
         self._execute = execute
-        self._life = Life(lambda exc: self._ending.give_up(exc))
+        self._life = life = Life(lambda exc: self._shutdown.give_up(exc))
         self._held = HeldTasks()
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
         self._submissions = Submissions(self._transport, polling_interval)
-        self._registrations = Registrations(self._transport, self._life, self._held.end_all)
-        parts = (self._transport, self._registrations)
-        self._claims = Claims(*parts, self._life, self._held)
-        self._heartbeat = Heartbeat(*parts, self._held)
-        self._pulse = Pulse(self._heartbeat, self._life, heartbeat_interval)
-        self._readers = Readers(*parts, self._life)
-        self._ending = Ending(
-            *parts, self._pulse, self._readers, self._life, self._held, grace_seconds
-        )
+        self._registrations = Registrations(self._transport, life, self._held.end_all)
+        self._claims = Claims(self._transport, self._registrations, life, self._held)
+        self._heartbeat = Heartbeat(self._claims, heartbeat_interval)
+        self._readers = Readers(self._transport, self._registrations, life)
+        self._shutdown = Shutdown(self._claims, self._heartbeat, self._readers, grace_seconds)
         self._listen_to(Socket(tsio))
 
     @classmethod
@@ -109,32 +103,29 @@ class JobManager:
         password: str | None = None,
         **options: Any,
     ) -> Self:
-        """Return a manager for the host at ``url``.
+        """Return a manager for the host at ``url``, with a Socket.IO connection of its own.
 
-        It has a Socket.IO connection of its own, opened at the first registration, if
-        python-socketio's ``client`` extra is installed.
+        That is opened at the first registration, if python-socketio's ``client`` extra is
+        installed.
 
         Parameters
         ----------
         url : str
             Where the host is, with the path that it is served below, if any.
         token : str, optional
-            A bearer token.
-        user, password : str, optional
-            Used to log in, and to log in again when the token has expired.
+            A bearer token; else ``user`` and ``password`` log in, whenever it is needed.
         **options
             As for `JobManager`.
 
         Raises
         ------
         ValueError
-            When the address or the token can't be one, when neither a token nor a user
-            with a password is given, or when proxy or certificates that the environment
-            names can't be used.
+            When the address or the token can't be one, or there is neither a token nor a
+            user; when proxy or certificates that the environment names can't be used.
         """
         api = HostApi(url, token=token, user=user, password=password)
         manager = cls(api, **options)
-        manager._ending.own_api = api
+        manager._shutdown.own_api = api
         manager._listen_to(Socket(api=api))
         return manager
 
@@ -154,7 +145,7 @@ class JobManager:
     def handlers(self) -> dict[str, Any]:
         """What was given with each provider, by the provider's full name."""
         providers = dict(self._registrations.providers)
-        return {name: provider.handler for name, provider in providers.items()}
+        return {name: provider.given for name, provider in providers.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._registrations.jobs
@@ -169,50 +160,32 @@ class JobManager:
         return len(self._registrations.jobs)
 
     def get_run_kwargs(self, name: str) -> dict[str, Any]:
-        """Return what was given with a job, by the job's full name.
-
-        Raises
-        ------
-        KeyError
-            When no such job is registered here.
-        """
-        return self._registrations.jobs[name].run_kwargs
+        """Return what was given with a job, by its full name; KeyError if there is none."""
+        run_kwargs: dict[str, Any] = self._registrations.jobs[name].given
+        return run_kwargs
 
     def create_worker(self) -> UUID:
         """Make the worker, if there is none yet, and return its id.
 
-        Raises
-        ------
-        RuntimeError
-            After `disconnect`, and in a fork of the manager's process.
+        A RuntimeError after `disconnect`, and in a fork of the manager's process.
         """
         return self._registrations.create_worker()
 
     @overload
     def register(
-        self,
-        extension_class: E,
-        *,
-        room: str = ...,
-        run_kwargs: dict[str, Any] | None = ...,
-        policy: JobPolicy | None = ...,
+        self, extension_class: E, *, room: str = ..., run_kwargs: Kwargs = ..., policy: Policy = ...
     ) -> E: ...
     @overload
     def register(
-        self,
-        extension_class: None = None,
-        *,
-        room: str = ...,
-        run_kwargs: dict[str, Any] | None = ...,
-        policy: JobPolicy | None = ...,
+        self, *, room: str = ..., run_kwargs: Kwargs = ..., policy: Policy = ...
     ) -> Callable[[E], E]: ...
     def register(
         self,
         extension_class: Any = None,
         *,
         room: str = GLOBAL_ROOM,
-        run_kwargs: dict[str, Any] | None = None,
-        policy: JobPolicy | None = None,
+        run_kwargs: Kwargs = None,
+        policy: Policy = None,
     ) -> Any:
         """Offer a job; also as a decorator, with or without arguments.
 
@@ -234,16 +207,14 @@ class JobManager:
         ValueError
             When the host refuses category or name, when it or this worker knows another
             job of this name, or when the schema is no JSON.
-        TypeError
-            When the class has no category.
-        RuntimeError
-            As for `create_worker`.
+        TypeError, RuntimeError
+            When the class has no category; as for `create_worker`.
         """
         if extension_class is None:
             return partial(self.register, room=room, run_kwargs=run_kwargs, policy=policy)
         name = FullName.of(room, category_of(extension_class), extension_class.__name__)
-        job = OfferedJob(extension_class, name, run_kwargs or {}, policy or JobPolicy())
-        self._registrations.add_job(job)
+        options = (policy or JobPolicy()).model_dump(exclude_unset=True)
+        self._registrations.add(Offered("jobs", extension_class, name, run_kwargs or {}, options))
         if self._execute is not None:
             self._serve(self._execute)
         return extension_class
@@ -253,7 +224,7 @@ class JobManager:
     ) -> UUID:
         """Offer data that is read on demand, and return the provider's id.
 
-        Requests for it come over Socket.IO.
+        Requests for it come over Socket.IO. Room and errors are as for `register`.
 
         Parameters
         ----------
@@ -263,45 +234,29 @@ class JobManager:
             What it is called.
         handler : object
             Given to ``cls.read`` with each request.
-        room : str
-            Who sees it; ``@global``, for which the host wants a superuser, is everyone.
-
-        Raises
-        ------
-        ValueError, TypeError, RuntimeError
-            As for `register`.
         """
-        provider = OfferedProvider(cls, FullName.of(room, category_of(cls), name), handler)
+        full_name = FullName.of(room, category_of(cls), name)
+        options = {"content_type": cls.content_type}
+        provider = Offered("providers", cls, full_name, handler, options)
         with self._registrations.lock:
             self.create_worker()
             self._readers.start()
-            self._pulse.start()
+            self._heartbeat.start()
             self._socket.open()
-            self._registrations.add_provider(provider)
+            self._registrations.add(provider)
         assert provider.id is not None
         return provider.id
 
     def unregister_provider(self, full_name: str) -> None:
-        """Take back a provider.
-
-        Raises
-        ------
-        KeyError
-            When no such provider is registered here.
-        """
+        """Take back a provider; KeyError when no such provider is registered here."""
         self._registrations.remove_provider(full_name)
 
     # --- tasks to run, one by one ---
 
     def claim(self) -> ClaimedTask[Any] | None:
-        """Return a task to run, or None when there is none.
+        """Return a task to run, or None when there is none; errors as for `create_worker`.
 
         One that doesn't fit its job, or whose job is not registered here, is failed.
-
-        Raises
-        ------
-        RuntimeError
-            As for `create_worker`.
         """
         return self._claims.claim_one(wait=0)[0]
 
@@ -310,12 +265,7 @@ class JobManager:
     ) -> Iterator[ClaimedTask[Any]]:
         """Yield tasks to run, as they come, until `disconnect`.
 
-        Parameters
-        ----------
-        polling_interval : float
-            Seconds after which ``stop_event`` is looked at.
-        stop_event : threading.Event, optional
-            Set: there are no further tasks.
+        ``stop_event`` ends it too; it is looked at every ``polling_interval`` seconds.
         """
         stop = stop_event or threading.Event()
         wait = min(int(polling_interval), self._transport.longest_wait)
@@ -329,59 +279,35 @@ class JobManager:
 
     def start(self, task: ClaimedTask[Any]) -> None:
         """Report that a task runs; ValueError when it is not this worker's any more."""
-        self._claims.report(task, TaskStatus.RUNNING)
+        self._claims.report_or_raise(task, TaskStatus.RUNNING)
 
     def complete(self, task: ClaimedTask[Any], result: Any = None) -> None:
-        """Report that a task succeeded.
-
-        Parameters
-        ----------
-        task : ClaimedTask
-            The task.
-        result : JSON, optional
-            Kept with the task; Pydantic models and NumPy's arrays become JSON.
+        """Report that a task succeeded; Pydantic models and NumPy's arrays become JSON.
 
         Raises
         ------
         ValueError
             When the task is not this worker's any more, or the result can't be kept.
         """
-        self._claims.report(task, TaskStatus.COMPLETED, result=as_json(result))
+        self._claims.report_or_raise(task, TaskStatus.COMPLETED, result=result)
 
     def fail(self, task: ClaimedTask[Any], error: str, *, retryable: bool = True) -> None:
-        """Report that a task failed.
+        """Report that a task failed, and whether another attempt may go better.
 
-        Parameters
-        ----------
-        task : ClaimedTask
-            The task.
-        error : str
-            Why.
-        retryable : bool
-            Whether another attempt may go better.
-
-        Raises
-        ------
-        ValueError
-            When it is not this worker's any more.
+        A ValueError when it is not this worker's any more.
         """
-        self._claims.report(task, TaskStatus.FAILED, error=error, retryable=retryable)
+        self._claims.report_or_raise(task, TaskStatus.FAILED, error=error, retryable=retryable)
 
     def fail_by_id(self, task_id: str, error: str) -> None:
         """Report that a task failed, whatever its attempt.
 
-        Raises
-        ------
-        KeyError
-            When there is no such task.
-        ValueError
-            When it has ended.
+        A KeyError when there is no such task, a ValueError when it has ended.
         """
-        self._claims.report_by_id(task_id, error)
+        self._claims.fail_by_id(task_id, error)
 
     def cancel(self, task: ClaimedTask[Any]) -> None:
         """Report that nobody is to run a task; ValueError when it has ended."""
-        self._claims.report(task, TaskStatus.CANCELLED)
+        self._claims.report_or_raise(task, TaskStatus.CANCELLED)
 
     def heartbeat(self) -> None:
         """Tell the host that the worker lives, and how far its tasks are.
@@ -409,10 +335,8 @@ class JobManager:
         ----------
         extension : Extension
             The job, with the parameters of this task.
-        room : str
-            The room to submit it in.
-        job_room : str
-            The room that the job is registered in.
+        room, job_room : str
+            The room to submit it in, and the one that the job is registered in.
         priority : int
             Tasks of a higher one are claimed first.
         delay_seconds : float
@@ -430,7 +354,7 @@ class JobManager:
         """
         key = idempotency_key or uuid.uuid4().hex
         options = {"priority": priority, "delay_seconds": delay_seconds}
-        return self._submissions.submit_one(extension, room, job_room, key, options)
+        return self._submissions.submit([extension], room, job_room, key, options)[0]
 
     def submit_many(
         self,
@@ -442,25 +366,11 @@ class JobManager:
         delay_seconds: float = 0,
         idempotency_key: str | None = None,
     ) -> list[str]:
-        """Submit any number of tasks, up to a thousand in one request.
+        """Submit any number of tasks, and return their ids in the order of the extensions.
 
-        Parameters
-        ----------
-        extensions : iterable of Extension
-            The jobs, with the parameters of each task; best of one class after another.
-        room, job_room, priority, delay_seconds, idempotency_key
-            As for `submit`, for all of them.
-
-        Returns
-        -------
-        list of str
-            The tasks' ids, in the order of the extensions.
-
-        Raises
-        ------
-        KeyError, ValueError
-            As for `submit`. Of those in one request all are refused; earlier requests
-            stand.
+        Up to a thousand go into one request, best of one class after another. Arguments
+        and errors are those of `submit`, for all of them: those in one request are all
+        refused, and earlier requests stand.
         """
         key = idempotency_key or uuid.uuid4().hex
         options = {"priority": priority, "delay_seconds": delay_seconds}
@@ -469,45 +379,22 @@ class JobManager:
     def wait_for(self, task_id: str, timeout: float | None = None) -> TaskResponse:
         """Wait until a task is completed, and return it: its ``result`` among the rest.
 
-        Parameters
-        ----------
-        task_id : str
-            As `submit` returned it.
-        timeout : float, optional
-            Seconds; by default there is no limit.
+        ``timeout`` is in seconds; by default there is no limit.
 
         Raises
         ------
-        TaskFailed
-            When it ended as failed or cancelled.
-        TimeoutError
-            When it has not ended in time.
-        KeyError
-            When there is no such task.
+        TaskFailed, TimeoutError, KeyError
+            When it ended as failed or cancelled, or not in time; when there is none.
         """
-        task = self._submissions.wait_for(task_id, timeout)
-        if task.status != TaskStatus.COMPLETED:
-            raise TaskFailed(task)
-        return task
+        return self._submissions.wait_for(task_id, timeout)
 
     def wait_all(
         self, task_ids: Iterable[str], timeout: float | None = None, *, progress: bool = False
     ) -> list[TaskResponse]:
-        """Wait until all of these tasks have ended, whether well or not.
+        """Wait until all of these tasks have ended, well or not; return them in this order.
 
-        Parameters
-        ----------
-        task_ids : iterable of str
-            As `submit` returned them.
-        timeout : float, optional
-            Seconds for all of them together; by default there is no limit.
-        progress : bool
-            Show on the standard error stream how many have ended.
-
-        Returns
-        -------
-        list of TaskResponse
-            In the order of the ids; ``status`` tells which are completed.
+        ``timeout`` is in seconds, for all of them together; by default there is no limit.
+        With ``progress``, the standard error stream shows how many have ended.
 
         Raises
         ------
@@ -516,40 +403,22 @@ class JobManager:
         """
         return self._submissions.wait_all(list(task_ids), timeout, progress)
 
-    # --- threads and Socket.IO ---
+    # --- threads, Socket.IO, and the end ---
 
     def _serve(self, execute: Callable[[ClaimedTask[Any]], Any]) -> None:
         with self._registrations.lock:
-            if self._ending.hands is None and not self._life.stopping.is_set():
-                self._pulse.start()
+            if self._shutdown.hands is None and not self._life.stopping.is_set():
+                self._heartbeat.start()
                 self._socket.open()
-                self._ending.hands = Hands(
-                    self._claims, self._pulse, execute, self.concurrency, self.polling_interval
+                self._shutdown.hands = Hands(
+                    self._claims, self._heartbeat, execute, self.concurrency, self.polling_interval
                 )
 
     def _listen_to(self, socket: Socket) -> None:
-        self._socket = self._own_socket = self._registrations.socket = socket
-        socket.on("connect", self._on_connect)
-        for event, handler in (
-            (TaskAvailable, self._on_task_available),
-            (TaskStatusEvent, self._on_task_status),
-            (ProviderRequest, self._readers.request),
-        ):
-            socket.on(event.event_name, handler)
-
-    def _on_connect(self) -> None:
-        if self.worker_id is not None:
-            self._registrations.join_rooms()
-
-    def _on_task_available(self, data: dict[str, Any]) -> None:
-        if data.get("job_name") in self:
-            self._life.wake.set()
-
-    def _on_task_status(self, data: dict[str, Any]) -> None:
-        if data.get("status") == TaskStatus.CANCELLED:
-            self._held.end(data["id"], data.get("attempt"))
-
-    # --- the end ---
+        self._socket = self._own_socket = socket
+        self._registrations.listen_to(socket)
+        socket.on(TaskStatusEvent.event_name, self._held.on_status)
+        socket.on(ProviderRequest.event_name, self._readers.request)
 
     def wait(self) -> None:
         """Serve until `disconnect`, or in the main thread until SIGINT or SIGTERM.
@@ -559,14 +428,12 @@ class JobManager:
 
         Raises
         ------
-        ConnectionError
-            When the host was away for longer than ``max_unreachable_seconds``.
-        PermissionError
-            When the host refuses who asks.
+        ConnectionError, PermissionError
+            When the host was away for ``max_unreachable_seconds``; when it refuses who asks.
         """
         if self._execute is None and len(self):
             self._serve(run_extension)
-        self._ending.wait()
+        self._shutdown.wait()
 
     def disconnect(self) -> None:
         """End the worker: let tasks finish, delete it, and end its threads.
@@ -574,17 +441,10 @@ class JobManager:
         Running tasks get ``grace_seconds``, claimed ones are handed back. Any thread
         may call it, any number of times; it returns when all is done.
         """
-        self._ending.begin()
+        self._shutdown.begin()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.disconnect()
-
-
-def run_extension(task: ClaimedTask[Any]) -> Any:
-    """Run a task's extension, given ``task`` if it asks for it by this name."""
-    run = task.extension.run
-    asked = {"task": task} if "task" in inspect.signature(run).parameters else {}
-    return run(None, **asked, **task.run_kwargs)

@@ -1,139 +1,99 @@
-"""What a worker claims and reports, and that it lives."""
+"""What a worker claims, holds and reports of tasks, and the heartbeat that keeps them."""
 
 import json
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
-from zndraw_joblib.client_answers import Answer, SlowDown, has_waited
-from zndraw_joblib.client_registrations import Life, Registrations
-from zndraw_joblib.client_tasks import ClaimedTask
-from zndraw_joblib.client_transport import CONNECT_SECONDS, SafeLogger, Transport, path, prefer
-from zndraw_joblib.exceptions import describe, storable
-from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
+from pydantic import BaseModel, Field
 
-log = SafeLogger(logging.getLogger(__name__))
+from zndraw_joblib.client_transport import (
+    CONNECT_SECONDS,
+    Answer,
+    SlowDown,
+    Transport,
+    Unreachable,
+    path,
+    prefer,
+)
+from zndraw_joblib.client_worker import Life, Registrations
+from zndraw_joblib.exceptions import describe, storable
+from zndraw_joblib.extension import ClaimedTask, as_json
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
+from zndraw_joblib.telemetry import SafeLogger
 
 # what a host says of a result that it won't keep
 REFUSED = frozenset({400, 413, 422})
-# a batch that can't be told is told one by one
 BATCH_RETRIES = 2
 LAST_RETRIES = 3
+PAUSE_AFTER_ERROR_SECONDS = 5.0
+# with tasks at hand: how long a cancel takes to arrive where no websocket brings it
+BUSY_BEAT_SECONDS = 0.5
+
+log = SafeLogger(logging.getLogger(__name__))
+
+Report = dict[str, Any]
 
 
-class TaskOffer(NamedTuple):
+class TaskOffer(BaseModel):
     """A claimed task as the host handed it out: no more of it than is needed.
 
     What else a later host says of a task, a worker need not understand.
     """
 
-    task_id: str
+    task_id: str = Field(alias="id")
     job_name: str
     room_id: str
     payload: dict[str, Any]
-    running: bool
-    attempt: int | None
-    traceparent: str | None
+    status: str
+    # a host that doesn't count attempts doesn't send them
+    attempt: int | None = None
+    traceparent: str | None = None
 
 
 def read_offers(body: dict[str, Any]) -> list[TaskOffer]:
     """Return the tasks of a claim's answer; raise whatever if it isn't one."""
-    found = body.get("tasks") or [body["task"]]
-    return [
-        TaskOffer(
-            str(task["id"]),
-            str(task["job_name"]),
-            str(task["room_id"]),
-            dict(task["payload"]),
-            task["status"] == TaskStatus.RUNNING,
-            # a host that doesn't count attempts doesn't send them
-            None if task.get("attempt") is None else int(task["attempt"]),
-            task.get("traceparent"),
-        )
-        for task in found
-        if task
-    ]
+    tasks = body.get("tasks") or [body["task"]]
+    return [TaskOffer.model_validate(task) for task in tasks if task]
 
 
-class Report(NamedTuple):
-    """What is reported of a task.
-
-    Attributes
-    ----------
-    task_id : str
-        The task.
-    status : TaskStatus
-        What becomes of it.
-    attempt : int or None
-        The attempt that it is reported of; None where the host doesn't count them.
-    error : str or None
-        Why it failed.
-    retryable : bool
-        Whether another attempt may go better.
-    result : JSON
-        What it brought.
-    """
-
-    task_id: str
-    status: TaskStatus
-    attempt: int | None = None
-    error: str | None = None
-    retryable: bool = True
-    result: Any = None
-
-    def content(self) -> dict[str, Any]:
-        """Return the body of the request; what is not asked for is not said."""
-        body: dict[str, Any] = {"status": self.status.value}
-        if self.attempt is not None:
-            body["attempt"] = self.attempt
-        if self.error is not None:
-            body["error"] = storable(self.error)
-        if not self.retryable:
-            body["retryable"] = False
-        if self.result is not None:
-            body["result"] = self.result
-        return body
-
-    def as_failure(self, error: str) -> "Report":
-        """Return the report of a failure that no further attempt will mend."""
-        return Report(self.task_id, TaskStatus.FAILED, self.attempt, error, retryable=False)
-
-    def is_answered_by(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the task of an answer to this report; raise if it is another one."""
-        if str(body["id"]) != self.task_id or not isinstance(body["status"], str):
-            raise ValueError("it tells of another task")
-        return body
+def report_of(
+    task: TaskOffer | ClaimedTask[Any],
+    status: TaskStatus,
+    *,
+    error: str | None = None,
+    retryable: bool = True,
+    result: Any = None,
+) -> Report:
+    """Return what is to be reported of a task."""
+    report = {
+        "id": task.task_id,
+        "attempt": task.attempt,
+        "status": status.value,
+        "error": None if error is None else storable(error),
+        "retryable": None if retryable else False,
+        "result": result,
+    }
+    # what is not asked for is left out: an older host does not know it
+    return {word: value for word, value in report.items() if value is not None}
 
 
-def batches(reports: list[Report], most: int, size: int) -> Iterator[list[Report]]:
-    """Yield reports that go into one request each: ``most`` of them, ``size`` bytes."""
-    batch: list[Report] = []
-    used = 0
-    for report in reports:
-        more = len(json.dumps(report.content()))
-        if batch and (used + more > size or len(batch) == most):
-            yield batch
-            batch, used = [], 0
-        batch.append(report)
-        used += more
-    if batch:
-        yield batch
+def failure_of(report: Report, error: str) -> Report:
+    """Return the report of a failure that no further attempt will mend, instead of another."""
+    failure = {"status": TaskStatus.FAILED.value, "error": storable(error), "retryable": False}
+    return {word: report[word] for word in ("id", "attempt") if word in report} | failure
 
 
 class HeldTasks:
-    """The tasks in this process's hands, by id, for any thread."""
+    """The tasks that this process runs, by id, for any thread."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, ClaimedTask[Any]] = {}
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._tasks)
 
     def add(self, task: ClaimedTask[Any]) -> None:
         """Hold a task; an earlier attempt of it is over."""
@@ -149,12 +109,12 @@ class HeldTasks:
             if self._tasks.get(task.task_id) is task:
                 del self._tasks[task.task_id]
 
-    def end(self, task_id: str, attempt: int | None) -> None:
-        """Stop a task that the host ended, unless another attempt than this is meant."""
-        with self._lock:
-            task = self._tasks.get(task_id)
-        if task is not None and attempt in (None, task.attempt):
-            task.end()
+    def on_status(self, data: dict[str, Any]) -> None:
+        """Stop a task that was cancelled, unless another attempt than this was."""
+        if data.get("status") == TaskStatus.CANCELLED:
+            for task in self.all():
+                if task.task_id == data["id"] and data.get("attempt") in (None, task.attempt):
+                    task.end()
 
     def end_all(self) -> None:
         """Stop all tasks: the host has ended them with their worker."""
@@ -200,10 +160,9 @@ class Claims:
                 stop=stop,
             )
 
-        asked = time.monotonic()
         answer = self.registrations.as_worker(ask)
         self._key = uuid.uuid4().hex
-        return answer.value, has_waited(answer, asked)
+        return answer.value, answer.waited
 
     def claim_one(self, wait: int) -> tuple[ClaimedTask[Any] | None, bool]:
         """Return a task that can be run, if there is one, and whether the host waited."""
@@ -216,26 +175,22 @@ class Claims:
     def accept(self, offer: TaskOffer) -> ClaimedTask[Any] | None:
         """Hold a task, or fail it when it is nothing that this worker runs."""
         job = self.registrations.jobs.get(offer.job_name)
+        if job is None:
+            self._refuse(offer, f"this worker does not serve {offer.job_name}")
+            return None
         try:
-            if job is None:
-                raise LookupError
             # as JSON, which it was: to strict fields that is another thing than Python
             extension = job.cls.model_validate_json(json.dumps(offer.payload))
         except BaseException as exc:
             # whatever a validator does, even SystemExit, ends this task alone
-            error = describe(exc)
-            if job is None:
-                error = f"this worker does not serve {offer.job_name}"
-            report = Report(offer.task_id, TaskStatus.FAILED, offer.attempt)
-            self.tell(report.as_failure(error))
-            log.error("task %s can't be run: %s", offer.task_id, error)
+            self._refuse(offer, describe(exc))
             return None
         task = ClaimedTask(
             offer.task_id,
             offer.job_name,
             offer.room_id,
             extension,
-            job.run_kwargs,
+            job.given,
             attempt=offer.attempt,
             traceparent=offer.traceparent,
         )
@@ -243,12 +198,15 @@ class Claims:
         self.note("claimed", task)
         return task
 
+    def _refuse(self, offer: TaskOffer, error: str) -> None:
+        self.report(report_of(offer, TaskStatus.FAILED, error=error, retryable=False))
+        log.error("task %s can't be run: %s", offer.task_id, error)
+
     def hand_back(self, offer: TaskOffer) -> None:
         """Let another worker have a task that was not begun."""
         if offer.attempt is not None:
-            report = Report(offer.task_id, TaskStatus.PENDING, offer.attempt)
             try:
-                self._report(report, retries=LAST_RETRIES)
+                self._send(report_of(offer, TaskStatus.PENDING), retries=LAST_RETRIES)
             except Exception as exc:
                 log.warning("could not hand back task %s: %s", offer.task_id, exc)
 
@@ -264,108 +222,137 @@ class Claims:
         }
         log.info("task %s of %s %s", task.task_id, task.job_name, event, extra=fields)
 
-    def report(self, task: ClaimedTask[Any], status: TaskStatus, **fields: Any) -> None:
+    def report_or_raise(
+        self, task: ClaimedTask[Any], status: TaskStatus, *, result: Any = None, **fields: Any
+    ) -> None:
         """Report of a task that the program runs by itself; raise if it is refused."""
-        answer = self._report(Report(task.task_id, status, task.attempt, **fields))
+        answer = self._send(report_of(task, status, result=as_json(result), **fields))
         if answer.status in (404, 409):
             task.end()
         if task.ended or (status in TERMINAL and answer.problem is None):
             self.held.discard(task)
         self.transport.value(answer)
 
-    def report_by_id(self, task_id: str, error: str) -> None:
+    def fail_by_id(self, task_id: str, error: str) -> None:
         """Report that a task failed, whatever its attempt; raise if it is refused."""
-        report = Report(task_id, TaskStatus.FAILED, error=error)
-        self.transport.value(self._report(report))
+        report = {"id": task_id, "status": TaskStatus.FAILED.value, "error": storable(error)}
+        self.transport.value(self._send(report))
 
-    def tell(self, report: Report) -> bool:
-        """Report, and return whether the host agreed; it is told in any case.
+    def report(self, report: Report) -> bool:
+        """Report as long as there is hope, and return whether the host agreed.
 
         What the host won't keep is reported as a failure. If nothing gets through, the
         worker gives up: with it, the host ends its tasks.
         """
         try:
-            answer = self._report(report)
+            answer = self._send(report)
         except SlowDown:
-            return not self.life.hopeless.is_set() and self.tell(report)
+            return not self.life.aborting.is_set() and self.report(report)
         except Exception as exc:
-            if not self.life.hopeless.is_set():
+            if not self.life.aborting.is_set():
                 self._give_up(report, exc)
-            log.error("task %s: could not report: %s", report.task_id, exc)
+            log.error("task %s: could not report: %s", report["id"], exc)
             return False
         if answer.problem is None:
             return True
-        if report.status is TaskStatus.COMPLETED and answer.status in REFUSED:
+        if report["status"] == TaskStatus.COMPLETED and answer.status in REFUSED:
             # without another report it would count as running for ever
-            self.tell(report.as_failure(f"the host refused the result: {answer.reason}"))
-        log.warning("task %s: %s was refused: %s", report.task_id, report.status, answer.reason)
+            self.report(failure_of(report, f"the host refused the result: {answer.reason}"))
+        log.warning("task %s: %s was refused: %s", report["id"], report["status"], answer.reason)
         return False
 
-    def tell_together(self, reports: list[Report]) -> list[Report]:
-        """Report in one request; return those that have to be told one by one."""
-        body = [{"id": report.task_id, **report.content()} for report in reports]
+    @property
+    def max_reports(self) -> int:
+        """How many reports the host takes in one request, as far as that is known."""
+        try:
+            return self.transport.limits(retries=0).max_reports
+        except Exception:
+            return 1
 
-        def read(answer: dict[str, Any]) -> dict[str, int]:
-            found = {str(o["id"]): int(o["status"]) for o in answer["outcomes"]}
-            return {report.task_id: found[report.task_id] for report in reports}
+    def report_together(self, reports: dict[str, bytes]) -> set[str]:
+        """Report in one request; return the ids of those with which the host agreed."""
+
+        def read(answer: dict[str, Any]) -> set[str]:
+            outcomes = {str(o["id"]): int(o["status"]) for o in answer["outcomes"]}
+            return {task_id for task_id in reports if outcomes[task_id] < 300}
 
         try:
             answer = self.transport.send(
                 "patch",
                 path("tasks"),
                 read=read,
-                optional=True,
-                json={"reports": body},
+                content=b'{"reports":[%s]}' % b",".join(reports.values()),
+                headers={"Content-Type": "application/json"},
                 retries=BATCH_RETRIES,
-                stop=self.life.hopeless,
+                stop=self.life.aborting,
             )
         except Exception as exc:
             log.warning("could not report %s tasks together: %s", len(reports), exc)
-            return reports
-        if answer.problem is not None:
-            # one of them may be what the host won't take, if it takes so many at all
-            return reports
-        # who is refused is told why, and may have something else to report
-        return [r for r in reports if answer.value[r.task_id] >= 300]
+            return set()
+        # of a problem any of them may be the cause; alone, that one is refused
+        return answer.value or set()
 
-    def _report(self, report: Report, retries: float | None = None) -> Answer:
+    def _send(self, report: Report, **options: Any) -> Answer:
+        def read(body: dict[str, Any]) -> None:
+            if str(body["id"]) != report["id"] or not isinstance(body["status"], str):
+                raise ValueError("it is about another task")
+
         return self.transport.send(
             "patch",
-            path("tasks", report.task_id),
-            read=report.is_answered_by,
-            json=report.content(),
-            retries=retries,
-            stop=self.life.hopeless,
+            path("tasks", report["id"]),
+            read=read,
+            json={word: value for word, value in report.items() if word != "id"},
+            stop=self.life.aborting,
+            **options,
         )
 
     def _give_up(self, report: Report, exc: Exception) -> None:
-        if report.result is not None:
+        try:
+            if "result" not in report:
+                raise exc
             # what is in between may let a smaller one through
             error = f"the result could not be reported: {exc}"
-            try:
-                self._report(report.as_failure(error), retries=LAST_RETRIES)
-            except Exception:
-                self.life.give_up(exc)
-        else:
+            self._send(failure_of(report, error), retries=LAST_RETRIES)
+        except Exception:
             self.life.give_up(exc)
 
 
 @dataclass
 class Heartbeat:
-    """What tells the host that the worker lives, and how far its tasks are."""
+    """The thread that shows the host that the worker lives, and how far its tasks are."""
 
-    transport: Transport
-    registrations: Registrations
-    held: HeldTasks
+    claims: Claims
+    interval: float
     draining: bool = False
-    host_counts_attempts: bool = True
+    _host_counts_attempts: bool = True
+    _started: bool = False
+    _due: threading.Event = field(default_factory=threading.Event)
+    _put_again_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._life = self.claims.life
+
+    def start(self) -> None:
+        """Begin, if it has not begun."""
+        if not self._started:
+            self._started = True
+            self._life.start("heartbeat", self._run)
+
+    def hurry(self) -> None:
+        """Have the next heartbeat soon: there is a task to ask about."""
+        if self._host_counts_attempts:
+            self._due.set()
+
+    def close(self) -> None:
+        """Send no more of them, after ``aborting`` was set."""
+        self._due.set()
 
     def send(self, **options: Any) -> bool:
-        """Send a sign of life; return whether the host has lost registrations."""
-        offered = self.registrations.counted()
+        """Send a heartbeat; return whether the host has lost registrations."""
+        before = self.claims.registrations.counts()
         # hosts that count no attempts have no use for the tasks in a heartbeat
-        tasks = [task for task in self.held.all() if task.attempt is not None]
-        most = self.transport.limits.max_heartbeat_tasks if len(tasks) > 1 else 1
+        tasks = [task for task in self.claims.held.all() if task.attempt is not None]
+        most = self.claims.transport.limits(**options).max_heartbeat_tasks if len(tasks) > 1 else 1
         for first in range(0, len(tasks) or 1, most):
             some = tasks[first : first + most]
             answer = self._send(some, options)
@@ -374,35 +361,66 @@ class Heartbeat:
             for task in some:
                 if task.task_id in stop:
                     task.end()
-        for task in self.held.all():
+        for task in self.claims.held.all():
             if task.ended:
-                # there is nothing more to tell or to learn
-                self.held.discard(task)
-        self.host_counts_attempts = "cancelled" in answer
+                # there is nothing more to report or to learn
+                self.claims.held.discard(task)
+        self._host_counts_attempts = "cancelled" in answer
         self.draining = answer.get("desired_state") == WorkerState.DRAINING
         # only what was offered all the time that the heartbeat was under way
-        certain = map(min, offered, self.registrations.counted())
-        known = (answer.get("jobs"), answer.get("providers"))
+        after = self.claims.registrations.counts()
         return any(
-            isinstance(told, int) and told < number
-            for told, number in zip(known, certain, strict=True)
+            isinstance(answer.get(kind), int) and answer[kind] < min(before[kind], after[kind])
+            for kind in before
         )
 
     def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
-        content: dict[str, Any] = {}
+        entries = [{"id": t.task_id, "attempt": t.attempt, **t.unsent_progress()} for t in tasks]
         if tasks:
-            told = [{"id": t.task_id, "attempt": t.attempt, **t.unsent_progress()} for t in tasks]
-            content = {"json": {"tasks": told}}
+            options = {"json": {"tasks": entries}, **options}
 
         def ask(worker_id: UUID) -> Answer:
             def read(body: dict[str, Any]) -> dict[str, Any]:
                 if UUID(body["id"]) != worker_id:
-                    raise ValueError("it tells of another worker")
+                    raise ValueError("it is about another worker")
                 return body
 
-            return self.transport.send(
-                "patch", path("workers", worker_id), read=read, **content, **options
+            return self.claims.transport.send(
+                "patch", path("workers", worker_id), read=read, **options
             )
 
-        answer: dict[str, Any] = self.registrations.as_worker(ask).value
+        answer: dict[str, Any] = self.claims.registrations.as_worker(ask).value
         return answer
+
+    def _run(self) -> None:
+        pause = self.interval
+        while not self._life.aborting.is_set():
+            if self._due.wait(pause):
+                self._due.clear()
+                self._life.stopping.wait(min(BUSY_BEAT_SECONDS, self.interval))
+            if self._life.aborting.is_set():
+                return
+            try:
+                pause = self._beat()
+            except BaseException:
+                log.exception("no heartbeat")
+                pause = min(PAUSE_AFTER_ERROR_SECONDS, self.interval)
+
+    def _beat(self) -> float:
+        try:
+            lost = self.send(stop=self._life.aborting)
+            now = time.monotonic()
+            if lost and now - self._put_again_at > self.interval / 2:
+                # not more often: the host may have reasons of its own
+                self._put_again_at = now
+                self.claims.registrations.put_again()
+        except SlowDown:
+            return self.interval
+        except (Unreachable, PermissionError) as exc:
+            if not self._life.aborting.is_set():
+                # the worker may have been deleted under this heartbeat
+                self._life.give_up(exc)
+            return self.interval
+        # of a host that doesn't count attempts a heartbeat learns nothing of tasks
+        busy = self._host_counts_attempts and self.claims.held.all()
+        return min(BUSY_BEAT_SECONDS, self.interval) if busy else self.interval

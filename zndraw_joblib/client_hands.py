@@ -1,128 +1,124 @@
-"""The threads of a worker's process; all of them die with it."""
+"""The threads of a worker's process, and its end: all of them die with it."""
 
+import inspect
+import json
 import logging
-import queue
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from zndraw_joblib import telemetry
-from zndraw_joblib.client_answers import SlowDown, Unreachable
-from zndraw_joblib.client_claims import Claims, Heartbeat, Report, TaskOffer, batches
-from zndraw_joblib.client_readers import Pool
-from zndraw_joblib.client_registrations import Life
-from zndraw_joblib.client_tasks import ClaimedTask, TaskCancelled
-from zndraw_joblib.client_transport import SafeLogger
+from zndraw_joblib import provider, telemetry
+from zndraw_joblib.client_claims import (
+    LAST_RETRIES,
+    Claims,
+    Heartbeat,
+    Report,
+    TaskOffer,
+    report_of,
+)
+from zndraw_joblib.client_transport import SlowDown, Transport, Unreachable, path
+from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_worker import Life, Offered, Pool, Registrations
 from zndraw_joblib.exceptions import describe
-from zndraw_joblib.extension import as_json
-from zndraw_joblib.lifecycle import TaskStatus
+from zndraw_joblib.extension import ClaimedTask, TaskCancelled, as_json
+from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 
-log = SafeLogger(logging.getLogger(__name__))
-
-PAUSE_AFTER_ERROR_SECONDS = 5.0
-# with tasks at hand: how long a cancel takes to arrive where no websocket brings it
-BUSY_BEAT_SECONDS = 0.5
+# a larger report goes by itself: a host takes 32 of them, and a mebibyte
+BATCHED_REPORT_BYTES = 8 * 1024
 # how long what is reported together may follow each other
-MOMENT_SECONDS = 0.005
+MOMENT_SECONDS = 0.002
 # how long a claim may still be answered when the worker leaves; what it brings later
 # can't be handed back, and ends with the worker
 LAST_CLAIM_SECONDS = 1.0
-# beyond this, results go by themselves: a host takes a mebibyte, if it is left as it is
-BATCH_BYTES = 256 * 1024
+LAST_THREAD_SECONDS = 2.0
+LAST_REQUEST_SECONDS = 5.0
+AT_ONCE_SECONDS = 1.0
+PROVIDER_THREADS = 4
+ANSWER_RETRIES = 3
+
+log = telemetry.SafeLogger(logging.getLogger(__name__))
 
 
-class End(NamedTuple):
-    """A task that is over, and what is to be reported of it, if anything."""
+@dataclass
+class Ended:
+    """A task that is over, what is reported of it, and whether the host agreed."""
 
     task_id: str
-    task: ClaimedTask[Any] | None = None
-    report: Report | None = None
+    report: bytes
+    agreed: bool | None = None
 
 
+@dataclass
 class Hands:
-    """The claim thread asks for as many tasks as there are free hands; task threads
-    start, execute and report them, together if they end at the same moment."""
+    """The claim thread asks for as many tasks as there are free hands; task threads start,
+    execute and report them, together if they end at the same moment."""
 
-    def __init__(
-        self,
-        claims: Claims,
-        pulse: "Pulse",
-        execute: Callable[[ClaimedTask[Any]], Any],
-        concurrency: int,
-        polling_interval: float,
-    ) -> None:
-        self._claims = claims
-        self._pulse = pulse
-        self._life = claims.life
-        self._execute = execute
-        self._concurrency = concurrency
-        self._polling_interval = polling_interval
-        self._slots = threading.Semaphore(concurrency)
-        #: claimed tasks whose end was not told yet, begun or not
-        self._in_hand: set[str] = set()
-        self._ends: queue.SimpleQueue[End | None] = queue.SimpleQueue()
-        self._pool = Pool(concurrency, "zndraw-task")
-        self._reporter = threading.Thread(target=self._report, name="zndraw-report", daemon=True)
-        self._claimer = threading.Thread(target=self._claim, name="zndraw-claim", daemon=True)
-        self._reporter.start()
-        self._claimer.start()
+    claims: Claims
+    heartbeat: Heartbeat
+    execute: Callable[[ClaimedTask[Any]], Any]
+    concurrency: int
+    polling_interval: float
+    #: tasks that were claimed and whose end was not reported yet
+    _busy: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _ended: deque[Ended] = field(default_factory=deque)
+    _reporting: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def threads(self) -> list[threading.Thread]:
-        """All of them."""
-        return [self._claimer, self._reporter, *self._pool.threads]
+    def __post_init__(self) -> None:
+        self._life = self.claims.life
+        # from their claim on, tasks run; with one hand the worker asks once more before it
+        # begins: a cancel may have come
+        self._starts = self.concurrency > 1
+        self._pool = Pool(self._life, self.concurrency, "task")
+        self._claimer = self._life.start("claim", self._claim_all)
 
     def finish(self, deadline: float) -> bool:
-        """Take no more tasks, and let those at hand end; tell whether they did.
-
-        Parameters
-        ----------
-        deadline : float
-            In the seconds of `time.monotonic`.
-        """
-        self._slots.release()
-        left = deadline - time.monotonic()
-        self._claimer.join(max(0.0, min(left, LAST_CLAIM_SECONDS)))
-        while self._in_hand and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return not self._in_hand
+        """Let tasks at hand end, until `time.monotonic` says so; return whether they did."""
+        self._free(0)
+        self._claimer.join(max(0.0, min(deadline - time.monotonic(), LAST_CLAIM_SECONDS)))
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._busy == 0, max(0.0, deadline - time.monotonic())
+            )
 
     def close(self) -> None:
         """Let the threads end."""
-        self._slots.release()
+        self._free(0)
         self._pool.close()
-        self._ends.put(None)
 
     # --- claiming ---
 
-    def _claim(self) -> None:
+    def _claim_all(self) -> None:
         try:
             while not self._life.stopping.is_set():
-                self._claim_once()
+                self._claim()
         except BaseException as exc:
             self._life.give_up(exc)
 
-    def _claim_once(self) -> None:
-        free = self._wait_for_slots()
+    def _claim(self) -> None:
+        free = self._wait_for_free_hands()
         offers: list[TaskOffer] = []
         waited = False
-        # before the look at what ends the loop: who sets that, wakes it afterwards
+        # before what ends the loop is read: who sets that, wakes it afterwards
         self._life.wake.clear()
-        if self._life.stopping.is_set():
+        stop = self._life.stopping
+        if stop.is_set():
             return
         try:
-            if not self._pulse.heartbeat.draining:
-                offers, waited = self._claims.claim(
-                    free,
-                    self._claims.transport.longest_wait,
-                    start=self._starts,
-                    stop=self._life.stopping,
-                )
+            if not self.heartbeat.draining:
+                if free > 1:
+                    free = min(free, self.claims.transport.limits(stop=stop).max_claim)
+                wait = self.claims.transport.longest_wait
+                offers, waited = self.claims.claim(free, wait, start=self._starts, stop=stop)
         except Exception as exc:
-            if self._life.stopping.is_set():
+            if stop.is_set():
                 if isinstance(exc, Unreachable):
                     self._hand_back_unread(free)
                 return
@@ -130,212 +126,311 @@ class Hands:
                 if isinstance(exc, Unreachable | PermissionError):
                     raise
                 log.exception("could not claim")
-        # before one of them ends, which may be at once: it is told with the others
-        self._in_hand.update(offer.task_id for offer in offers)
+        with self._changed:
+            self._busy += len(offers)
         for offer in offers:
             self._pool.submit(partial(self._run, offer))
-        for _ in range(free - len(offers)):
-            self._slots.release()
         if not offers and not waited:
-            self._life.wake.wait(self._polling_interval)
+            self._life.wake.wait(self.polling_interval)
 
-    @property
-    def _starts(self) -> bool:
-        """Whether tasks run from their claim on.
-
-        A worker of one hand asks once more before it begins: a cancel may have come.
-        """
-        return self._concurrency > 1
-
-    def _wait_for_slots(self) -> int:
-        most = self._claims.transport.limits.max_claim if self._starts else 1
-        self._slots.acquire()
-        free = 1
-        while free < most and self._slots.acquire(blocking=False):
-            free += 1
-        return free
+    def _wait_for_free_hands(self) -> int:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._busy < self.concurrency or self._life.stopping.is_set()
+            )
+            return self.concurrency - self._busy
 
     def _hand_back_unread(self, limit: int) -> None:
         """Hand back what the last claim brought, if its answer got lost."""
+        stop = self._life.stopping
         try:
-            offers, _ = self._claims.claim(
-                limit, wait=0, start=self._starts, stop=self._life.stopping
-            )
+            offers, _ = self.claims.claim(limit, wait=0, start=self._starts, stop=stop)
         except Exception as exc:
             log.debug("the last claim stays without an answer: %s", exc)
             return
         for offer in offers:
-            self._claims.hand_back(offer)
+            self.claims.hand_back(offer)
 
     # --- running ---
 
     def _run(self, offer: TaskOffer) -> None:
         task = report = None
+        reported = False
         try:
             if self._life.stopping.is_set():
-                self._claims.hand_back(offer)
-            elif (task := self._claims.accept(offer)) is not None:
-                self._pulse.hurry()
-                report = self._perform(task, offer.running)
+                self.claims.hand_back(offer)
+            elif (task := self.claims.accept(offer)) is not None:
+                self.heartbeat.hurry()
+                report = self._perform(task, offer.status == TaskStatus.RUNNING)
         except BaseException as exc:
-            report = Report(offer.task_id, TaskStatus.FAILED, offer.attempt, error=describe(exc))
-        end = End(offer.task_id, task, report)
-        if report is None:
-            self._free([end])
-        elif self._starts:
-            self._ends.put(end)
-        else:
-            self._tell(end)
+            report = report_of(offer, TaskStatus.FAILED, error=describe(exc))
+        try:
+            if report is not None:
+                reported = self._report_together(report)
+                if not reported:
+                    self.claims.report(report)
+        finally:
+            if task is not None:
+                self.claims.held.discard(task)
+            if not reported:
+                self._free(1)
 
     def _perform(self, task: ClaimedTask[Any], running: bool) -> Report | None:
         """Start a task, execute it, and return what is to be reported of its end."""
         # a claim may have started it
-        if not running:
-            start = Report(task.task_id, TaskStatus.RUNNING, task.attempt)
-            if not self._claims.tell(start):
-                self._claims.note("lost", task)
-                return None
-        self._claims.note("started", task)
-        ends: list[Report | None] = []
+        if not running and not self.claims.report(report_of(task, TaskStatus.RUNNING)):
+            self.claims.note("lost", task)
+            return None
+        self.claims.note("started", task)
+        report: Report | None
         try:
             with telemetry.continuing({"traceparent": task.traceparent or ""}):
-                self._execute_into(ends, task)
-        except BaseException as exc:
-            if not ends:
-                raise
-            # with its traceback; SystemExit and the like end the task, not the thread
-            if not isinstance(exc, TaskCancelled):
-                log.exception("task %s of %s failed", task.task_id, task.job_name)
-        return ends[0]
-
-    def _execute_into(self, ends: list[Report | None], task: ClaimedTask[Any]) -> None:
-        """Execute a task, and append what is to be reported before anything is raised."""
-        report = partial(Report, task.task_id, attempt=task.attempt)
-        try:
-            result = as_json(self._execute(task))
+                result = as_json(self.execute(task))
         except TaskCancelled:
             # the host knows what it has ended; a task that ends itself has to say so
-            ends.append(None if task.ended else report(status=TaskStatus.CANCELLED))
-            self._claims.note("cancelled", task)
-            raise
+            report = None if task.ended else report_of(task, TaskStatus.CANCELLED)
+            self.claims.note("cancelled", task)
         except BaseException as exc:
-            ends.append(report(status=TaskStatus.FAILED, error=describe(exc)))
-            self._claims.note("failed", task)
-            raise
-        ends.append(report(status=TaskStatus.COMPLETED, result=result))
-        self._claims.note("completed", task)
+            # SystemExit and the like end the task, not the thread
+            report = report_of(task, TaskStatus.FAILED, error=describe(exc))
+            self.claims.note("failed", task)
+            log.exception("task %s of %s failed", task.task_id, task.job_name)
+        else:
+            report = report_of(task, TaskStatus.COMPLETED, result=result)
+            self.claims.note("completed", task)
+        return report
 
     # --- reporting ---
 
-    def _report(self) -> None:
-        most = self._claims.transport.limits.max_reports if self._starts else 1
-        over = False
-        while not over and (end := self._ends.get()) is not None:
-            ends = [end]
-            while len(ends) < min(most, len(self._in_hand)):
-                try:
-                    more = self._ends.get(timeout=MOMENT_SECONDS)
-                except queue.Empty:
-                    break
-                if more is None:
-                    over = True
-                    break
-                ends.append(more)
-            self._tell_all(ends, most)
+    def _report_together(self, report: Report) -> bool:
+        """Report with what ends at the same moment; return whether that freed the hand.
 
-    def _tell_all(self, ends: list[End], most: int) -> None:
-        alone = {end.task_id for end in ends}
-        try:
-            reports = [end.report for end in ends if end.report is not None]
-            for batch in batches(reports, most, BATCH_BYTES):
-                if len(batch) > 1:
-                    left = self._claims.tell_together(batch)
-                    alone -= {r.task_id for r in batch} - {r.task_id for r in left}
-        except BaseException:
-            log.exception("unexpected")
+        Whoever comes first reports for all, and whoever waits here meanwhile is among
+        the next.
+        """
+        ended = Ended(report["id"], json.dumps(report, ensure_ascii=False).encode())
+        if self.concurrency == 1 or len(ended.report) > BATCHED_REPORT_BYTES:
+            return False
+        self._ended.append(ended)
+        with self._reporting:
+            while ended.agreed is None:
+                self._report_batch()
+        return ended.agreed
+
+    def _report_batch(self) -> None:
+        most = self.claims.max_reports
+        known = 0
+        while known < len(self._ended) < min(most, self._busy):
+            known = len(self._ended)
+            time.sleep(MOMENT_SECONDS)
+        batch = [self._ended.popleft() for _ in range(min(most, len(self._ended)))]
+        agreed = set()
+        if len(batch) > 1:
+            agreed = self.claims.report_together({e.task_id: e.report for e in batch})
+        for ended in batch:
+            ended.agreed = ended.task_id in agreed
         # all at once: so the next claim asks for as many
-        self._free([end for end in ends if end.task_id not in alone])
-        for end in ends:
-            if end.task_id in alone:
-                # its hand is still taken, so that there is a thread
-                self._pool.submit(partial(self._tell, end))
+        self._free(len(agreed))
 
-    def _tell(self, end: End) -> None:
-        try:
-            if end.report is not None:
-                self._claims.tell(end.report)
-        finally:
-            self._free([end])
-
-    def _free(self, ends: list[End]) -> None:
-        for end in ends:
-            if end.task is not None:
-                self._claims.held.discard(end.task)
-            self._in_hand.discard(end.task_id)
-        if ends:
-            # the hand is free when the host knows
-            self._slots.release(len(ends))
+    def _free(self, number: int) -> None:
+        # a hand is free when the host knows
+        with self._changed:
+            self._busy -= number
+            self._changed.notify_all()
 
 
 @dataclass
-class Pulse:
-    """The heartbeat thread: tells that the worker lives, and what to stop."""
+class Readers:
+    """Threads that read from providers for who asks over Socket.IO."""
 
-    heartbeat: Heartbeat
+    transport: Transport
+    registrations: Registrations
     life: Life
-    interval: float
-    threads: list[threading.Thread] = field(default_factory=list)
-    _due: threading.Event = field(default_factory=threading.Event)
-    _over: bool = False
-    _checked: float = 0.0
+    _pool: Pool | None = None
 
     def start(self) -> None:
-        """Begin, if it has not begun."""
-        if not self.threads:
-            self.threads.append(
-                threading.Thread(target=self._run, name="zndraw-heartbeat", daemon=True)
-            )
-            self.threads[0].start()
-
-    def hurry(self) -> None:
-        """Have the next heartbeat soon: there is a task to ask about."""
-        if self.heartbeat.host_counts_attempts:
-            self._due.set()
+        """Begin, if they have not begun."""
+        if self._pool is None:
+            self._pool = Pool(self.life, PROVIDER_THREADS, "provider")
 
     def close(self) -> None:
-        """Send no more of them."""
-        self._over = True
-        self._due.set()
+        """Let the threads end."""
+        if self._pool is not None:
+            self._pool.close()
 
-    def _run(self) -> None:
-        pause = self.interval
-        while not self._over:
-            if self._due.wait(pause) and not self._over:
-                self._due.clear()
-                self.life.stopping.wait(min(BUSY_BEAT_SECONDS, self.interval))
-            if self._over:
-                return
-            try:
-                pause = self._beat()
-            except BaseException:
-                log.exception("no heartbeat")
-                pause = min(PAUSE_AFTER_ERROR_SECONDS, self.interval)
+    def request(self, data: dict[str, Any]) -> None:
+        """Have a request answered, if it is for a provider of this worker."""
+        offered = self.registrations.providers.get(data["provider_name"])
+        if offered is not None and self._pool is not None:
+            self._pool.submit(partial(self._read, offered, data))
 
-    def _beat(self) -> float:
+    def _read(self, offered: Offered, data: dict[str, Any]) -> None:
+        """Read from a provider for somebody, and send what was read, or why not."""
+        if self.registrations.providers.get(str(offered.name)) is not offered:
+            return
+        content = provider.answer(offered.cls, offered.given, data["params"])
+        if refused := self._send(offered, data["request_id"], content):
+            content = provider.failure(f"the host refused the result: {refused}")
+            self._send(offered, data["request_id"], content)
+
+    def _send(self, offered: Offered, digest: str, content: provider.Content) -> str:
+        """Answer a reader; return why the host doesn't want the answer, if it doesn't."""
+        body, headers = content
         try:
-            lost = self.heartbeat.send(stop=self.life.hopeless)
-            now = time.monotonic()
-            if lost and now - self._checked > self.interval / 2:
-                # not more often: the host may have reasons of its own
-                self._checked = now
-                self.heartbeat.registrations.put_again()
-        except SlowDown:
-            return self.interval
+            answer = self.transport.send(
+                "post",
+                path("providers", offered.id, "results"),
+                content=body,
+                headers={"X-Request-Hash": digest, **headers},
+                retries=ANSWER_RETRIES,
+                stop=self.life.stopping,
+            )
         except (Unreachable, PermissionError) as exc:
-            if not self.life.hopeless.is_set():
-                # the worker may have been deleted under this heartbeat
-                self.life.give_up(exc)
-            return self.interval
-        # of a host that doesn't count attempts a heartbeat learns nothing of tasks
-        busy = len(self.heartbeat.held) > 0 and self.heartbeat.host_counts_attempts
-        return min(BUSY_BEAT_SECONDS, self.interval) if busy else self.interval
+            # the reader runs into a time-out
+            log.warning("could not answer a reader of %s: %s", offered.name, exc)
+            return ""
+        return answer.reason if answer.problem else ""
+
+
+@dataclass
+class Shutdown:
+    """The end of a worker, which happens once, whoever begins it.
+
+    Running tasks may go on for ``grace_seconds``; ``own_api`` is closed with the worker.
+    """
+
+    claims: Claims
+    heartbeat: Heartbeat
+    readers: Readers
+    grace_seconds: float
+    hands: Hands | None = None
+    own_api: HostApi | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _failure: BaseException | None = None
+    _signals: int = 0
+
+    def begin(self) -> None:
+        """End the worker, and return when all is done."""
+        life = self.claims.life
+        if life.is_forked:
+            # the worker is not this process's own to end
+            return
+        if threading.current_thread() in life.threads:
+            # a task or provider wants it: it has to go on before this can be done
+            _in_thread(self.begin)
+            return
+        with self._lock:
+            first = not life.stopping.is_set()
+            life.stopping.set()
+        if not first:
+            self._wait_until_done()
+            return
+        try:
+            self._leave(life)
+        except BaseException:
+            self._leave_at_once()
+            raise
+        finally:
+            self._done.set()
+
+    def give_up(self, exc: BaseException) -> None:
+        """End the worker, which can't go on."""
+        with self._lock:
+            if self.claims.life.stopping.is_set():
+                return
+            self._failure = self._failure or exc
+        log.error("giving up: %s", exc)
+        _in_thread(self.begin)
+
+    def wait(self) -> None:
+        """Return when the worker has ended; raise if it gave up."""
+        in_main = threading.current_thread() is threading.main_thread()
+        with self._signals_handled() if in_main else nullcontext():
+            self._wait_until_done()
+        if self._failure is not None:
+            refused = isinstance(self._failure, PermissionError)
+            kind = PermissionError if refused else ConnectionError
+            raise kind(f"the worker gave up: {self._failure}") from None
+
+    def _leave(self, life: Life) -> None:
+        life.wake.set()
+        if self.hands is not None and self._failure is None:
+            self._finish_tasks(self.hands)
+        life.aborting.set()
+        self.claims.held.end_all()
+        registrations = self.claims.registrations
+        # the lock: a registration under way is to be over
+        with registrations.lock:
+            for part in (self.heartbeat, self.hands, self.readers):
+                if part is not None:
+                    part.close()
+            retries = 0 if self._failure else LAST_RETRIES
+            registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
+        deadline = time.monotonic() + LAST_THREAD_SECONDS
+        for thread in life.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self.own_api is not None:
+            registrations.socket.close()
+            self.own_api.close()
+
+    def _finish_tasks(self, hands: Hands) -> None:
+        """Take no more tasks, and let those at hand end."""
+        deadline = time.monotonic() + self.grace_seconds
+        try:
+            # a claim that waits at the host gets nothing after this
+            self.claims.transport.exchange(
+                "patch",
+                path("workers", self.claims.registrations.worker_id),
+                read=dict,
+                json={"state": WorkerState.DRAINING.value},
+                timeout=LAST_REQUEST_SECONDS,
+            )
+        except Exception as exc:
+            log.warning("could not announce the end: %s", exc)
+        if not hands.finish(deadline):
+            log.warning("tasks still run after %s s of grace", self.grace_seconds)
+
+    def _leave_at_once(self) -> None:
+        self.claims.life.aborting.set()
+        self.claims.held.end_all()
+        self.claims.registrations.delete_worker(retries=0, timeout=AT_ONCE_SECONDS)
+        self._done.set()
+
+    def _wait_until_done(self) -> None:
+        # in turns: on Windows Ctrl-C does not interrupt a wait
+        while not self._done.wait(1.0):
+            pass
+
+    @contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        earlier = {
+            signum: signal.signal(signum, self._on_signal)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for signum, handler in earlier.items():
+                signal.signal(signum, handler or signal.SIG_DFL)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self.claims.life.is_forked:
+            # a fork of this process, made by a task, has inherited the handler
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        # in a thread: the main one may hold the very lock that is needed
+        self._signals += 1
+        _in_thread(self.begin if self._signals == 1 else self._leave_at_once)
+
+
+def _in_thread(call: Callable[[], None]) -> None:
+    threading.Thread(target=call, name="zndraw-end", daemon=True).start()
+
+
+def run_extension(task: ClaimedTask[Any]) -> Any:
+    """Run a task's extension, given ``task`` if it asks for it by this name."""
+    run = task.extension.run
+    asked = {"task": task} if "task" in inspect.signature(run).parameters else {}
+    return run(None, **asked, **task.run_kwargs)

@@ -1,38 +1,46 @@
-"""How a worker's process asks its host, and what it repeats."""
+"""How a host is asked, what counts as its answer, and what is asked again.
+
+Only what is recognizably the host's is taken for its verdict: a success that can be read,
+or a problem of its own (RFC 9457). All else comes from something in between.
+"""
 
 import inspect
+import itertools
 import logging
 import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, Field
 
-from zndraw_joblib.client_answers import (
-    Answer,
-    LoginRefused,
-    SlowDown,
-    Unreachable,
-    has_no_route,
-    judge,
-)
+from zndraw_joblib.exceptions import PROBLEM_JSON, InternalJobNotConfigured, InvalidRequest, Problem
+from zndraw_joblib.telemetry import SafeLogger
 
 PREFIX = "/v1/joblib"
+PROBLEMS = "/v1/problems/"
+#: What FastAPI answers where there is no such route.
+NO_ROUTE = {"detail": "Not Found"}
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 5.0
+# how long an answer may put off the next request
+LONGEST_RETRY_AFTER_SECONDS = 60.0
 CONNECT_SECONDS = 10.0
 # proxies commonly give up on an answer after 30 s, or after 60 s
 LONGEST_WAIT_SECONDS = 20
-# a client that can't be told to wait longer gives up after 5 s, if it is like httpx
+# a client that can't be given a timeout gives up after 5 s, if it is like httpx
 LONGEST_WAIT_OF_OTHERS_SECONDS = 3
-# how long a host without the newer routes is taken for an older one
+# an answer that took less did not wait, whatever its headers say
+WAITED_SECONDS = 0.5
+# how long a host without limits is taken for one that is older than they are
 OLDER_SECONDS = 60.0
 #: What goes wrong on the way, and what to do about it.
 HINTS = {
@@ -46,24 +54,62 @@ HINTS = {
     "WRONG_VERSION_NUMBER": "that port speaks http, not https",
 }
 
-
-class SafeLogger(logging.LoggerAdapter[logging.Logger]):
-    """A logger that never raises: what is only told decides nothing."""
-
-    def process(
-        self, msg: Any, kwargs: MutableMapping[str, Any]
-    ) -> tuple[Any, MutableMapping[str, Any]]:
-        """Leave message and arguments as they are."""
-        return msg, kwargs
-
-    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log, and swallow what a handler or a closed stream raises."""
-        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
-        with suppress(Exception):
-            super().log(level, msg, *args, **kwargs)
-
-
 log = SafeLogger(logging.getLogger(__name__))
+
+
+class Unreachable(ConnectionError):
+    """No answer came that is recognizably the host's.
+
+    Attributes
+    ----------
+    retry_after : float
+        Seconds after which to ask again, at the earliest.
+    """
+
+    def __init__(self, message: str, retry_after: float = 0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class SlowDown(Unreachable):
+    """The host is there, and asks for fewer requests (429)."""
+
+
+class LoginRefused(PermissionError):
+    """The host does not take this token, or this user and password (401)."""
+
+    retry_after = 0.0
+
+
+@dataclass
+class Answer:
+    """What the host answered: a value that was read, or a problem; and after how long."""
+
+    response: Any
+    value: Any = None
+    problem: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    def is_problem(self, problem: type[Problem]) -> bool:
+        """Return whether it is this kind of problem."""
+        return (self.problem or {}).get("type") == problem.type_uri()
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return int(self.response.status_code)
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, in words."""
+        return str((self.problem or {}).get("detail", self.problem))[:1000]
+
+    @property
+    def waited(self) -> bool:
+        """Whether the host waited before it answered."""
+        # the clock as well: a host that says so and yet answers at once would be asked
+        # without a pause
+        return "preference-applied" in self.response.headers and self.seconds > WAITED_SECONDS
 
 
 class Api(Protocol):
@@ -84,21 +130,24 @@ class Api(Protocol):
         """Raise KeyError, PermissionError or ValueError for a 4xx answer."""
 
 
-class Limits(NamedTuple):
-    """How much a host takes at once; what it is if it doesn't say."""
+class Limits(BaseModel):
+    """How much a host takes at once."""
 
-    max_claim: int = 32
-    max_reports: int = 32
-    max_batch: int = 1000
-    max_heartbeat_tasks: int = 256
+    max_claim: int = Field(default=32, ge=1)
+    max_reports: int = Field(default=32, ge=1)
+    max_batch: int = Field(default=1000, ge=1)
+    max_page: int = Field(default=500, ge=1)
+    max_heartbeat_tasks: int = Field(default=256, ge=1)
+    max_payload_bytes: int = 1024 * 1024
+
+
+#: Of a host that is older than limits and batches.
+ONE_AT_A_TIME = Limits(max_claim=1, max_reports=1, max_batch=1, max_page=1)
 
 
 def path(*parts: object) -> str:
     """Return a path of the API, its parts percent-encoded."""
     return PREFIX + "".join("/" + quote(str(part), safe="@:") for part in parts)
-
-
-LIMITS = path("limits")
 
 
 def prefer(wait: int) -> dict[str, str]:
@@ -109,26 +158,19 @@ def prefer(wait: int) -> dict[str, str]:
 class Transport:
     """Requests to one host, repeated as long as there is hope.
 
-    Parameters
-    ----------
-    api : Api
-        The host, and who asks.
-    patience : float
-        Seconds after which a request that was to be repeated is given up.
-    startup_retries : int
-        How often a request is repeated as long as the host never answered: a wrong
-        address is likelier then than a restart.
+    ``patience`` is for how many seconds a request is repeated; ``startup_retries`` how
+    often, as long as the host never answered: a wrong address is likelier then than a
+    restart.
     """
 
     def __init__(self, api: Api, patience: float = 120.0, startup_retries: int = 5) -> None:
         self.api = api
         self.patience = patience
-        self.startup_retries = startup_retries
         #: whether the host ever answered
         self.reached = False
-        self._limits: Limits | None = None
-        self._older_until = -math.inf
-        self._warned_at = self._away_warned_at = -math.inf
+        self._startup_retries = startup_retries
+        self._limits = ONE_AT_A_TIME
+        self._limits_until = self._warned_at = -math.inf
         self._pid = os.getpid()
         self._http: Any = None
 
@@ -144,14 +186,16 @@ class Transport:
         """Seconds that the host may be asked to wait with its answer."""
         return LONGEST_WAIT_SECONDS if self.can_wait else LONGEST_WAIT_OF_OTHERS_SECONDS
 
-    @property
-    def limits(self) -> Limits:
-        """How much the host takes at once; asked for when it is first needed."""
-        if self._limits is None:
-            with suppress(ConnectionError, PermissionError):
-                answer = self.exchange("get", LIMITS, read=_read_limits, optional=True)
-                self._limits = answer.value
-        return self._limits or Limits()
+    def limits(self, **options: Any) -> Limits:
+        """Return how much the host takes at once; ``options`` are those of `send`."""
+        if time.monotonic() > self._limits_until:
+            options |= {"read": Limits.model_validate, "optional": True}
+            answer = self.send("get", path("limits"), **options)
+            limits = self.value(answer)
+            # what has no such route may be a gateway whose host is away
+            self._limits_until = time.monotonic() + OLDER_SECONDS if limits is None else math.inf
+            self._limits = limits or ONE_AT_A_TIME
+        return self._limits
 
     def exchange(
         self,
@@ -168,50 +212,39 @@ class Transport:
 
         Parameters
         ----------
-        method : str
-            In lower case.
-        path : str
-            What follows the host's base URL.
         read : callable, optional
-            Given the JSON of a success; what it returns is the answer's ``value``. An
-            answer for which it raises is not the host's. Without it, a success has no
-            content.
-        headers : dict, optional
-            Beside those that say who asks.
+            Given the JSON of a success; what it returns is the answer's ``value``. If it
+            raises, the answer is not the host's. Without it, a success has no content.
         timeout : float, optional
             Seconds that the answer may take; by default the client's own.
         optional : bool
-            Whether older hosts have no such route; see `Answer.no_route`.
-        **content
-            ``json=`` or ``content=``.
+            Whether older hosts have no such route; the ``value`` is None then.
 
         Raises
         ------
-        Unreachable
-            When there is no answer of the host's, or it says that it is not well.
-        LoginRefused
-            When the host does not know who asks.
+        Unreachable, LoginRefused
+            When there is no answer of the host's; when it does not know who asks.
         ValueError
             When such a request can never be sent.
         RuntimeError
             When the client was made in another process, of which this is a fork.
         """
-        if optional and self._host_is_older:
-            return Answer(None, problem={})
         http = self._own_client()
         if timeout is not None and self.can_wait:
             limits = httpx.Timeout(min(timeout, CONNECT_SECONDS), read=timeout)
             content["extensions"] = {"timeout": limits.as_dict()}
         url = str(self.api.base_url).rstrip("/") + path
         for attempt in (0, 1):
+            asked = time.monotonic()
             response = self._ask(getattr(http, method), url, headers or {}, content)
             if response.status_code != 401 or attempt:
                 break
-            # the token may have expired: its owner is asked for a new one, once
-        if optional and has_no_route(response) and self._lacks(path):
-            answer = Answer(response, problem={})
+            # the token may have expired: its owner is asked for a new one
+        if optional and response.status_code == 404 and json_of(response) == NO_ROUTE:
+            answer = Answer(response)
         else:
             answer = judge(response, read, url)
+        answer.seconds = time.monotonic() - asked
         self.reached = True
         return answer
 
@@ -220,37 +253,25 @@ class Transport:
         method: str,
         path: str,
         *,
-        retries: float | None = None,
+        retries: float = math.inf,
         patience: float | None = None,
         stop: threading.Event | None = None,
         **options: Any,
     ) -> Answer:
         """Send a request until the host answers, with exponential backoff.
 
-        Parameters
-        ----------
-        method, path, **options
-            As for `exchange`. The request must bear being repeated: its answer may
-            have been lost on the way.
-        retries : float, optional
-            How often it is repeated at most.
-        patience : float, optional
-            Seconds after the first failure in which it is repeated; by default those
-            of this transport.
-        stop : threading.Event, optional
-            Set: it is not repeated any more.
+        It must bear being repeated: its answer may have been lost on the way. It isn't
+        any more after ``retries``, ``patience`` seconds, or when ``stop`` is set.
 
         Raises
         ------
-        Unreachable, LoginRefused
-            When there is no other answer after ``retries``, ``patience`` or ``stop``.
-        ValueError, RuntimeError
-            As for `exchange`.
+        Unreachable, LoginRefused, ValueError, RuntimeError
+            As `exchange` did last.
         """
         stop = stop or threading.Event()
-        attempt = 0
+        patience = self.patience if patience is None else patience
         since = 0.0
-        while True:
+        for attempt in itertools.count():
             try:
                 return self.exchange(method, path, **options)
             except (Unreachable, LoginRefused) as exc:
@@ -260,44 +281,24 @@ class Transport:
                 if attempt == 0:
                     # not before: a request that waits may fail late
                     since = time.monotonic()
-                most = math.inf if self.reached else self.startup_retries
-                if attempt >= (most if retries is None else retries):
+                away = time.monotonic() - since
+                pause = max(backoff(attempt), exc.retry_after)
+                if not self.reached:
+                    retries = min(retries, self._startup_retries)
+                if attempt >= retries or away + pause > patience:
                     raise
-                self._warn(exc, since)
-                pause = max(backoff(attempt), getattr(exc, "retry_after", 0.0))
-                give_up = since + (self.patience if patience is None else patience)
-                if time.monotonic() + pause > give_up or stop.wait(pause):
+                if away > patience / 10 and not isinstance(exc, SlowDown):
+                    self._warn(exc, away)
+                if stop.wait(pause):
                     raise
-                attempt += 1
+        raise AssertionError
 
     def value(self, answer: Answer) -> Any:
-        """Return what was read from an answer.
-
-        Raises
-        ------
-        KeyError, PermissionError, ValueError
-            When the answer is a problem.
-        """
+        """Return what was read; raise KeyError, PermissionError, ValueError for a problem."""
         if answer.problem is not None:
             self.api.raise_for_status(answer.response)
             raise ValueError(answer.reason)
         return answer.value
-
-    @property
-    def _host_is_older(self) -> bool:
-        return time.monotonic() < self._older_until
-
-    def _lacks(self, asked: str) -> bool:
-        """Return whether the host itself has no such route.
-
-        A gateway whose host is away may say the same. A host that has the newer routes
-        tells its limits; one that doesn't is asked again after a while.
-        """
-        if asked == LIMITS:
-            self._older_until = time.monotonic() + OLDER_SECONDS
-        elif self._limits is None:
-            _ = self.limits
-        return self._host_is_older
 
     def _own_client(self) -> Any:
         """Return the client, if it is this process's own.
@@ -333,17 +334,66 @@ class Transport:
             # which exceptions say so depends on the client that the host chose
             raise Unreachable(f"no answer of {url}: {_explain(exc, who)}") from None
 
-    def _warn(self, exc: Exception, since: float) -> None:
-        """Say that the host is away; once, however many requests find it so."""
-        now = time.monotonic()
-        if now - self._warned_at > self.patience:
-            self._warned_at = now
-            log.warning("%s; trying again", exc)
-        late = now - since > self.patience / 10 and not isinstance(exc, SlowDown)
-        if late and now - self._away_warned_at > self.patience:
-            self._away_warned_at = now
-            told = "host away for %.0f s, giving up at %.0f s: %s"
-            log.warning(told, now - since, self.patience, exc)
+    def _warn(self, exc: Exception, away: float) -> None:
+        # once, however many requests find it so
+        if time.monotonic() - self._warned_at > self.patience:
+            self._warned_at = time.monotonic()
+            log.warning("host away for %.0f s, giving up at %.0f s: %s", away, self.patience, exc)
+
+
+def judge(response: Any, read: Callable[[Any], Any] | None, url: str) -> Answer:
+    """Return what an answer says; raise Unreachable or LoginRefused if it isn't the host's."""
+    status = int(response.status_code)
+    body = json_of(response)
+    if 200 <= status < 300:
+        try:
+            if read is None and status != 204:
+                raise ValueError(f"{status} instead of 204")
+            return Answer(response, None if read is None else read(body))
+        except Exception as exc:
+            why = f"{type(exc).__name__}: {exc}"[:200]
+            raise Unreachable(
+                f"{url}: what came can't be read as the host's answer ({why})"
+            ) from None
+    if status == 401 and isinstance(body, dict):
+        raise LoginRefused(f"{url}: the host refuses this login (401)")
+    if status == 429:
+        raise SlowDown(f"{url}: asks for fewer requests (429)", _retry_after(response))
+    if isinstance(body, dict):
+        if status == 422 and isinstance(body.get("detail"), list):
+            # FastAPI's own, of a host that has not registered the handler
+            return Answer(response, problem={**body, "type": InvalidRequest.type_uri()})
+        if _is_verdict(response, body):
+            return Answer(response, problem=body)
+    if 300 <= status < 400:
+        what = f"leads elsewhere ({status}), to {response.headers.get('location')}:"
+        what += " connect to the address that the host has there"
+    elif isinstance(body, dict) and "type" in body:
+        what = f"answered {status}: {body.get('detail')}"
+    else:
+        what = f"answered {status}, which isn't an answer of a host of zndraw-joblib"
+    raise Unreachable(f"{url} {what}", _retry_after(response))
+
+
+def _is_verdict(response: Any, body: dict[str, Any]) -> bool:
+    """Return whether this is a problem of the host's, and not one that will pass."""
+    kind = str(body.get("type"))
+    return (
+        response.headers.get("content-type", "").startswith(PROBLEM_JSON)
+        and kind.startswith(PROBLEMS)
+        and body.get("status") == response.status_code
+        and (response.status_code < 500 or kind == InternalJobNotConfigured.type_uri())
+    )
+
+
+def json_of(response: Any) -> Any:
+    """Return the JSON of an answer, or None if it is no JSON."""
+    if "json" not in response.headers.get("content-type", ""):
+        return None
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def backoff(attempt: int) -> float:
@@ -352,9 +402,16 @@ def backoff(attempt: int) -> float:
     return delay * random.uniform(0.5, 1)
 
 
-def _read_limits(told: dict[str, Any]) -> Limits:
-    known = {k: told[k] for k in Limits._fields if isinstance(told.get(k), int)}
-    return Limits(**{k: max(1, n) for k, n in known.items()})
+def _retry_after(response: Any) -> float:
+    given = response.headers.get("retry-after", "")
+    try:
+        seconds = float(given)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(given).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS)
 
 
 def _explain(exc: Exception, secret: dict[str, str]) -> str:

@@ -1,16 +1,25 @@
-"""What a worker's author subclasses to offer a job, and how its values become JSON."""
+"""What a worker's author subclasses to offer a job and is given to run it; values as JSON."""
 
 import json
 import math
 import numbers
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pydantic_core
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
+
+from zndraw_joblib.lifecycle import UNPRINTABLE
+
+MAX_MESSAGE = 1000
+PROGRESS_SECONDS = 1.0
+
+E = TypeVar("E", bound="Extension")
 
 
 class Category(StrEnum):
@@ -47,6 +56,119 @@ class Extension(BaseModel, ABC):
     @abstractmethod
     def run(self, vis: Any, **kwargs: Any) -> Any:
         """Do the work on ``vis``; ``kwargs`` are those given at registration."""
+
+
+class TaskCancelled(Exception):
+    """The host wants this task to stop, or has given it to another worker."""
+
+
+class ClaimedTask(Generic[E]):
+    """A task that this process is to run.
+
+    Parameters
+    ----------
+    task_id : str
+        Its id.
+    job_name : str
+        The full name of its job.
+    room_id : str
+        The room that it was submitted in.
+    extension : Extension
+        The job with this task's parameters.
+    run_kwargs : dict, optional
+        What was given at the job's registration.
+    attempt : int, optional
+        Which attempt this is; None when the host doesn't count them.
+    traceparent : str, optional
+        The trace that it was submitted in (W3C Trace Context).
+    """
+
+    def __init__(
+        self,
+        task_id: str,
+        job_name: str,
+        room_id: str,
+        extension: E,
+        run_kwargs: dict[str, Any] | None = None,
+        attempt: int | None = None,
+        traceparent: str | None = None,
+    ) -> None:
+        self.task_id = task_id
+        self.job_name = job_name
+        self.room_id = room_id
+        self.extension = extension
+        self.run_kwargs = run_kwargs or {}
+        self.attempt = attempt
+        self.traceparent = traceparent
+        self._cancelled = threading.Event()
+        self._ended = False
+        self._progress: tuple[float, str | None] | None = None
+        self._sent: tuple[float, str | None] | None = None
+        self._sent_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"ClaimedTask({self.task_id!r}, {self.job_name!r}, {self.room_id!r})"
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether there is no use in going on: nobody will take the result."""
+        return self._cancelled.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the host has ended this attempt: there is nothing more to report."""
+        return self._ended
+
+    def raise_if_cancelled(self) -> None:
+        """Stop here when there is no use in going on.
+
+        Raises
+        ------
+        TaskCancelled
+            When the task was cancelled, timed out or given to another worker.
+        """
+        if self.cancelled:
+            raise TaskCancelled(f"task {self.task_id} is to stop")
+
+    def progress(self, fraction: float, message: str | None = None) -> None:
+        """Note how far the task is: sent about once a second.
+
+        Parameters
+        ----------
+        fraction : float
+            From 0 to 1.
+        message : str, optional
+            A line for the people in the room, of at most 1000 characters.
+        """
+        # nothing else: it is called in tight loops
+        self._progress = (float(fraction), message)
+
+    def cancel(self) -> None:
+        """Make `cancelled` true; a run that stops for it ends the task as cancelled."""
+        self._cancelled.set()
+
+    def end(self) -> None:
+        """Make `ended` true, and `cancelled` with it."""
+        self._ended = True
+        self._cancelled.set()
+
+    def unsent_progress(self) -> dict[str, Any]:
+        """Return what a heartbeat is to carry; within the bounds that the host checks.
+
+        One value out of bounds, and the host would refuse the whole heartbeat.
+        """
+        progress = self._progress
+        now = time.monotonic()
+        if progress is None or progress == self._sent or now - self._sent_at < PROGRESS_SECONDS:
+            return {}
+        self._sent, self._sent_at = progress, now
+        fraction, message = progress
+        fields: dict[str, Any] = {}
+        if not math.isnan(fraction):
+            fields["progress"] = min(max(fraction, 0.0), 1.0)
+        if message is not None:
+            fields["message"] = UNPRINTABLE.sub(" ", str(message))[:MAX_MESSAGE]
+        return fields
 
 
 def category_of(cls: Any) -> str:

@@ -1,11 +1,20 @@
 """What a worker's author subclasses to serve data on demand, and how it is read."""
 
+import json
+import logging
 from typing import Any, ClassVar
 
 import pydantic_core
 from pydantic import BaseModel
 
+from zndraw_joblib.exceptions import PROBLEM_JSON, ProviderExecutionFailed, describe, storable
 from zndraw_joblib.extension import unpack
+from zndraw_joblib.telemetry import SafeLogger
+
+log = SafeLogger(logging.getLogger(__name__))
+
+#: A body, and the headers that go with it.
+Content = tuple[bytes, dict[str, str]]
 
 
 class Provider(BaseModel):
@@ -36,6 +45,24 @@ class Provider(BaseModel):
             Bytes and strings are sent as they are, NumPy's arrays as lists.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define read()")
+
+
+def answer(cls: type[Provider], handler: Any, params: str) -> Content:
+    """Return what is sent to who asks for ``params``, which is JSON: data, or a problem."""
+    try:
+        content = read_content(cls, handler, json.loads(params))
+    except BaseException as exc:
+        # SystemExit and the like end this request, not the thread
+        log.exception("%s could not be read", cls.__name__)
+        return failure(describe(exc))
+    return content, {"Content-Type": cls.content_type}
+
+
+def failure(error: str) -> Content:
+    """Return what is sent to who asked for what can't be had."""
+    problem = ProviderExecutionFailed.create(detail=storable(error))
+    body = problem.model_dump_json(exclude_none=True).encode()
+    return body, {"Content-Type": PROBLEM_JSON, "X-Result-Status": "error"}
 
 
 def read_content(cls: type[Provider], handler: Any, params: dict[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ nothing is imported here.
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -21,6 +21,22 @@ log = logging.getLogger(__name__)
 TRACEPARENT = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 _incoming: ContextVar[str | None] = ContextVar("traceparent", default=None)
+
+
+class SafeLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger that never raises: what is only logged decides nothing."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Leave message and arguments as they are."""
+        return msg, kwargs
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log, and swallow what a handler or a closed stream raises."""
+        kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+        with suppress(Exception):
+            super().log(level, msg, *args, **kwargs)
 
 
 @contextmanager

@@ -61,13 +61,10 @@ TESTS = {
     "waiting": "waiting watch delivery",
     "workers": "workers limits access sweeper jobs providers",
     "client_claims": "client",
-    "client_answers": "client",
-    "client_ending": "client",
     "client_hands": "client",
-    "client_readers": "client",
-    "client_registrations": "client",
-    "client_tasks": "client",
     "client_transport": "client",
+    "client_user": "client",
+    "client_worker": "client",
 }
 #: what notices nearly all, and takes longest: asked when nothing else has noticed
 LAST = ("lifecycle",)

@@ -1,0 +1,440 @@
+"""A worker: its threads, what it offers at its host, and the events that come from there."""
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal
+from uuid import UUID
+
+import httpx
+
+from zndraw_joblib.client_transport import CONNECT_SECONDS, Answer, Transport, path
+from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.events import (
+    FrozenEvent,
+    JoinJobRoom,
+    JoinProviderRoom,
+    LeaveJobRoom,
+    LeaveProviderRoom,
+    TaskAvailable,
+)
+from zndraw_joblib.exceptions import WorkerNotFound
+from zndraw_joblib.extension import schema_of
+from zndraw_joblib.lifecycle import FullName
+from zndraw_joblib.telemetry import SafeLogger
+
+LONGEST_PAUSE_SECONDS = 300.0
+CLOSE_SECONDS = 2.0
+
+log = SafeLogger(logging.getLogger(__name__))
+
+
+@dataclass
+class Life:
+    """How far a worker's end has come, for all of its threads.
+
+    Attributes
+    ----------
+    give_up : callable
+        Given what went wrong: the worker can't go on.
+    wake : threading.Event
+        Set: there may be work.
+    stopping : threading.Event
+        Set: nothing is registered or begun any more.
+    aborting : threading.Event
+        Set: no report is repeated any more.
+    threads : list of threading.Thread
+        All that the worker has started.
+    """
+
+    give_up: Callable[[BaseException], None]
+    wake: threading.Event = field(default_factory=threading.Event)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    aborting: threading.Event = field(default_factory=threading.Event)
+    threads: list[threading.Thread] = field(default_factory=list)
+    _pid: int = field(default_factory=os.getpid)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a fork of the worker's, as a task may make one."""
+        return os.getpid() != self._pid
+
+    def start(self, name: str, run: Callable[[], None]) -> threading.Thread:
+        """Start a thread that the end waits for, and the process does not."""
+        thread = threading.Thread(target=run, name=f"zndraw-{name}", daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return thread
+
+
+class Pool:
+    """Threads that take calls from one queue.
+
+    Those of `concurrent.futures` would keep the process alive until the last call
+    returns, and a call may hang.
+    """
+
+    def __init__(self, life: Life, size: int, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._size = size
+        for n in range(size):
+            life.start(f"{name}-{n}", self._work)
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Have a thread make the call as soon as one is free."""
+        self._calls.put(call)
+
+    def close(self) -> None:
+        """Let the threads end once they have made the calls submitted so far."""
+        for _ in range(self._size):
+            self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except BaseException:
+                # even SystemExit: it would end this thread and nothing else
+                log.exception("unexpected")
+
+
+class Socket:
+    """A worker's Socket.IO; without a client, nothing.
+
+    With ``api``, the connection is the worker's own, and opened when it is first needed;
+    else it is that of ``tsio``, whose earlier handlers are still called.
+    """
+
+    def __init__(self, tsio: Any = None, api: HostApi | None = None) -> None:
+        self.tsio = tsio
+        self.reason = "it was made without a Socket.IO client"
+        self._api = api
+        self._handlers: dict[str, Callable[..., Any]] = {}
+        self._closed = threading.Event()
+        self._tried = threading.Event()
+        self._opening: threading.Thread | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether events can come; what doesn't say so is taken for connected."""
+        return self.tsio is not None and bool(getattr(self.tsio, "connected", True))
+
+    def on(self, event: str, handler: Callable[..., None]) -> None:
+        """Call ``handler`` at every such event, before what was called until now."""
+        # python-socketio keeps one handler an event
+        earlier = getattr(self.tsio, "handlers", {}).get("/", {}).get(event)
+
+        def both(*args: Any) -> Any:
+            try:
+                handler(*args)
+            except Exception:
+                log.exception("could not handle %s", event)
+            return None if earlier is None else earlier(*args)
+
+        self._handlers[event] = both
+        if self.tsio is not None:
+            self.tsio.on(event, both)
+
+    def emit(self, event: FrozenEvent, *, wait: bool = False) -> None:
+        """Emit an event if that is possible now; ``wait`` until the host has handled it."""
+        if self.tsio is None:
+            return
+        content = event.event_name, event.model_dump(mode="json")
+        try:
+            if wait and hasattr(self.tsio, "call") and self.connected:
+                self.tsio.call(*content, timeout=CONNECT_SECONDS)
+            else:
+                self.tsio.emit(*content)
+        except Exception as exc:
+            # rooms are joined at every connect
+            log.debug("could not emit %s: %s", event.event_name, exc)
+
+    def open(self) -> None:
+        """Begin to connect, in a thread, if the connection is the worker's own."""
+        if self._api is None or self._opening is not None:
+            return
+        if find_spec("websocket") and find_spec("requests"):
+            # not before: who only submits does not wait for what is imported here
+            self.tsio = self._api.socket_client()
+            for event, handler in self._handlers.items():
+                self.tsio.on(event, handler)
+            self._opening = threading.Thread(
+                target=self._connect, args=[self._api], name="zndraw-socket", daemon=True
+            )
+            self._opening.start()
+        else:
+            self.reason = "pip install 'zndraw-joblib[worker]' brings it"
+
+    def settle(self) -> None:
+        """Wait until the first try to connect is over, whatever came of it."""
+        if self._opening is not None:
+            self._tried.wait(CONNECT_SECONDS)
+
+    def close(self) -> None:
+        """Disconnect, and connect no more."""
+        self._closed.set()
+        if self._opening is not None and self.tsio is not None:
+            self._opening.join(CLOSE_SECONDS)
+            # without WebSocket its last request waits for the server's next word
+            closing = threading.Thread(target=self.tsio.shutdown, daemon=True)
+            closing.start()
+            closing.join(CLOSE_SECONDS)
+
+    def _connect(self, api: HostApi) -> None:
+        tsio, pause = self.tsio, 1.0
+        # as it is sent: what is decoded, a WebSocket's first line would break at
+        base = httpx.URL(api.base_url).raw_path.decode().strip("/")
+        while not self._closed.is_set():
+            try:
+                tsio.connect(
+                    api.base_url,
+                    # a function: when it reconnects, the token may be another one
+                    auth=lambda: {"token": api.token()},
+                    socketio_path=f"{base}/socket.io".lstrip("/"),
+                    wait_timeout=CONNECT_SECONDS,
+                )
+            except Exception as exc:
+                self.reason = str(exc) or type(exc).__name__
+                level = logging.DEBUG if self._tried.is_set() else logging.WARNING
+                log.log(level, "no Socket.IO, tasks are claimed without it: %s", self.reason)
+                self._tried.set()
+                self._closed.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                continue
+            self._tried.set()
+            if self._closed.is_set():
+                tsio.shutdown()
+            # from here on the client reconnects by itself
+            return
+
+
+@dataclass
+class Offered:
+    """A job or a provider that is offered."""
+
+    kind: Literal["jobs", "providers"]
+    cls: type[Any]
+    name: FullName
+    #: what was given with it: a job's ``run_kwargs``, a provider's handler
+    given: Any
+    #: what the host gets beside its name and schema
+    options: dict[str, Any]
+    id: UUID | None = None
+
+    def join(self, worker_id: UUID | None) -> FrozenEvent:
+        """Return the event with which a worker asks for what concerns this."""
+        name, worker = str(self.name), str(worker_id)
+        if self.kind == "jobs":
+            return JoinJobRoom(job_name=name, worker_id=worker)
+        return JoinProviderRoom(provider_name=name, worker_id=worker)
+
+    def leave(self, worker_id: UUID | None) -> FrozenEvent:
+        """Return the event with which it asks for no more of it."""
+        name, worker = str(self.name), str(worker_id)
+        if self.kind == "jobs":
+            return LeaveJobRoom(job_name=name, worker_id=worker)
+        return LeaveProviderRoom(provider_name=name, worker_id=worker)
+
+
+class Registrations:
+    """A worker's entry at the host: itself, its jobs and its providers.
+
+    ``on_lost`` is called when the host has lost the worker, and its tasks with it.
+    """
+
+    def __init__(self, transport: Transport, life: Life, on_lost: Callable[[], None]) -> None:
+        self.socket = Socket()
+        self.worker_id: UUID | None = None
+        self.jobs: dict[str, Offered] = {}
+        self.providers: dict[str, Offered] = {}
+        # over all of what stands above; held while the host is asked, so that what is
+        # registered here and there doesn't differ
+        self.lock = threading.RLock()
+        self._transport = transport
+        self._life = life
+        self._on_lost = on_lost
+
+    def create_worker(self) -> UUID:
+        """Make the worker, if there is none yet, and return its id."""
+        self._check_process()
+        with self.lock:
+            if self._life.stopping.is_set():
+                raise RuntimeError("this manager has disconnected: make another one")
+            if self.worker_id is None:
+                self.worker_id = self._post_worker()
+            return self.worker_id
+
+    def add(self, offered: Offered) -> None:
+        """Offer a job or a provider."""
+        full_name = str(offered.name)
+        known = self.jobs if offered.kind == "jobs" else self.providers
+        with self.lock:
+            self.create_worker()
+            earlier = known.get(full_name)
+            if earlier is not None and offered.kind == "jobs":
+                _check_same_class(full_name, earlier.cls, offered.cls)
+            # first here: tasks and readers may come as soon as the host knows of it
+            known[full_name] = offered
+            if offered.kind == "providers":
+                self.socket.settle()
+                self.socket.emit(offered.join(self.worker_id), wait=True)
+            try:
+                self.as_worker(partial(self._put, offered))
+            except BaseException:
+                if earlier is None:
+                    del known[full_name]
+                    self.socket.emit(offered.leave(self.worker_id))
+                else:
+                    known[full_name] = earlier
+                raise
+            if offered.kind == "jobs":
+                self.socket.emit(offered.join(self.worker_id))
+            elif not self.socket.connected:
+                why = f"there is no Socket.IO ({self.socket.reason})"
+                log.warning("%s is offered, but no request reaches it: %s", full_name, why)
+
+    def remove_provider(self, full_name: str) -> None:
+        """Take back a provider."""
+        with self.lock:
+            provider = self.providers[full_name]
+            self._delete(path("providers", provider.id), stop=self._life.stopping)
+            del self.providers[full_name]
+            self.socket.emit(provider.leave(self.worker_id))
+
+    def as_worker(self, ask: Callable[[UUID], Answer]) -> Answer:
+        """Return the answer to what the worker asks, made anew if the host lost it."""
+        self._check_process()
+        worker_id = self.worker_id or self.create_worker()
+        answer = ask(worker_id)
+        if answer.is_problem(WorkerNotFound) and not self._life.stopping.is_set():
+            answer = ask(self._register_again(worker_id))
+        self._transport.value(answer)
+        return answer
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs and providers the host has; none while that changes."""
+        if not self.lock.acquire(blocking=False):
+            return {"jobs": 0, "providers": 0}
+        try:
+            return {"jobs": len(self.jobs), "providers": len(self.providers)}
+        finally:
+            self.lock.release()
+
+    def put_again(self) -> None:
+        """Offer again what the host has lost of a worker that it knows."""
+        with self.lock:
+            if self.worker_id is not None and not self._life.stopping.is_set():
+                log.warning("the host has lost registrations: making them again")
+                self._put_all(self.worker_id)
+
+    def listen_to(self, socket: Socket) -> None:
+        """Have events come and go by this Socket.IO from now on."""
+        self.socket = socket
+        socket.on("connect", self.join_rooms)
+        socket.on(TaskAvailable.event_name, self._on_task_available)
+
+    def _on_task_available(self, data: dict[str, Any]) -> None:
+        if data.get("job_name") in self.jobs:
+            self._life.wake.set()
+
+    def join_rooms(self) -> None:
+        """Have the events of everything that is offered come here."""
+        # without the lock: the socket's thread must not wait for a registration
+        if self.worker_id is not None:
+            for offered in self._all():
+                self.socket.emit(offered.join(self.worker_id))
+
+    def retire(self, **options: Any) -> None:
+        """Delete the worker, and with it all that it offers."""
+        for offered in self._all():
+            self.socket.emit(offered.leave(self.worker_id))
+        self.delete_worker(**options)
+        self.worker_id = None
+        self.jobs.clear()
+        self.providers.clear()
+
+    def delete_worker(self, worker_id: UUID | None = None, **options: Any) -> None:
+        """Delete this worker or another; if it fails, the host will notice its silence."""
+        worker_id = worker_id or self.worker_id
+        try:
+            if worker_id is not None:
+                self._delete(path("workers", worker_id), **options)
+        except Exception as exc:
+            log.warning("could not delete worker %s: %s", worker_id, exc)
+
+    def _all(self) -> list[Offered]:
+        return [*list(self.jobs.values()), *list(self.providers.values())]
+
+    def _check_process(self) -> None:
+        if self._life.is_forked:
+            raise RuntimeError(
+                "this process is a fork of the worker's: make a JobManager of its own"
+            )
+
+    def _delete(self, path: str, **options: Any) -> None:
+        answer = self._transport.send("delete", path, **options)
+        if answer.status != 404:
+            self._transport.value(answer)
+
+    def _post_worker(self) -> UUID:
+        stop = self._life.stopping
+        answer = self._transport.send("post", path("workers"), read=_read_id, stop=stop)
+        worker_id: UUID = self._transport.value(answer)
+        return worker_id
+
+    def _put(self, offered: Offered, worker_id: UUID) -> Answer:
+        answer = self._transport.send(
+            "put",
+            path("rooms", offered.name.room, offered.kind),
+            read=_read_id,
+            json={
+                "category": offered.name.category,
+                "name": offered.name.name,
+                "schema": schema_of(offered.cls),
+                "worker_id": str(worker_id),
+                **offered.options,
+            },
+            stop=self._life.stopping,
+        )
+        offered.id = answer.value or offered.id
+        return answer
+
+    def _put_all(self, worker_id: UUID) -> None:
+        for offered in self._all():
+            self._transport.value(self._put(offered, worker_id))
+
+    def _register_again(self, lost_id: UUID) -> UUID:
+        with self.lock:
+            if self.worker_id == lost_id:
+                # silent for too long, a laptop that slept: the host took it for dead
+                log.warning("worker %s is gone: registering again", lost_id)
+                self._on_lost()
+                worker_id = self._post_worker()
+                try:
+                    self._put_all(worker_id)
+                except BaseException:
+                    # all of it has to be done again
+                    self.delete_worker(worker_id, retries=0)
+                    raise
+                self.worker_id = worker_id
+                self.join_rooms()
+            return self.worker_id or self.create_worker()
+
+
+def _read_id(body: dict[str, Any]) -> UUID:
+    return UUID(body["id"])
+
+
+def _check_same_class(name: str, one: type, other: type) -> None:
+    # defined a second time, as in a notebook; of those that a function makes, any two
+    places = [f"{cls.__module__}.{cls.__qualname__}" for cls in (one, other)]
+    if one is not other and (places[0] != places[1] or "<locals>" in places[0]):
+        raise ValueError(
+            f"{name} is {places[0]} in this worker, and {places[1]} has the same name:"
+            " rename one of them"
+        )
