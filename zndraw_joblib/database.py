@@ -21,6 +21,7 @@ from sqlalchemy import (
     literal,
     literal_column,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
@@ -31,6 +32,10 @@ from sqlalchemy.sql.functions import FunctionElement
 from zndraw_joblib.schemas import uncollected
 
 T = TypeVar("T")
+
+#: An INSERT that may have an ON CONFLICT: that reads the same in PostgreSQL and SQLite, and
+#: SQLAlchemy renders this one construct for both.
+upsert = postgresql.insert
 
 
 class UtcDateTime(TypeDecorator[datetime]):
