@@ -5,9 +5,10 @@ import inspect
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any
 from uuid import UUID
 
 import anyio
@@ -25,17 +26,6 @@ from zndraw_joblib.settings import settings_of
 from zndraw_joblib.waiting import wakeups_of
 
 log = logging.getLogger(__name__)
-
-
-class ExtensionClass(Protocol):
-    """What is used of a host's own extension class."""
-
-    category: Any
-    __name__: str
-
-    def model_json_schema(self) -> dict[str, Any]:
-        """Return the JSON schema of the class's fields."""
-        ...
 
 
 #: ``await executor(extension_cls, payload, room_id, task_id)``; it reports by itself. Of
@@ -111,46 +101,31 @@ class InternalRegistry:
 InternalProviderRegistry = InternalRegistry
 
 
-class Message(NamedTuple):
-    """What the broker delivered of a task.
+Run = Callable[..., Awaitable[None]]
 
-    ``attempt`` and ``traceparent`` are None where the sender told none.
+
+def _calling(executor: Run, *names: str) -> Run:
+    """Return what calls an executor with those of ``names`` that it declares by name.
+
+    Its four arguments are its first four parameters, whatever they are called.
     """
+    declared: list[str] = []
+    # none where messages are only sent; and some callables can't be inspected
+    with suppress(TypeError, ValueError):
+        parameters = list(inspect.signature(executor).parameters.values())
+        positional = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD][:4]
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        others = [p for p in parameters if p.kind in by_name and p not in positional]
+        declared = [p.name for p in others if p.name in names]
 
-    payload: dict[str, Any]
-    room_id: str
-    task_id: str
-    attempt: int | None
-    token: str | None
-    traceparent: str | None
+    async def call(*arguments: Any, **offered: Any) -> None:
+        await executor(*arguments, **{name: offered[name] for name in declared})
 
-
-def _declared(executor: Callable[..., Any], *names: str) -> frozenset[str]:
-    """Return which of ``names`` an executor declares beside its four arguments."""
-    try:
-        parameters = inspect.signature(executor).parameters.values()
-    except (TypeError, ValueError):
-        # none at all, where messages are only sent; or one that can't be inspected
-        return frozenset()
-    positional = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD][:4]
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(
-        p.name for p in parameters if p.name in names and p.kind in by_name and p not in positional
-    )
+    return call
 
 
-Run = Callable[[Any, Message], Awaitable[None]]
-
-
-def _runner(executor: InternalExecutor) -> Run:
-    """Return what calls an executor with what it declares."""
-    declared = _declared(executor, "attempt", "token", "traceparent")
-
-    async def run(extension: Any, message: Message) -> None:
-        asked = {name: getattr(message, name) for name in declared}
-        await executor(extension, message.payload, message.room_id, message.task_id, **asked)
-
-    return run
+def _calling_job(executor: Run) -> Run:
+    return _calling(executor, "attempt", "token", "traceparent")
 
 
 def register_internal_tasks(
@@ -172,14 +147,16 @@ def register_internal_tasks(
     mint_token : MintToken, optional
         Makes the token that goes with a task, where this process sends them.
     """
-    return _register(broker, extensions, executor, _job_receiver(_runner(executor)), mint_token)
+    return _register(
+        broker, extensions, executor, _job_receiver(_calling_job(executor)), mint_token
+    )
 
 
 def _register(
     broker: AsyncBroker,
     classes: Iterable[Any],
-    executor: Callable[..., Awaitable[None]],
-    receiver: Callable[[Any], Callable[..., Awaitable[None]]],
+    executor: Run,
+    receiver: Callable[[Any], Run],
     mint_token: MintToken | None,
 ) -> InternalRegistry:
     by_name = {str(internal_name(cls)): cls for cls in classes}
@@ -193,8 +170,8 @@ def _context(context: Annotated[Context, TaskiqDepends()]) -> Context:
     return context
 
 
-def _job_receiver(run: Run) -> Callable[[Any], Callable[..., Awaitable[None]]]:
-    def receiver(extension: Any) -> Callable[..., Awaitable[None]]:
+def _job_receiver(run: Run) -> Callable[[Any], Run]:
+    def receiver(extension: Any) -> Run:
         async def receive(
             task_id: str,
             room_id: str,
@@ -203,17 +180,11 @@ def _job_receiver(run: Run) -> Callable[[Any], Callable[..., Awaitable[None]]]:
             context: Annotated[Context | None, TaskiqDepends(_context)] = None,
         ) -> None:
             labels = context.message.labels if context else {}
-            attempt = labels.get("attempt")
+            attempt = int(labels["attempt"]) if "attempt" in labels else None
             with telemetry.continuing(labels):
-                message = Message(
-                    payload,
-                    room_id,
-                    task_id,
-                    None if attempt is None else int(attempt),
-                    token,
-                    telemetry.carried(),
-                )
-                await _contained(run(extension, message))
+                trace = telemetry.carried()
+                named = {"attempt": attempt, "token": token, "traceparent": trace}
+                await _contained(run(extension, payload, room_id, task_id, **named))
 
         return receive
 
@@ -254,15 +225,14 @@ def register_internal_providers(
     mint_token : MintToken, optional
         Makes the token that goes with a request, of the provider that is asked.
     """
-    declared = _declared(executor, "token")
+    run = _calling(executor, "token")
 
-    def receiver(provider: Any) -> Callable[..., Awaitable[None]]:
+    def receiver(provider: Any) -> Run:
         async def receive(
             provider_id: str, request_id: str, params: str, token: str | None = None
         ) -> None:
-            asked = {"token": token} if declared else {}
             arguments = (provider, json.loads(params), provider_id, request_id)
-            await _contained(executor(*arguments, **asked))
+            await _contained(run(*arguments, token=token))
 
         return receive
 
@@ -333,28 +303,30 @@ async def register_internal_jobs(
     return registry
 
 
-def _starting(app: FastAPI, session_maker: SessionMaker, executor: Any) -> Run:
+def _starting(app: FastAPI, session_maker: SessionMaker, executor: Run) -> Run:
     """Return what starts a delivered attempt, runs it, and fails it if it raises."""
-    execute = _runner(executor)
+    execute = _calling_job(executor)
 
-    async def run(extension: Any, message: Message) -> None:
-        started = await _change(
-            app, session_maker, attempts.start_internal, UUID(message.task_id), message.attempt
-        )
+    async def run(
+        extension: Any, payload: dict[str, Any], room_id: str, task_id: str, **named: Any
+    ) -> None:
+        start = attempts.start_internal
+        started = await _change(app, session_maker, start, UUID(task_id), named["attempt"])
         if not started:
-            log.info("task %s is not there to be started", message.task_id)
+            log.info("task %s is not there to be started", task_id)
             return
         (task,) = started
+        named["attempt"] = task.attempt
         try:
             with telemetry.continuing({"traceparent": task.traceparent or ""}):
-                await execute(extension, message._replace(attempt=task.attempt))
+                await execute(extension, payload, room_id, task_id, **named)
         except GeneratorExit:
             # the event loop is gone: nothing can be awaited
             raise
         except BaseException as exc:
             error = describe(exc)
-            if message.token:
-                error = error.replace(message.token, "[token]")
+            if named["token"]:
+                error = error.replace(named["token"], "[token]")
             await _fail(app, session_maker, task, error)
             raise
 
