@@ -504,13 +504,13 @@ async def test_what_nobody_asked_for_takes_nobodys_place(app, ada, bob, provider
     assert (await bob.get(READ)).content == b"asked for"
 
 
-@pytest.mark.parametrize("gone", ["result", "origin", "outcome", "asked"])
+@pytest.mark.parametrize("gone", ["result", "origin", "outcome", "requested"])
 async def test_what_a_full_cache_lets_go_is_asked_for_again(
     ada, bob, provider, events, results, gone
 ):
     """And is never answered with what another provider left."""
     forget = results.near.delete
-    if gone == "asked":
+    if gone == "requested":
         # told already, as far as the reader knows
         await ask(bob)
         await upload(ada, provider, b"first")

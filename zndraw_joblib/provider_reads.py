@@ -2,18 +2,17 @@
 
 What the result backend holds of a request, each under a key of its own:
 
-========  =======================================================================
-result    the bytes as uploaded; hosts read them
-origin    which provider uploaded them; a result without it is nobody's
-inflight  a mark: the request is in flight; hosts set and respect it
-asked     whom it went to; what nobody was asked for is not kept
-outcome   for some seconds: that there is a result, or why there is none
-========  =======================================================================
+=========  =======================================================================
+result     the bytes as uploaded; hosts read them
+origin     which provider uploaded them; a result without it is nobody's
+inflight   a mark: the request is in flight; hosts set and respect it
+requested  whom it went to; what nobody requested is not kept
+outcome    for some seconds: that there is a result, or why there is none
+=========  =======================================================================
 """
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ _FAILED = b"-"
 _OUTCOME_SECONDS = 5
 _MAX_FAILURE = 64 * 1024
 # A server buffers what it is handed, whole, for a reader who is slow to take it.
-PIECE = 64 * 1024
+CHUNK_BYTES = 64 * 1024
 
 
 class InFlight:
@@ -114,23 +113,10 @@ async def reachable(seconds: float) -> AsyncIterator[None]:
 
 @dataclass(frozen=True)
 class Read:
-    """What one set of parameters is to be read from a provider, and where answers wait.
-
-    Attributes
-    ----------
-    provider : ProviderResponse
-        Who is asked.
-    digest : str
-        The hash of the parameters.
-    results : ResultBackend
-        The host's.
-    settings : JobLibSettings
-        The host's.
-    in_flight : InFlight
-        The requests of this process that have no answers.
-    """
+    """What one set of parameters is to be read from a provider, and where answers wait."""
 
     provider: ProviderResponse
+    # the hash of the parameters
     digest: str
     results: ResultBackend
     settings: JobLibSettings
@@ -153,8 +139,8 @@ class Read:
         return f"{self.provider.id} {self.provider.content_type}".encode()
 
     @property
-    def whom(self) -> str:
-        """Who is asked: another worker may take the provider over."""
+    def recipient(self) -> str:
+        """Whom a request goes to: another worker may take the provider over."""
         return f"{self.provider.id} {self.provider.worker_id}"
 
 
@@ -224,7 +210,7 @@ async def _request(read: Read, send: Callable[[], Awaitable[None]]) -> None:
         return
     sent = False
     problem = ServiceUnavailable.create("the request can't be sent to its provider")
-    ttl, most = (settings.provider_inflight_ttl_seconds, settings.max_requests_per_provider)
+    ttl, most = settings.provider_inflight_ttl_seconds, settings.max_requests_per_provider
     try:
         if not read.in_flight.add(read.provider.id, read.digest, ttl, most):
             problem = ServerBusy.create("too many requests wait for this provider")
@@ -246,27 +232,27 @@ async def _request(read: Read, send: Callable[[], Awaitable[None]]) -> None:
 async def _mark(read: Read) -> bool:
     """Mark a request as in flight to this provider; tell whether it was not."""
     results, settings = read.results, read.settings
-    ttl = _whole(settings.provider_inflight_ttl_seconds)
+    ttl = settings.provider_inflight_ttl_seconds
     mark = read.key("inflight")
     if not await results.acquire_inflight(mark, ttl):
-        if await results.get(read.key("asked")) in (None, read.whom.encode()):
+        if await results.get(read.key("requested")) in (None, read.recipient.encode()):
             return False
         # it went to a worker that has gone since: one reader takes it over
-        if not await results.acquire_inflight(f"{mark}:{read.whom}", ttl):
+        if not await results.acquire_inflight(f"{mark}:{read.recipient}", ttl):
             return False
     # that of an earlier request; first, since others begin to wait for this one's
     await results.delete(read.outcome_key)
     # longer than the mark: an answer may be late, and is welcome
-    late = ttl + _whole(settings.provider_result_ttl_seconds)
-    await results.store(read.key("asked"), read.whom.encode(), late)
+    late = ttl + settings.provider_result_ttl_seconds
+    await results.store(read.key("requested"), read.recipient.encode(), late)
     return True
 
 
-async def _is_asked_for(read: Read) -> bool:
+async def _is_requested(read: Read) -> bool:
     """Tell whether this provider was sent such a request, by this host or by others."""
-    asked = await read.results.get(read.key("asked"))
-    if asked is not None:
-        return asked.split()[0] == str(read.provider.id).encode()
+    recipient = await read.results.get(read.key("requested"))
+    if recipient is not None:
+        return recipient.split()[0] == str(read.provider.id).encode()
     mark = read.key("inflight")
     if not await read.results.acquire_inflight(mark, 1):
         # a host that asked by itself
@@ -275,16 +261,11 @@ async def _is_asked_for(read: Read) -> bool:
     return False
 
 
-def _whole(seconds: float) -> int:
-    # hosts' backends hand a time to live on to Redis, which takes no fractions
-    return math.ceil(seconds)
-
-
 async def _settle(read: Read, outcome: bytes) -> None:
     """End a request: those who wait are told, and the next reader asks again."""
     read.in_flight.remove(read.provider.id, read.digest)
     await read.results.store(read.outcome_key, outcome, _OUTCOME_SECONDS)
-    await read.results.delete(read.key("asked"))
+    await read.results.delete(read.key("requested"))
     await read.results.release_inflight(read.key("inflight"))
     await read.results.notify_key(read.outcome_key)
 
@@ -348,7 +329,7 @@ def _failure(body: bytes) -> ProblemException:
     return ProblemException(problem, _AGAIN if problem.status == 503 else None)
 
 
-async def take(body: AsyncIterator[bytes], failed: bool, settings: JobLibSettings) -> bytes:
+async def read_upload(body: AsyncIterator[bytes], failed: bool, settings: JobLibSettings) -> bytes:
     """Read an upload up to its limit.
 
     Raises
@@ -358,12 +339,12 @@ async def take(body: AsyncIterator[bytes], failed: bool, settings: JobLibSetting
     """
     limit = _MAX_FAILURE if failed else settings.provider_result_max_bytes
     # one growing block: chunks that are joined would need their size twice
-    taken = BytesIO()
+    data = BytesIO()
     async for chunk in body:
-        if taken.tell() + len(chunk) > limit:
+        if data.tell() + len(chunk) > limit:
             raise PayloadTooLarge.exception(f"a result is limited to {limit} bytes")
-        taken.write(chunk)
-    return taken.getvalue()
+        data.write(chunk)
+    return data.getvalue()
 
 
 async def accept(read: Read, data: bytes, failed: bool) -> bool:
@@ -376,13 +357,13 @@ async def accept(read: Read, data: bytes, failed: bool) -> bool:
     bool
         Whether there is a result to be read.
     """
-    if not await _is_asked_for(read):
+    if not await _is_requested(read):
         log.debug("%s was not asked for", read.key("result"))
         return False
     if failed:
         await _settle(read, _FAILED + data)
         return False
-    results, ttl = read.results, _whole(read.settings.provider_result_ttl_seconds)
+    results, ttl = read.results, read.settings.provider_result_ttl_seconds
     # First whose it is, and again: a former provider's late upload, between the two, is
     # not this one's.
     await results.store(read.key("origin"), read.origin, ttl + 60)
@@ -394,7 +375,7 @@ async def accept(read: Read, data: bytes, failed: bool) -> bool:
     return True
 
 
-async def pieces(data: bytes) -> AsyncIterator[bytes]:
-    """Yield a large result in pieces."""
-    for start in range(0, len(data), PIECE):
-        yield data[start : start + PIECE]
+async def chunks(data: bytes) -> AsyncIterator[bytes]:
+    """Yield a large result in chunks."""
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]

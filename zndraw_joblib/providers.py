@@ -17,17 +17,13 @@ from sqlalchemy import (
     select,
     true,
 )
-
-# ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
-# construct for both.
 from sqlalchemy.dialects.postgresql import Insert
-from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
-from zndraw_joblib.database import execute
+from zndraw_joblib.database import execute, upsert
 from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name
 from zndraw_joblib.models import PROVIDER, seen_from, visible
 from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import JsonObject, ProviderResponse
@@ -64,15 +60,19 @@ def _owned(caller: Caller) -> ColumnElement[bool]:
 
 
 def _named(name: FullName) -> ColumnElement[bool]:
-    return and_(
-        PROVIDER.c.room_id == name.room,
-        PROVIDER.c.category == name.category,
-        PROVIDER.c.name == name.name,
+    return and_(*(column == part for column, part in zip(_NAME, name, strict=True)))
+
+
+def _written(
+    name: FullName, fields: dict[str, Any], new_id: UUID, kept_id: Any, over: Any = None
+) -> Insert:
+    room, category, short = name
+    key = {"room_id": room, "category": category, "name": short}
+    writing = upsert(PROVIDER).values(id=new_id, **key, **fields)
+    replaced = {field: writing.excluded[field] for field in fields}
+    return writing.on_conflict_do_update(
+        index_elements=_NAME, set_={"id": kept_id, **replaced}, where=over
     )
-
-
-def _replaced_by(fresh: Insert, *columns: str) -> dict[str, Any]:
-    return {column: fresh.excluded[column] for column in columns}
 
 
 async def register(
@@ -96,37 +96,22 @@ async def register(
         too long, ``quota-exceeded``.
     """
     check_length(name)
+    fields = {
+        "schema": schema,
+        "content_type": content_type,
+        "user_id": caller.id,
+        "worker_id": worker_id,
+    }
     new_id = uuid7()
-    fresh = upsert(PROVIDER).values(
-        id=new_id,
-        room_id=name.room,
-        category=name.category,
-        name=name.name,
-        schema=schema,
-        content_type=content_type,
-        user_id=caller.id,
-        worker_id=worker_id,
-    )
-    mine = PROVIDER.c.user_id == caller.id
-    registered = await execute(
-        session,
-        fresh.on_conflict_do_update(
-            index_elements=_NAME,
-            set_={
-                **_replaced_by(fresh, "schema", "content_type", "user_id", "worker_id"),
-                "id": case((mine, PROVIDER.c.id), else_=uuid7()),
-            },
-            where=_owned(caller),
-        ).returning(*_VIEW),
-    )
-    row = registered.one_or_none()
+    kept_id = case((PROVIDER.c.user_id == caller.id, PROVIDER.c.id), else_=uuid7())
+    writing = _written(name, fields, new_id, kept_id, over=_owned(caller))
+    row = (await execute(session, writing.returning(*_VIEW))).one_or_none()
     if row is None:
         raise Forbidden.exception(f"provider {name} belongs to another user")
     created = row.id == new_id
     if created:
         theirs = select(PROVIDER.c.id).where(PROVIDER.c.user_id == caller.id)
-        most = settings.max_providers_per_user
-        await check_quota(session, theirs, most, "providers")
+        await check_quota(session, theirs, settings.max_providers_per_user, "providers")
     return Registered(_view(row), created)
 
 
@@ -134,20 +119,8 @@ async def install(
     session: AsyncSession, name: FullName, schema: JsonObject, content_type: str, user_id: UUID
 ) -> None:
     """Write an ``@internal`` provider as the server's own code defines it."""
-    fresh = upsert(PROVIDER).values(
-        room_id=name.room,
-        category=name.category,
-        name=name.name,
-        schema=schema,
-        content_type=content_type,
-        user_id=user_id,
-    )
-    await execute(
-        session,
-        fresh.on_conflict_do_update(
-            index_elements=_NAME, set_=_replaced_by(fresh, "schema", "content_type", "user_id")
-        ),
-    )
+    fields = {"schema": schema, "content_type": content_type, "user_id": user_id}
+    await execute(session, _written(name, fields, uuid7(), PROVIDER.c.id))
 
 
 async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResponse:
@@ -162,10 +135,8 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
         name = split_full_name(full_name)
     except ValueError as exc:
         raise ProviderNotFound.exception(f"provider not found: {exc}") from None
-    row = None
-    if name.room in visible_rooms(room):
-        found = await execute(session, select(*_VIEW).where(_named(name)))
-        row = found.one_or_none()
+    seen = select(*_VIEW).where(_named(name), visible(PROVIDER))
+    row = (await execute(session, seen, seen_from(room))).one_or_none()
     if row is None:
         raise ProviderNotFound.exception(f"provider not found: room {room!r} sees no {name}")
     return _view(row)
@@ -230,11 +201,8 @@ async def remove(
     provider = await owned(session, provider_id, caller, may_enter)
     if provider.room_id == INTERNAL_ROOM:
         raise Forbidden.exception("the server's own providers stay")
-    removed = await execute(
-        session,
-        delete(PROVIDER).where(PROVIDER.c.id == provider_id, _owned(caller)).returning(*_NAME),
-    )
-    row = removed.one_or_none()
+    removing = delete(PROVIDER).where(PROVIDER.c.id == provider_id, _owned(caller))
+    row = (await execute(session, removing.returning(*_NAME))).one_or_none()
     if row is None:
         raise ProviderNotFound.exception(f"provider {provider_id} not found")
     return FullName(*row)

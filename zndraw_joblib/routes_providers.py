@@ -211,9 +211,9 @@ async def read_provider(
         "X-Content-Type-Options": "nosniff",
         **wait_headers(wait),
     }
-    if len(data) <= provider_reads.PIECE:
+    if len(data) <= provider_reads.CHUNK_BYTES:
         return Response(data, headers=headers)
-    return StreamingResponse(provider_reads.pieces(data), headers=headers)
+    return StreamingResponse(provider_reads.chunks(data), headers=headers)
 
 
 @router.post(
@@ -243,7 +243,7 @@ async def upload_result(
 
     await look()
     failed = x_result_status == "error"
-    data = await provider_reads.take(request.stream(), failed, settings)
+    data = await provider_reads.read_upload(request.stream(), failed, settings)
     digest = x_request_hash.lower()
     # again: it may have gone while the body came in
     provider = await look()
