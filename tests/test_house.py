@@ -25,7 +25,7 @@ FLOORS = [
     ["database", "models", "paging", "migration"],
     [
         "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims", "heartbeats",
-        "providers", "stats",
+        "providers",
     ],
     ["delivery", "long_polls", "provider_reads", "runtime", "registry", "sweeper"],
     ["dependencies", "problem_route"],

@@ -146,8 +146,8 @@ async def test_the_last_two_workers_go_in_transactions_side_by_side(scene):
 
     async def retire_first(session: AsyncSession) -> None:
         caller = Caller(scene.ada.id, is_superuser=False)
-        gone = await workers.retire(session, UUID(first), caller)
-        await sweeper.retire(session, gone, JobLibSettings(), Outbox())
+        chosen = workers.commanded(UUID(first), caller)
+        assert await sweeper.retire(session, chosen, JobLibSettings(), Outbox()) == 1
 
     # neither sees that the other's link goes: one has to wait for the other
     (gone,) = await scene.meet(retire_first, lambda: scene.ada.delete(f"/workers/{second}"))

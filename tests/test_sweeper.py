@@ -508,10 +508,10 @@ async def test_limits_survive_a_clock_that_is_set_back(ada, session_maker):
     assert all(seconds > hour - 60 for seconds in await seconds_ahead())
     sweep = sweeper._sweep(session_maker, None)
     for _ in range(2):
-        await sweeper._correct_moments(sweep)
+        await sweep.run(sweeper._correct_moments)
         heartbeat, deadline, available = await seconds_ahead()
         assert -60 < heartbeat <= 0
         assert 0 < deadline <= 60
         assert available <= 30
     assert (await read(ada, task))["status"] == "running"
-    assert await sweeper._correct_moments(sweep) == 0, "what is right stays"
+    assert await sweep.run(sweeper._correct_moments) == 0, "what is right stays"

@@ -73,7 +73,7 @@ _MODULE_OF = {
     "problem_exception_handler": "exceptions",
     "purge_jobs": "sweeper",
     "purge_tasks": "sweeper",
-    "queue_stats": "stats",
+    "queue_stats": "jobs",
     "register_internal_jobs": "registry",
     "register_internal_providers": "registry",
     "register_internal_tasks": "registry",

@@ -39,6 +39,7 @@ from zndraw_joblib.exceptions import WorkerNotFound as WorkerNotFound
 from zndraw_joblib.exceptions import problem_exception_handler as problem_exception_handler
 from zndraw_joblib.extension import Category as Category
 from zndraw_joblib.extension import Extension as Extension
+from zndraw_joblib.jobs import queue_stats as queue_stats
 from zndraw_joblib.lifecycle import TaskStatus as TaskStatus
 from zndraw_joblib.models import Job as Job
 from zndraw_joblib.models import ProviderRecord as ProviderRecord
@@ -61,7 +62,6 @@ from zndraw_joblib.routes import router as router
 from zndraw_joblib.schemas import JobPolicy as JobPolicy
 from zndraw_joblib.schemas import JobStats as JobStats
 from zndraw_joblib.settings import JobLibSettings as JobLibSettings
-from zndraw_joblib.stats import queue_stats as queue_stats
 from zndraw_joblib.sweeper import cleanup_idle_jobs as cleanup_idle_jobs
 from zndraw_joblib.sweeper import cleanup_overdue_attempts as cleanup_overdue_attempts
 from zndraw_joblib.sweeper import cleanup_stale_workers as cleanup_stale_workers

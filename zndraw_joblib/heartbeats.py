@@ -7,6 +7,7 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Float,
+    Row,
     String,
     bindparam,
     case,
@@ -30,15 +31,7 @@ from zndraw_joblib.workers import Caller
 
 
 class Beat(NamedTuple):
-    """What came of a heartbeat.
-
-    Attributes
-    ----------
-    answer : HeartbeatResponse
-        What the worker is told.
-    progressed : list of TaskView
-        Tasks whose progress was stored.
-    """
+    """What came of a heartbeat: its answer, and the tasks whose progress was stored."""
 
     answer: HeartbeatResponse
     progressed: list[TaskView]
@@ -49,10 +42,11 @@ def _count_of(table: Any) -> ColumnElement[int]:
     return select(func.count()).select_from(table).where(served).scalar_subquery()
 
 
-# id, attempt and status of the reported tasks that are the worker's
 _LINE = (
     cast(TASK.c.id, String) + " " + cast(TASK.c.attempt, String) + " " + cast(TASK.c.status, String)
 )
+# id, attempt and status of the reported tasks that are the worker's, as text: this way the
+# heartbeat stays one statement, and returns one row
 _STATES = (
     select(func.aggregate_strings(_LINE, ","))
     .where(
@@ -61,8 +55,9 @@ _STATES = (
     )
     .scalar_subquery()
 )
-_COUNTS = (_count_of(LINK).label("jobs"), _count_of(PROVIDER).label("providers"))
-BEATING = workers.TOUCHING.returning(*_COUNTS)
+BEATING = workers.TOUCHING.returning(
+    _count_of(LINK).label("jobs"), _count_of(PROVIDER).label("providers")
+)
 BEATING_WITH_TASKS = BEATING.returning(_STATES.label("states"))
 
 
@@ -75,19 +70,14 @@ async def beat(
 ) -> Beat:
     """Record that a worker lives, store the progress of its tasks, tell which to drop.
 
+    The worker's row is locked until the commit.
+
     Parameters
     ----------
-    session : AsyncSession
-        Whose owner commits; until then the worker's row is locked.
-    worker_id : UUID
-        The worker.
     caller : Caller
-        Its owner; a superuser may set the state of another's.
+        The worker's owner; a superuser may set the state of another's.
     request : WorkerUpdateRequest
-        The state that the worker is to have, and the tasks that it believes to be its
-        own.
-    settings : JobLibSettings
-        The host's.
+        The state that the worker is to have, and the tasks that it believes to be its own.
 
     Raises
     ------
@@ -95,28 +85,13 @@ async def beat(
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
     reported = {task.id: task for task in request.tasks}
+    statement = BEATING_WITH_TASKS if reported else BEATING
     worker = await workers.touch(
-        session,
-        worker_id,
-        caller,
-        BEATING_WITH_TASKS if reported else BEATING,
-        state=request.state,
-        reported=list(reported),
+        session, worker_id, caller, statement, state=request.state, reported=list(reported)
     )
-    lines = (worker.states or "").split(",") if reported else []
-    states = {
-        UUID(task_id): TaskStatus[status]
-        for task_id, attempt, status in (line.split() for line in lines if line)
-        if int(attempt) == reported[UUID(task_id)].attempt
-    }
-    told = [
-        task
-        for task in request.tasks
-        if states.get(task.id) in HELD and (task.progress is not None or task.message is not None)
-    ]
-    progressed = await _store(session, worker_id, told, settings) if told else []
-    cancelled = [task for task, s in states.items() if s is TaskStatus.CANCELLED]
-    kept = {task for task, status in states.items() if status in HELD}
+    states = _states(worker, reported) if reported else {}
+    kept = {task_id for task_id, status in states.items() if status in HELD}
+    cancelled = [task_id for task_id, s in states.items() if s is TaskStatus.CANCELLED]
     answer = HeartbeatResponse(
         id=worker.id,
         last_heartbeat=worker.last_heartbeat,
@@ -127,27 +102,44 @@ async def beat(
         cancelled=cancelled,
         lost=sorted(reported.keys() - kept - {*cancelled}),
     )
-    return Beat(answer, progressed)
+    held_still = [task for task in request.tasks if task.id in kept]
+    return Beat(answer, await _store(session, worker_id, held_still, settings))
+
+
+def _states(worker: Row[Any], reported: dict[UUID, TaskHeartbeat]) -> dict[UUID, TaskStatus]:
+    """Return the states of the reported attempts that are the worker's."""
+    states = {}
+    for line in worker.states.split(",") if worker.states else ():
+        task_id, attempt, status = line.split()
+        if int(attempt) == reported[UUID(task_id)].attempt:
+            states[UUID(task_id)] = TaskStatus[status]
+    return states
 
 
 async def _store(
-    session: AsyncSession, worker_id: UUID, told: Sequence[TaskHeartbeat], settings: JobLibSettings
+    session: AsyncSession,
+    worker_id: UUID,
+    reported: Sequence[TaskHeartbeat],
+    settings: JobLibSettings,
 ) -> list[TaskView]:
     """Store progress; what ended meanwhile is left to the next heartbeat."""
-    fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in told)
-    messages = ((TASK.c.id == t.id, literal(t.message, String)) for t in told)
+    reported = [t for t in reported if t.progress is not None or t.message is not None]
+    if not reported:
+        return []
+    fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in reported)
+    messages = ((TASK.c.id == t.id, literal(t.message, String)) for t in reported)
     # by id, as reports lock them
     theirs = (
         select(TASK.c.id)
         .where(
             held(),
             TASK.c.worker_id == worker_id,
-            tuple_(TASK.c.id, TASK.c.attempt).in_([(t.id, t.attempt) for t in told]),
+            tuple_(TASK.c.id, TASK.c.attempt).in_([(t.id, t.attempt) for t in reported]),
         )
         .order_by(TASK.c.id)
         .with_for_update()
     )
-    # what is not told stays: a message alone erases no progress
+    # what is not reported stays: a message alone erases no progress
     storing = (
         update(TASK)
         .where(rechecked(held()), TASK.c.id.in_(theirs))

@@ -1,5 +1,6 @@
-"""Jobs: registered by workers, seen by rooms, gone when nobody serves them."""
+"""Jobs: registered by workers, seen by rooms, gone when nobody serves them; their figures."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
@@ -23,70 +24,36 @@ from sqlalchemy import (
     true,
     update,
 )
-
-# ON CONFLICT reads the same in PostgreSQL and SQLite, and SQLAlchemy renders this one
-# construct for both.
-from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
-from uuid_utils.compat import uuid7
 
-from zndraw_joblib.database import execute, number, scalar
+from zndraw_joblib import lifecycle, models
+from zndraw_joblib.database import execute, now, number, scalar, scalars, upsert
 from zndraw_joblib.exceptions import MAX_ERRORS, JobNotFound, NoWorkersAvailable, SchemaConflict
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name, visible_rooms
-from zndraw_joblib.models import (
-    JOB,
-    LINK,
-    TASK,
-    WORKER,
-    alive_within,
-    held,
-    queued,
-    seen_from,
-    served,
-)
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, TaskStatus
+from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
 from zndraw_joblib.paging import Listing, Page, paginate
-from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject, equal_json
-from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.schemas import JobPolicy, JobResponse, JobStats, JobSummary, JsonObject
+from zndraw_joblib.settings import JobLibSettings, get_settings
 from zndraw_joblib.validation import differences
 from zndraw_joblib.workers import Caller, check_length, check_quota
 
-
-class Registration(NamedTuple):
-    """A job as it stands after its registration.
-
-    Attributes
-    ----------
-    job_id : UUID
-        The job.
-    created : bool
-        Whether it is new, or came back.
-    joined : bool
-        Whether the worker is one of its workers only now.
-    policy_kept : bool
-        Whether another policy was asked for, and the job's stays.
-    """
-
-    job_id: UUID
-    created: bool
-    joined: bool
-    policy_kept: bool
+_FULL_NAME = (JOB.c.room_id, JOB.c.category, JOB.c.name)
+_LIVE = JOB.c.deleted.is_(False)
+_DELETED = JOB.c.deleted.is_(True)
 
 
-def find(room: str, full_name: str) -> FullName:
-    """Split a job's full name, if ``room`` may see such a job at all.
+class Target(NamedTuple):
+    """A live job; its schema as JSON text."""
 
-    Raises
-    ------
-    ProblemException
-        ``job-not-found``, also for a malformed name.
-    """
-    try:
-        name = split_full_name(full_name)
-    except ValueError as exc:
-        raise JobNotFound.exception(f"job not found: {exc}") from None
-    if name.room not in visible_rooms(room):
-        raise not_found(room, full_name)
-    return name
+    id: UUID
+    name: FullName
+    schema: str
+
+    @property
+    def internal(self) -> bool:
+        """Whether the server runs its tasks itself."""
+        return self.name.room == INTERNAL_ROOM
 
 
 def not_found(room: str, full_name: str) -> Exception:
@@ -94,33 +61,53 @@ def not_found(room: str, full_name: str) -> Exception:
     return JobNotFound.exception(f"job not found: room {room!r} sees no {full_name!r}")
 
 
-def named(name: FullName) -> ColumnElement[bool]:
-    """Return the condition that picks a job by its full name."""
-    return and_(
-        JOB.c.room_id == name.room, JOB.c.category == name.category, JOB.c.name == name.name
-    )
+def _find(room: str, full_name: str) -> FullName:
+    try:
+        name = lifecycle.split_full_name(full_name)
+    except ValueError as exc:
+        raise JobNotFound.exception(f"job not found: {exc}") from None
+    if name.room not in lifecycle.visible_rooms(room):
+        raise not_found(room, full_name)
+    return name
 
 
-#: Finds a live job by what :func:`find` makes of its full name; its schema as text.
-SERVED = select(JOB.c.id, cast(JOB.c.schema, Text).label("schema")).where(
+def _named(name: FullName) -> ColumnElement[bool]:
+    return and_(*(column == part for column, part in zip(_FULL_NAME, name, strict=True)))
+
+
+_TARGET = select(JOB.c.id, cast(JOB.c.schema, Text).label("schema")).where(
     JOB.c.room_id == bindparam("room"),
     JOB.c.category == bindparam("category"),
     JOB.c.name == bindparam("name"),
-    JOB.c.deleted.is_(False),
+    _LIVE,
 )
 
 
-def found(row: Row[Any] | None, room: str, full_name: str) -> Row[Any]:
-    """Return the row if there is one.
+async def require(session: AsyncSession, room: str, full_name: str) -> Target:
+    """Return a job that can be submitted to from ``room``.
 
     Raises
     ------
     ProblemException
-        ``job-not-found``.
+        ``job-not-found``, also for a malformed name.
     """
+    name = _find(room, full_name)
+    row = (await execute(session, _TARGET, name._asdict())).one_or_none()
     if row is None:
         raise not_found(room, full_name)
-    return row
+    return Target(row.id, name, row.schema)
+
+
+class Registration(NamedTuple):
+    """A job as it stands after its registration."""
+
+    job_id: UUID
+    # it is new, or came back
+    created: bool
+    # the worker is one of its workers only now
+    joined: bool
+    # another policy was asked for, and the job's stays
+    policy_kept: bool
 
 
 async def register(
@@ -132,26 +119,10 @@ async def register(
     caller: Caller,
     settings: JobLibSettings,
 ) -> Registration:
-    """Make a job, bring it back, or find it there; link the worker to it.
+    """Make a job, bring it back, or find it there; link the worker, the caller's, to it.
 
-    Parameters
-    ----------
-    session : AsyncSession
-        Whose owner commits.
-    name : FullName
-        The job's name.
-    schema : dict
-        A JSON Schema, checked before.
-    policy : dict
-        The fields of :class:`JobPolicy` that the request set; others stay. All of them
-        stay while a live worker of another user serves the job, unless the caller is a
-        superuser.
-    worker_id : UUID
-        The caller's.
-    caller : Caller
-        Who registers.
-    settings : JobLibSettings
-        The host's.
+    Of the policy, the fields that are given are set, and others stay. All of them stay
+    while a live worker of another user serves the job, unless the caller is a superuser.
 
     Raises
     ------
@@ -160,55 +131,43 @@ async def register(
         too long.
     """
     check_length(name)
-    new_id = uuid7()
-    fresh = upsert(JOB).values(
-        id=new_id,
-        room_id=name.room,
-        category=name.category,
-        name=name.name,
-        schema=schema,
-        deleted=False,
-        **(JobPolicy().model_dump() | policy),
-    )
-    arrived = await scalar(
-        session,
-        fresh.on_conflict_do_update(
-            index_elements=[JOB.c.room_id, JOB.c.category, JOB.c.name],
-            set_={"schema": fresh.excluded.schema, "deleted": False}
-            | {field: fresh.excluded[field] for field in JobPolicy.model_fields},
-            where=JOB.c.deleted.is_(True),
-        ).returning(JOB.c.id),
-    )
-    job_id = arrived or await _same(session, name, schema)
-    kept = False
-    if policy and arrived is None:
-        kept = not await _set_policy(session, job_id, policy, caller, settings)
-    joined = await scalar(
-        session,
-        upsert(LINK)
-        .values(worker_id=worker_id, job_id=job_id)
-        .on_conflict_do_nothing()
-        .returning(LINK.c.job_id),
-    )
-    if arrived is not None:
-        theirs = (
-            select(LINK.c.job_id)
-            .join(WORKER, WORKER.c.id == LINK.c.worker_id)
-            .where(WORKER.c.user_id == caller.id)
-            .distinct()
-        )
+    writing = _written(name, schema, JobPolicy().model_dump() | policy, over=_DELETED)
+    job_id = await scalar(session, writing.returning(JOB.c.id))
+    created, kept = job_id is not None, False
+    if not created:
+        job_id = await _same(session, name, schema)
+        kept = bool(policy) and not await _set_policy(session, job_id, policy, caller, settings)
+    linking = upsert(LINK).values(worker_id=worker_id, job_id=job_id).on_conflict_do_nothing()
+    joined = await scalar(session, linking.returning(LINK.c.job_id))
+    if created:
+        theirs = _links().where(WORKER.c.user_id == caller.id).distinct()
         await check_quota(session, theirs, settings.max_jobs_per_user, "jobs")
-    return Registration(job_id, arrived is not None, bool(joined), kept)
+    return Registration(job_id, created, bool(joined), kept)
+
+
+def _written(
+    name: FullName, schema: JsonObject, policy: dict[str, Any], over: Any = None
+) -> Insert:
+    fields = {"schema": schema, "deleted": False, **policy}
+    writing = upsert(JOB).values(
+        room_id=name.room, category=name.category, name=name.name, **fields
+    )
+    return writing.on_conflict_do_update(
+        index_elements=_FULL_NAME, set_={f: writing.excluded[f] for f in fields}, where=over
+    )
+
+
+def _links() -> Select[tuple[UUID]]:
+    return select(LINK.c.job_id).join(WORKER, WORKER.c.id == LINK.c.worker_id)
 
 
 async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UUID:
     # the upsert locked the row: what is read here stands until the commit
-    rows = await execute(session, select(JOB.c.id, JOB.c.schema).where(named(name)))
-    job = rows.one()
-    if not equal_json(job.schema, schema):
-        where = ", ".join(islice(differences(job.schema, schema), MAX_ERRORS))
+    job = (await execute(session, select(JOB.c.id, JOB.c.schema).where(_named(name)))).one()
+    if differing := list(islice(differences(job.schema, schema), MAX_ERRORS)):
         raise SchemaConflict.exception(
-            f"schema mismatch: job {name} exists with another schema; they differ at {where}"
+            f"schema mismatch: job {name} exists with another schema;"
+            f" they differ at {', '.join(differing)}"
         )
     return UUID(str(job.id))
 
@@ -221,21 +180,20 @@ async def _set_policy(
     settings: JobLibSettings,
 ) -> bool:
     """Set a job's policy where it is the caller's to set; return whether it is so now."""
-    others = (
-        exists()
-        .where(LINK.c.job_id == JOB.c.id, WORKER.c.id == LINK.c.worker_id)
-        .where(WORKER.c.user_id != caller.id)
-        .where(alive_within(settings.worker_timeout_seconds))
+    others = _links().where(
+        LINK.c.job_id == JOB.c.id,
+        WORKER.c.user_id != caller.id,
+        models.alive_within(settings.worker_timeout_seconds),
     )
     same = and_(*(JOB.c[field].is_not_distinct_from(policy[field]) for field in policy))
-    changed = await scalar(
-        session,
-        update(JOB)
-        .where(JOB.c.id == job_id, true() if caller.is_superuser else or_(same, ~others))
-        .values(**policy)
-        .returning(JOB.c.id),
-    )
-    return changed is not None
+    allowed = true() if caller.is_superuser else or_(same, ~others.exists())
+    setting = update(JOB).where(JOB.c.id == job_id, allowed).values(**policy)
+    return await scalar(session, setting.returning(JOB.c.id)) is not None
+
+
+async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:
+    """Write an ``@internal`` job as the server's own code defines it."""
+    await execute(session, _written(name, schema, {}))
 
 
 async def admit(
@@ -257,90 +215,10 @@ async def admit(
         most = settings.max_internal_tasks_per_user
         await check_quota(session, theirs, most, "@internal tasks")
     elif not settings.accept_without_workers:
-        alive = (
-            select(LINK.c.job_id)
-            .join(WORKER, WORKER.c.id == LINK.c.worker_id)
-            .join(JOB, JOB.c.id == LINK.c.job_id)
-            .where(named(name), alive_within(settings.worker_timeout_seconds))
-            .limit(number(1))
-        )
-        if await scalar(session, alive) is None:
+        alive = models.alive_within(settings.worker_timeout_seconds)
+        links = _links().join(JOB, JOB.c.id == LINK.c.job_id).where(_named(name), alive)
+        if await scalar(session, links.limit(number(1))) is None:
             raise NoWorkersAvailable.exception(f"no worker of {name} is alive")
-
-
-async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:
-    """Write an ``@internal`` job as the server's own code defines it."""
-    fresh = upsert(JOB).values(
-        room_id=name.room, category=name.category, name=name.name, schema=schema, deleted=False
-    )
-    await execute(
-        session,
-        fresh.on_conflict_do_update(
-            index_elements=[JOB.c.room_id, JOB.c.category, JOB.c.name],
-            set_={"schema": fresh.excluded.schema, "deleted": False},
-        ),
-    )
-
-
-async def delete_idle(session: AsyncSession, chosen: ColumnElement[bool]) -> list[FullName]:
-    """Soft-delete those of the chosen jobs that nobody serves and no task waits for.
-
-    Returns
-    -------
-    list of FullName
-        The jobs that went.
-    """
-    # Locked first, all of them, and judged by a second statement: only that one sees
-    # the links and tasks of whoever held the rows until now, and that the other of two
-    # workers that go at once took its link with it.
-    locked = (
-        await execute(
-            session,
-            select(JOB.c.id)
-            .where(chosen, JOB.c.deleted.is_(False), JOB.c.room_id != INTERNAL_ROOM)
-            .order_by(JOB.c.id)
-            .with_for_update(),
-        )
-    ).scalars()
-    deleted = await execute(
-        session,
-        update(JOB)
-        .where(JOB.c.id.in_(locked.all()), ~wanted())
-        .values(deleted=True)
-        .returning(JOB.c.room_id, JOB.c.category, JOB.c.name),
-    )
-    return [FullName(*row) for row in deleted]
-
-
-def idle() -> Select[tuple[UUID]]:
-    """Return the jobs that nobody serves and no task waits for."""
-    live = JOB.c.deleted.is_(False)
-    return select(JOB.c.id).where(live, JOB.c.room_id != INTERNAL_ROOM, ~wanted())
-
-
-def deleted(after: UUID) -> Select[tuple[UUID]]:
-    """Return the deleted jobs behind one, in the order of their ids."""
-    behind = select(JOB.c.id).where(JOB.c.deleted.is_(True), JOB.c.id > after)
-    return behind.order_by(JOB.c.id)
-
-
-def taskless(job_ids: Sequence[UUID]) -> Select[tuple[UUID]]:
-    """Return which of some jobs are deleted and have no tasks."""
-    return select(JOB.c.id).where(
-        JOB.c.id.in_(job_ids), JOB.c.deleted.is_(True), ~exists().where(TASK.c.job_id == JOB.c.id)
-    )
-
-
-async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
-    """Delete the chosen jobs for good; return how many there were."""
-    # judged again once they are locked: a retry may have come in between
-    locked = ((await execute(session, chosen)).scalars()).all()
-    purged = (
-        await execute(
-            session, delete(JOB).where(JOB.c.id.in_(taskless(locked))).returning(JOB.c.id)
-        )
-    ).scalars()
-    return len(purged.all())
 
 
 def wanted() -> ColumnElement[bool]:
@@ -359,32 +237,64 @@ def _first(column: Any, waiting: ColumnElement[bool]) -> ColumnElement[Any]:
     return first.correlate(JOB).scalar_subquery()
 
 
+_OF_WORKERS = and_(_LIVE, JOB.c.room_id != INTERNAL_ROOM)
+
+
+def idle() -> Select[tuple[UUID]]:
+    """Return the jobs that nobody serves and no task waits for."""
+    return select(JOB.c.id).where(_OF_WORKERS, ~wanted())
+
+
+async def delete_idle(session: AsyncSession, chosen: ColumnElement[bool]) -> list[FullName]:
+    """Soft-delete, and return, the chosen jobs that nobody serves and no task waits for."""
+    # Locked first, all of them, and judged by a second statement: only that one sees
+    # the links and tasks of whoever held the rows until now, and that the other of two
+    # workers that go at once took its link with it.
+    locking = select(JOB.c.id).where(chosen, _OF_WORKERS).order_by(JOB.c.id).with_for_update()
+    locked = await scalars(session, locking)
+    deleting = update(JOB).where(JOB.c.id.in_(locked), ~wanted()).values(deleted=True)
+    return [FullName(*row) for row in await execute(session, deleting.returning(*_FULL_NAME))]
+
+
+async def last_deleted(session: AsyncSession, after: UUID, count: int) -> UUID | None:
+    """Return the last of the next ``count`` deleted jobs, by id; None when there are fewer."""
+    behind = select(JOB.c.id).where(_DELETED, JOB.c.id > after).order_by(JOB.c.id)
+    last: UUID | None = await scalar(session, behind.limit(number(1)).offset(number(count - 1)))
+    return last
+
+
+def taskless(after: UUID, last: UUID | None) -> Select[tuple[UUID]]:
+    """Return the deleted jobs without tasks, of those behind one and up to another."""
+    some = select(JOB.c.id).where(JOB.c.id > after, true() if last is None else JOB.c.id <= last)
+    return some.where(*_TASKLESS)
+
+
+_TASKLESS = (_DELETED, ~exists().where(TASK.c.job_id == JOB.c.id))
+
+
+async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
+    """Delete the chosen jobs for good if they have no tasks; return how many there were."""
+    # judged again once they are locked: a retry may have come in between
+    locked = await scalars(session, chosen)
+    purging = delete(JOB).where(JOB.c.id.in_(locked), *_TASKLESS)
+    return len(await scalars(session, purging.returning(JOB.c.id)))
+
+
+def _alive(worker_timeout: float) -> ColumnElement[int]:
+    alive = _links().where(LINK.c.job_id == JOB.c.id, models.alive_within(worker_timeout))
+    return alive.with_only_columns(func.count()).scalar_subquery().label("workers_alive")
+
+
 def _view(worker_timeout: float, *schema: ColumnElement[Any]) -> Select[Any]:
-    links = (
-        select(func.aggregate_strings(cast(LINK.c.worker_id, String), ","))
-        .where(LINK.c.job_id == JOB.c.id)
-        .scalar_subquery()
-    )
-    alive = (
-        select(func.count())
-        .select_from(LINK)
-        .join(WORKER, WORKER.c.id == LINK.c.worker_id)
-        .where(LINK.c.job_id == JOB.c.id, alive_within(worker_timeout))
-        .scalar_subquery()
-    )
+    workers = select(func.aggregate_strings(cast(LINK.c.worker_id, String), ","))
     return select(
         JOB.c.id,
-        JOB.c.room_id,
-        JOB.c.category,
-        JOB.c.name,
+        *_FULL_NAME,
         *schema,
         JOB.c.created_at,
-        JOB.c.max_attempts,
-        JOB.c.retry_delay_seconds,
-        JOB.c.timeout_seconds,
-        JOB.c.start_timeout_seconds,
-        links.label("workers"),
-        alive.label("workers_alive"),
+        *(JOB.c[field] for field in JobPolicy.model_fields),
+        workers.where(LINK.c.job_id == JOB.c.id).scalar_subquery().label("workers"),
+        _alive(worker_timeout),
     )
 
 
@@ -412,22 +322,128 @@ async def read_named(
     ProblemException
         ``job-not-found``, also for a malformed name.
     """
-    name = find(room, full_name)
-    rows = await execute(
-        session, _view(worker_timeout, JOB.c.schema).where(named(name), JOB.c.deleted.is_(False))
-    )
-    return JobResponse(**_fields(found(rows.one_or_none(), room, full_name)))
+    view = _view(worker_timeout, JOB.c.schema).where(_named(_find(room, full_name)), _LIVE)
+    row = (await execute(session, view)).one_or_none()
+    if row is None:
+        raise not_found(room, full_name)
+    return JobResponse(**_fields(row))
 
 
 @lru_cache(maxsize=8)
 def _listed(worker_timeout: float) -> Select[Any]:
-    return _view(worker_timeout).where(served())
+    return _view(worker_timeout).where(models.served())
 
 
 async def list_visible(
     session: AsyncSession, room: str, page: Page, worker_timeout: float
 ) -> tuple[list[JobSummary], Listing]:
     """Return a page of the jobs that ``room`` sees."""
-    statement = _listed(worker_timeout)
-    listing = await paginate(session, statement, JOB, page, seen_from(room))
+    seen = models.seen_from(room)
+    listing = await paginate(session, _listed(worker_timeout), JOB, page, seen)
     return [JobSummary(**_fields(row)) for row in listing.rows], listing
+
+
+#: Over how many seconds what ended is counted.
+SECONDS_COUNTED = 60
+# Of each kind no more tasks are read: a host that ends more in a minute sees fewer.
+COUNTED_MAX = 100_000
+
+
+def _waiting(count_max: int, order: str, waits: ColumnElement[bool]) -> Any:
+    # No more of a queue than count_max is read, in the order of its index: else
+    # counting would take longer the longer the queue is. Written as positions are.
+    return (
+        select(TASK.c.created_at)
+        .where(TASK.c.job_id == JOB.c.id, waits)
+        .order_by(TASK.c[order])
+        .limit(select(number(count_max)).scalar_subquery())
+        .correlate_except(TASK)
+        .subquery()
+    )
+
+
+@lru_cache(maxsize=8)
+def _figures(most: int, worker_timeout: float) -> Select[Any]:
+    pending = _waiting(most, "queue_order", queued())
+    delayed = _waiting(most, "available_at", TASK.c.available_at.is_not(None))
+    return select(
+        JOB.c.id,
+        *_FULL_NAME,
+        JOB.c.created_at,
+        select(func.count()).select_from(pending).scalar_subquery().label("pending"),
+        select(func.count()).select_from(delayed).scalar_subquery().label("delayed"),
+        select(func.min(pending.c.created_at)).scalar_subquery().label("oldest"),
+        select(now()).scalar_subquery().label("now"),
+        _alive(worker_timeout),
+    )
+
+
+async def _count(
+    session: AsyncSession, chosen: ColumnElement[bool], order: Any
+) -> Counter[tuple[UUID, TaskStatus]]:
+    # Read in the order of the index that holds just these, and counted outside: SQLite
+    # would rather read all tasks in the order of their jobs than sort some.
+    some = select(TASK.c.job_id, TASK.c.status).where(chosen).order_by(order)
+    read = some.limit(number(COUNTED_MAX)).subquery()
+    counting = select(read.c.job_id, read.c.status, func.count())
+    found = await execute(session, counting.group_by(read.c.job_id, read.c.status))
+    return Counter({(job, status): count for job, status, count in found})
+
+
+async def _stats(session: AsyncSession, rows: Sequence[Row[Any]]) -> list[JobStats]:
+    # What is held and what ended just now stand in indexes of their own, over all jobs:
+    # what is read is what goes on, not what waits or is done.
+    counted = await _count(session, held(), TASK.c.worker_id)
+    just_now = TASK.c.completed_at >= now(-SECONDS_COUNTED)
+    for status in (TaskStatus.COMPLETED, TaskStatus.FAILED):
+        ended = and_(TASK.c.status == models.constant(status), just_now)
+        counted += await _count(session, ended, TASK.c.completed_at)
+    stats = []
+    for row in rows:
+        age = None if row.oldest is None else (row.now - row.oldest).total_seconds()
+        stats.append(
+            JobStats(
+                job_name=str(FullName(row.room_id, row.category, row.name)),
+                pending=row.pending,
+                delayed=row.delayed,
+                claimed=counted[row.id, TaskStatus.CLAIMED],
+                running=counted[row.id, TaskStatus.RUNNING],
+                oldest_pending_seconds=None if age is None else max(age, 0.0),
+                completed_last_minute=counted[row.id, TaskStatus.COMPLETED],
+                failed_last_minute=counted[row.id, TaskStatus.FAILED],
+                workers_alive=row.workers_alive,
+            )
+        )
+    return stats
+
+
+async def queue_stats(
+    session: AsyncSession, settings: JobLibSettings | None = None
+) -> list[JobStats]:
+    """Return what goes on in each job, for monitoring.
+
+    Parameters
+    ----------
+    settings : JobLibSettings, optional
+        Without it, those of the environment. What waits is counted up to
+        ``queue_position_max`` for each job; a worker is alive that was heard within
+        ``worker_timeout_seconds``.
+    """
+    settings = settings or get_settings()
+    figures = _figures(settings.queue_position_max, settings.worker_timeout_seconds)
+    rows = await execute(session, figures.where(_LIVE).order_by(JOB.c.id))
+    return await _stats(session, rows.all())
+
+
+@lru_cache(maxsize=8)
+def _figures_listed(most: int, worker_timeout: float) -> Select[Any]:
+    return _figures(most, worker_timeout).where(models.served())
+
+
+async def list_stats(
+    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
+) -> tuple[list[JobStats], Listing]:
+    """Return a page of what goes on in the jobs that ``room`` sees."""
+    figures = _figures_listed(settings.queue_position_max, settings.worker_timeout_seconds)
+    listing = await paginate(session, figures, JOB, page, models.seen_from(room))
+    return await _stats(session, listing.rows), listing

@@ -15,7 +15,6 @@ from zndraw_joblib import (
     validation,
     workers,
 )
-from zndraw_joblib import stats as queue
 from zndraw_joblib.dependencies import (
     Access,
     CurrentUser,
@@ -141,8 +140,9 @@ async def delete_worker(
 ) -> None:
     """Remove a worker; what it held is failed or tried again."""
     context = await context_of(request, user)
-    gone = await workers.retire(session, worker_id, context.caller)
-    await retire(session, gone, context.settings, context.outbox)
+    chosen = workers.commanded(worker_id, context.caller)
+    if not await retire(session, chosen, context.settings, context.outbox):
+        raise await workers.refusal(session, worker_id)
     await context.commit(session)
 
 
@@ -255,7 +255,7 @@ async def read_stats(
     """Show what goes on in the jobs that the room sees, over all rooms."""
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await queue.list_visible(session, room_id, query.page(), context.settings)
+    items, listing = await jobs.list_stats(session, room_id, query.page(), context.settings)
     return page_response(request, query, listing, items)
 
 

@@ -9,7 +9,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth.db import SessionDep
 
 from zndraw_joblib import claims, jobs, long_polls, reports, submissions, tasks, validation
-from zndraw_joblib.database import execute
 from zndraw_joblib.delivery import require_broker
 from zndraw_joblib.dependencies import (
     Access,
@@ -106,7 +105,7 @@ async def submit_task(
     caller, settings = context.caller, context.settings
     await enter(session, caller, room_id, may_enter, _submitting(job_name))
 
-    def check(target: submissions.Target) -> bool:
+    def check(target: jobs.Target) -> bool:
         require_broker(context.transports, target.name, [body], "/body")
         return validation.check_payloads(target.schema, {"/body/payload": body.payload})
 
@@ -154,7 +153,7 @@ async def submit_batch(
     caller, settings = context.caller, context.settings
     await enter(session, caller, room_id, may_enter, _submitting(job_name))
 
-    def check(target: submissions.Target) -> bool:
+    def check(target: jobs.Target) -> bool:
         require_broker(context.transports, target.name, body.tasks, "/body/tasks/{}")
         payloads = {f"/body/tasks/{n}/payload": task.payload for n, task in enumerate(body.tasks)}
         return validation.check_payloads(target.schema, payloads)
@@ -195,9 +194,7 @@ async def list_job_tasks(
     """List the tasks of a job that this room submitted."""
     context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    name = jobs.find(room_id, job_name)
-    rows = await execute(session, jobs.SERVED, name._asdict())
-    job = jobs.found(rows.one_or_none(), room_id, job_name)
+    job = await jobs.require(session, room_id, job_name)
     listing = await tasks.list_tasks(
         session, room_id, query.page(), context.settings, job_id=job.id, status=query.status
     )

@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 from zndraw_joblib import exceptions, jobs, tasks, telemetry
 from zndraw_joblib.database import execute, now, number, returned, scalar
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, FullName, TaskStatus
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
 from zndraw_joblib.schemas import TaskSubmitRequest, canonical
 from zndraw_joblib.settings import JobLibSettings
@@ -38,29 +38,6 @@ class Submission(NamedTuple):
     ids: list[UUID]
     tasks: list[TaskView]
     created: bool
-
-
-class Target(NamedTuple):
-    """A job as it was found: where a submission goes.
-
-    Attributes
-    ----------
-    id : UUID
-        The job's.
-    name : FullName
-        The job's.
-    schema : str
-        Its JSON Schema, as JSON.
-    """
-
-    id: UUID
-    name: FullName
-    schema: str
-
-    @property
-    def internal(self) -> bool:
-        """Whether the server runs its tasks itself."""
-        return self.name.room == INTERNAL_ROOM
 
 
 def _parameter(name: str, column: Any) -> Any:
@@ -148,7 +125,7 @@ async def submit(
     caller: Caller,
     requests: Sequence[TaskSubmitRequest],
     settings: JobLibSettings,
-    check: Callable[[Target], bool],
+    check: Callable[[jobs.Target], bool],
     *,
     idempotency_key: str | None = None,
 ) -> Submission:
@@ -175,7 +152,7 @@ async def submit(
         ``job-not-found``, also for a malformed name, ``idempotency-key-reused``,
         ``quota-exceeded``, and what ``check`` raises.
     """
-    target = await _target(session, room, full_name)
+    target = await jobs.require(session, room, full_name)
     whose = {"in_room": room, "submitter": caller.id, "checked": check(target)}
     first, *others = _rows(target, whose, requests, settings, idempotency_key)
     inserting = _inserting(target.internal, bool(idempotency_key), settings.queue_position_max)
@@ -192,7 +169,7 @@ async def submit(
 
 
 def _rows(
-    target: Target,
+    target: jobs.Target,
     whose: dict[str, Any],
     requests: Sequence[TaskSubmitRequest],
     settings: JobLibSettings,
@@ -224,13 +201,6 @@ def _rows(
     ]
 
 
-async def _target(session: AsyncSession, room: str, full_name: str) -> Target:
-    name = jobs.find(room, full_name)
-    rows = await execute(session, jobs.SERVED, name._asdict())
-    row = jobs.found(rows.one_or_none(), room, full_name)
-    return Target(row.id, name, row.schema)
-
-
 def _digest(requests: Sequence[TaskSubmitRequest]) -> str:
     asked = canonical([dict(request) for request in requests])
     return hashlib.sha256(asked.encode()).hexdigest()
@@ -238,7 +208,7 @@ def _digest(requests: Sequence[TaskSubmitRequest]) -> str:
 
 async def _earlier(
     session: AsyncSession,
-    target: Target,
+    target: jobs.Target,
     names: dict[str, Any],
     count: int,
     settings: JobLibSettings,
@@ -260,7 +230,7 @@ async def _earlier(
 
 
 async def _insert_others(
-    session: AsyncSession, target: Target, first: sa.Row[Any], others: Sequence[dict[str, Any]]
+    session: AsyncSession, target: jobs.Target, first: sa.Row[Any], others: Sequence[dict[str, Any]]
 ) -> list[Any]:
     """Insert the other tasks of a batch; return all of them."""
     # one small statement many times: no number of tasks makes a large one

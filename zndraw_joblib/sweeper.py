@@ -1,4 +1,7 @@
-"""What the host runs now and then: ends what dead workers and lost messages left."""
+"""What the host runs now and then: ends what dead workers and lost messages left.
+
+Each act takes arguments of :func:`run_sweeper`, and returns how many rows it changed.
+"""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -13,56 +16,42 @@ from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
-from zndraw_joblib.database import execute, now, number
+from zndraw_joblib.database import now, number, scalar, scalars
 from zndraw_joblib.delivery import Delivery, Dispatcher, ProvidersRemoved, SessionMaker, Transports
 from zndraw_joblib.events import Emitter, Outbox, TaskView, worker_key
-from zndraw_joblib.models import JOB, WORKER, alive_within
+from zndraw_joblib.models import JOB, WORKER
 from zndraw_joblib.runtime import runtime_of
+from zndraw_joblib.schemas import MAX_INT
 from zndraw_joblib.settings import JobLibSettings, get_settings
 from zndraw_joblib.waiting import Waiters, wakeups_of
 
 log = logging.getLogger(__name__)
 
 # A batch is one transaction; under a lock-wrapped maker everybody else waits for it.
-WORKERS_A_BATCH = 10
-TASKS_A_BATCH = 125
+WORKERS_A_BATCH = 25
+TASKS_A_BATCH = 250
 # Deleted jobs that one pass looks at: the next one goes on behind them.
 JOBS_A_PASS = 5000
-# Before all ids.
 FIRST = UUID(int=0)
 # Rows that a pass may fail at; at more it is not the rows.
 BAD_A_PASS = 100
 
 T = TypeVar("T")
 Rows = Select[tuple[UUID]]
-#: Ends the chosen rows and returns how many it changed.
-End = Callable[[AsyncSession, Rows, Outbox], Awaitable[int]]
+# ends the chosen rows and returns how many it changed
+End = Callable[[AsyncSession, Rows, JobLibSettings, Outbox], Awaitable[int]]
 Step = Callable[[AsyncSession, Rows, JobLibSettings], Awaitable[list[TaskView]]]
 
 
 @dataclass
 class _Sweep:
-    """Where passes find their rows, and what one remembers for the next.
-
-    Attributes
-    ----------
-    session_maker : callable
-        Opens one session a batch.
-    transports : Transports
-        What carries changes out of this process.
-    delivery : Delivery
-        The queue by which they leave.
-    reported : set of tuple
-        Rows that could not be swept, with the cause: each is logged once.
-    looked_at : UUID
-        The last deleted job that was looked at.
-    """
-
     session_maker: SessionMaker
     transports: Transports
     delivery: Delivery
+    # rows that could not be swept, with the cause: each is logged once
     reported: set[tuple[UUID, str]] = field(default_factory=set)
-    looked_at: UUID = FIRST
+    # the last of the deleted jobs that were purged, if they had no tasks
+    purged_up_to: UUID = FIRST
 
     async def run(self, step: Callable[[AsyncSession, Outbox], Awaitable[T]]) -> T:
         """Commit a step, and return when what it left in the outbox has left, or can't."""
@@ -78,54 +67,69 @@ class _Sweep:
 
 
 async def retire(
-    session: AsyncSession, removed: workers.Removed, settings: JobLibSettings, outbox: Outbox
-) -> None:
-    """End what removed workers held, and the jobs that only they served."""
-    outbox.tasks_changed(await attempts.lose(session, removed.worker_ids, settings))
-    _removed(removed, outbox)
+    session: AsyncSession,
+    chosen: Rows,
+    settings: JobLibSettings,
+    outbox: Outbox,
+    most: int = MAX_INT,
+) -> int:
+    """Remove the chosen workers with what they held, and the jobs that only they served.
+
+    Returns how many. When they hold more than ``most`` tasks, so many are ended, and all of
+    the workers stay.
+    """
+    worker_ids = await workers.lock(session, chosen)
+    if not worker_ids:
+        return 0
+    lost = await attempts.lose(session, worker_ids, settings, most)
+    outbox.tasks_changed(lost)
+    if len(lost) == most:
+        return 0
+    removed = await workers.remove(session, worker_ids)
     await jobs.delete_idle(session, JOB.c.id.in_(removed.job_ids))
-
-
-def _removed(removed: workers.Removed, outbox: Outbox) -> None:
-    outbox.workers_gone += removed.worker_ids
-    outbox.ended += map(worker_key, removed.worker_ids)
+    outbox.workers_gone += worker_ids
+    outbox.ended += map(worker_key, worker_ids)
     outbox.jobs_changed(removed.job_rooms)
     outbox.providers_gone(removed.providers)
+    return len(worker_ids)
 
 
 async def _each(sweep: _Sweep, rows: Rows, end: End, size: int = TASKS_A_BATCH) -> int:
     """End rows, a batch at a time; one that can't be ended costs itself alone."""
-    total, bad = 0, set[UUID]()
     (row_id,) = rows.selected_columns
-    while True:
+    total, more, bad = 0, True, set[UUID]()
+    while more:
         good = rows.where(row_id.not_in(bad)) if bad else rows
         try:
-            return total + await _drain(sweep, good, end, size)
+            ended, more = await _batch(sweep, good, end, size)
+            total += ended
         except Exception:
-            if len(bad) >= BAD_A_PASS:
-                raise
             # which one of the batch was it?
             async with sweep.session_maker() as session:
-                ids = ((await execute(session, good.limit(number(size)))).scalars()).all()
-            if not ids:
+                ids = await scalars(session, good.limit(number(size)))
+            if not ids or len(bad) >= BAD_A_PASS:
                 raise
-        for one in ids:
-            try:
-                total += await _drain(sweep, rows.where(row_id == one), end, 1)
-            except Exception as exc:
-                bad.add(one)
-                _report(sweep, one, exc)
+            for one in ids:
+                try:
+                    ended, _ = await _batch(sweep, rows.where(row_id == one), end, 1)
+                    total += ended
+                except Exception as exc:
+                    bad.add(one)
+                    _report(sweep, one, exc)
+    return total
 
 
-async def _drain(sweep: _Sweep, rows: Rows, end: End, size: int) -> int:
+async def _batch(sweep: _Sweep, rows: Rows, end: End, size: int) -> tuple[int, bool]:
+    """End some rows; return how many, and whether there may be more."""
     (row_id,) = rows.selected_columns
     some = rows.limit(number(size)).with_for_update(of=row_id.table, skip_locked=True)
-    total = 0
-    while True:
-        handled = await sweep.run(lambda session, outbox: end(session, some, outbox))
-        total += handled
-        if not handled:
-            return total
+
+    async def step(session: AsyncSession, outbox: Outbox) -> tuple[int, bool]:
+        ended = await end(session, some, sweep.transports.settings, outbox)
+        # a batch of what a worker holds ends no worker yet
+        return ended, bool(ended or outbox.changes)
+
+    return await sweep.run(step)
 
 
 def _report(sweep: _Sweep, row_id: UUID, exc: Exception) -> None:
@@ -139,39 +143,19 @@ def _report(sweep: _Sweep, row_id: UUID, exc: Exception) -> None:
 
 
 async def _stale_workers(sweep: _Sweep) -> int:
-    settings = sweep.transports.settings
-    retired = 0
-    job_ids: set[UUID] = set()
-
-    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
-        nonlocal retired
-        ids = await workers.lock(session, rows)
-        lost = await attempts.lose(session, ids, settings, TASKS_A_BATCH)
-        outbox.tasks_changed(lost)
-        if len(lost) < TASKS_A_BATCH:
-            # else a later batch ends the rest, and then the workers
-            removed = await workers.remove(session, ids)
-            _removed(removed, outbox)
-            job_ids.update(removed.job_ids)
-            retired += len(ids)
-        return len(ids)
-
-    stale = select(WORKER.c.id).where(~alive_within(settings.worker_timeout_seconds))
-    try:
-        await _each(sweep, stale, end, WORKERS_A_BATCH)
-    finally:
-        if job_ids:
-            await _idle_jobs(sweep, job_ids)
-    return retired
+    rows = workers.stale(sweep.transports.settings)
+    return await _each(sweep, rows, partial(retire, most=TASKS_A_BATCH), WORKERS_A_BATCH)
 
 
-async def _tasks(sweep: _Sweep, rows: Rows, step: Step) -> int:
-    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
-        changed = await step(session, rows, sweep.transports.settings)
+def _changing(step: Step) -> End:
+    async def end(
+        session: AsyncSession, rows: Rows, settings: JobLibSettings, outbox: Outbox
+    ) -> int:
+        changed = await step(session, rows, settings)
         outbox.tasks_changed(changed)
         return len(changed)
 
-    return await _each(sweep, rows, end)
+    return end
 
 
 async def _overdue_attempts(sweep: _Sweep) -> int:
@@ -181,71 +165,61 @@ async def _overdue_attempts(sweep: _Sweep) -> int:
         (attempts.never_started(), attempts.release_unstarted),
         (attempts.orphaned(), attempts.lose_orphans),
     ):
-        ended += await _tasks(sweep, rows, step)
+        ended += await _each(sweep, rows, _changing(step))
     return ended
 
 
 async def _stuck_internal_tasks(sweep: _Sweep) -> int:
     settings = sweep.transports.settings
-    ended = await _tasks(sweep, attempts.stuck(settings), attempts.fail_stuck)
-    if sweep.transports.registry is None:
-        return ended
-
-    async def resend(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
-        overdue = await attempts.dispatch_again(session, rows, settings)
-        outbox.dispatch(overdue, again=True)
-        return len(overdue)
-
-    async def send(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
-        again = await attempts.dispatch_waiting(session, rows, settings)
-        outbox.tasks_changed(again)
-        outbox.dispatch(again)
-        return len(again)
-
-    await _each(sweep, attempts.undelivered(settings), resend)
-    for waiting in attempts.waiting_internal():
-        await _each(sweep, waiting, send)
+    ended = await _each(sweep, attempts.stuck(settings), _changing(attempts.fail_stuck))
+    if sweep.transports.registry is not None:
+        await _each(sweep, attempts.undelivered(settings), _send_again)
+        for waiting in attempts.waiting_internal():
+            await _each(sweep, waiting, _send)
     return ended
 
 
-async def _idle_jobs(sweep: _Sweep, job_ids: set[UUID] | None = None) -> int:
-    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
+async def _send_again(
+    session: AsyncSession, rows: Rows, settings: JobLibSettings, outbox: Outbox
+) -> int:
+    overdue = await attempts.dispatch_again(session, rows, settings)
+    outbox.dispatch(overdue, again=True)
+    return len(overdue)
+
+
+async def _send(session: AsyncSession, rows: Rows, settings: JobLibSettings, outbox: Outbox) -> int:
+    claimed = await attempts.dispatch_waiting(session, rows, settings)
+    outbox.tasks_changed(claimed)
+    outbox.dispatch(claimed)
+    return len(claimed)
+
+
+async def _idle_jobs(sweep: _Sweep) -> int:
+    async def end(session: AsyncSession, rows: Rows, _: JobLibSettings, outbox: Outbox) -> int:
         idle = await jobs.delete_idle(session, JOB.c.id.in_(rows))
         outbox.jobs_changed({name.room for name in idle})
         return len(idle)
 
-    idle = jobs.idle()
-    if job_ids is not None:
-        idle = idle.where(JOB.c.id.in_(job_ids))
-    return await _each(sweep, idle, end)
+    return await _each(sweep, jobs.idle(), end)
 
 
 async def _outlived_tasks(sweep: _Sweep) -> int:
-    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
-        return await tasks.purge(session, rows)
-
     purged = 0
     for status, seconds in sweep.transports.settings.task_retention_seconds.items():
-        purged += await _each(sweep, tasks.outlived(status, seconds), end)
+        rows = tasks.outlived(status, seconds)
+        purged += await _each(sweep, rows, lambda session, rows, *_: tasks.purge(session, rows))
     return purged
 
 
 async def _deleted_jobs(sweep: _Sweep) -> int:
-    """Delete for good the deleted jobs that have no tasks, some in each pass."""
+    """Delete for good the deleted jobs that have no tasks, of some in each pass."""
+    first = sweep.purged_up_to
     async with sweep.session_maker() as session:
-        deleted = jobs.deleted(sweep.looked_at).limit(number(JOBS_A_PASS))
-        ids = ((await execute(session, deleted)).scalars()).all()
-    # all of them were looked at: from the beginning
-    sweep.looked_at = ids[-1] if len(ids) == JOBS_A_PASS else FIRST
-
-    async def end(session: AsyncSession, rows: Rows, outbox: Outbox) -> int:
-        return await jobs.purge(session, rows)
-
-    purged = 0
-    for first in range(0, len(ids), TASKS_A_BATCH):
-        some = jobs.taskless(ids[first : first + TASKS_A_BATCH])
-        purged += await _each(sweep, some, end)
-    return purged
+        last = await jobs.last_deleted(session, first, JOBS_A_PASS)
+    # behind the last of them the next pass begins anew
+    sweep.purged_up_to = last or FIRST
+    rows = jobs.taskless(first, last)
+    return await _each(sweep, rows, lambda session, rows, *_: jobs.purge(session, rows))
 
 
 def _sweep(
@@ -269,11 +243,10 @@ async def cleanup_stale_workers(
     tsio: Emitter | None = None,
     on_providers_removed: ProvidersRemoved | None = None,
 ) -> int:
-    """Retire the workers that have been silent for ``worker_timeout_seconds``.
+    """Retire the workers without a heartbeat for ``worker_timeout_seconds``.
 
-    Returns how many. The arguments are those of :func:`run_sweeper`. A worker whose row
-    can't be deleted, since a table of the host's refers to it, stays alone, and the log
-    says why.
+    A worker whose row can't be deleted, since a table of the host's refers to it, stays
+    alone, and the log says why.
     """
     sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
     return await _stale_workers(sweep)
@@ -286,20 +259,11 @@ async def cleanup_worker(
     tsio: Emitter | None = None,
     on_providers_removed: ProvidersRemoved | None = None,
 ) -> bool:
-    """Retire one worker, silent or not; return whether it was there.
-
-    The other arguments are those of :func:`run_sweeper`.
-    """
+    """Retire one worker, stale or not; return whether it was there."""
     sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
-
-    async def remove(session: AsyncSession, outbox: Outbox) -> bool:
-        chosen = select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
-        removed = await workers.remove(session, await workers.lock(session, chosen))
-        if removed.worker_ids:
-            await retire(session, removed, sweep.transports.settings, outbox)
-        return bool(removed.worker_ids)
-
-    return await sweep.run(remove)
+    chosen = select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
+    settings = sweep.transports.settings
+    return bool(await sweep.run(lambda session, outbox: retire(session, chosen, settings, outbox)))
 
 
 async def expel(
@@ -315,22 +279,6 @@ async def expel(
     Their workers no longer serve the room's jobs, so that no claim brings any of its
     tasks, and their providers there are withdrawn. What they run already goes on, as
     does what they submitted. Call it after the host's own rules have changed.
-
-    Parameters
-    ----------
-    session_maker : callable
-        Opens the session.
-    user_id : UUID
-        The user.
-    room_id : str
-        The room.
-    settings, tsio, on_providers_removed
-        Those of :func:`run_sweeper`.
-
-    Returns
-    -------
-    int
-        How many workers were unlinked and providers withdrawn.
     """
     sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
 
@@ -339,7 +287,7 @@ async def expel(
         await jobs.delete_idle(session, JOB.c.id.in_(removed.job_ids))
         outbox.jobs_changed(removed.job_rooms)
         outbox.providers_gone(removed.providers)
-        return len(removed.worker_ids) + len(removed.providers)
+        return len(removed.unlinked) + len(removed.providers)
 
     return await sweep.run(withdraw)
 
@@ -347,10 +295,7 @@ async def expel(
 async def cleanup_overdue_attempts(
     session_maker: SessionMaker, settings: JobLibSettings | None = None, tsio: Emitter | None = None
 ) -> int:
-    """End attempts past their deadline, and those whose worker is gone.
-
-    Returns how many. The arguments are those of :func:`run_sweeper`.
-    """
+    """End attempts past their deadline, and those whose worker is gone."""
     return await _overdue_attempts(_sweep(session_maker, settings, tsio))
 
 
@@ -362,8 +307,8 @@ async def cleanup_stuck_internal_tasks(
 ) -> int:
     """Send ``@internal`` tasks whose message was lost, or that have attempts left.
 
-    Those that outlived their time are ended first; returns how many these were. The
-    arguments are those of :func:`run_sweeper`; without ``registry`` nothing is sent.
+    Those that outlived their time are ended first: it returns how many these were. Without
+    ``registry`` nothing is sent.
     """
     return await _stuck_internal_tasks(_sweep(session_maker, settings, tsio, registry))
 
@@ -371,30 +316,20 @@ async def cleanup_stuck_internal_tasks(
 async def cleanup_idle_jobs(
     session_maker: SessionMaker, settings: JobLibSettings | None = None, tsio: Emitter | None = None
 ) -> int:
-    """Soft-delete jobs that lost their last waiting task after their last worker.
-
-    Returns how many. The arguments are those of :func:`run_sweeper`.
-    """
+    """Soft-delete jobs that lost their last waiting task after their last worker."""
     return await _idle_jobs(_sweep(session_maker, settings, tsio))
 
 
 async def purge_tasks(session_maker: SessionMaker, settings: JobLibSettings | None = None) -> int:
-    """Delete ended tasks that ``task_retention_seconds`` no longer keeps.
-
-    Returns how many. The arguments are those of :func:`run_sweeper`.
-    """
+    """Delete ended tasks that ``task_retention_seconds`` no longer keeps."""
     return await _outlived_tasks(_sweep(session_maker, settings))
 
 
 async def purge_jobs(session_maker: SessionMaker, settings: JobLibSettings | None = None) -> int:
-    """Delete for good the jobs that are deleted and have no tasks any more.
-
-    Returns how many. The arguments are those of :func:`run_sweeper`, each pass of which
-    looks at some of them.
-    """
+    """Delete for good the jobs that are deleted and have no tasks any more."""
     sweep = _sweep(session_maker, settings)
     purged = await _deleted_jobs(sweep)
-    while sweep.looked_at != FIRST:
+    while sweep.purged_up_to != FIRST:
         purged += await _deleted_jobs(sweep)
     return purged
 
@@ -453,34 +388,34 @@ async def run_sweeper(
         await _forever(sweep)
     except BaseException as exc:
         cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
-        fields = {"event": "sweeper ended", "cause": repr(exc)}
         level = logging.INFO if cancelled else logging.ERROR
+        fields = {"event": "sweeper ended", "cause": repr(exc)}
         log.log(level, "sweeper ended: %r", exc, extra=fields)
         raise
 
 
 async def _forever(sweep: _Sweep) -> None:
     settings = sweep.transports.settings
-    interval, timeout = (settings.sweeper_interval_seconds, settings.worker_timeout_seconds)
-    # a worker that slept along for so long is heard in time all the same
-    unnoticed = max(1.0, timeout / 4)
+    interval, timeout = settings.sweeper_interval_seconds, settings.worker_timeout_seconds
+    # a worker that slept along for so long beats in time all the same
+    tolerated = max(1.0, timeout / 4)
     pause = interval
     latest: datetime | None = None
     while True:
-        # first of all a pause: after a restart the workers need one to be heard again
+        # first of all a pause: after a restart workers need one for their heartbeats
         began = await _clock(sweep)
         await anyio.sleep(pause)
         ended = await _clock(sweep)
         if began is None or ended is None:
             continue
         if latest is None or ended < max(began, latest) - timedelta(seconds=1):
-            # also at first: nobody knows what the clock showed before
-            await _logged("correct_moments", partial(_correct_moments, sweep))
+            # set back; at first nobody knows what it showed before
+            await _logged("correct_moments", partial(sweep.run, _correct_moments))
         latest = ended
-        asleep = (ended - began).total_seconds() - pause
-        if asleep > unnoticed:
-            # Workers may have slept along, and what they say may be on its way.
-            log.warning("the sweeper slept %.0f s longer than it meant to", asleep)
+        overslept = (ended - began).total_seconds() - pause
+        if overslept > tolerated:
+            # workers may have slept along, and their heartbeats be on their way
+            log.warning("the sweeper slept %.0f s longer than it meant to", overslept)
             pause = timeout
             continue
         pause = interval
@@ -502,17 +437,12 @@ async def _clock(sweep: _Sweep) -> datetime | None:
     """Return what the database's clock shows; None while it is away."""
     try:
         async with sweep.session_maker() as session:
-            moment: datetime = ((await execute(session, select(now()))).scalars()).one()
+            moment: datetime = await scalar(session, select(now()))
             return moment
     except Exception:
         log.exception("the database's clock can't be read")
         return None
 
 
-async def _correct_moments(sweep: _Sweep) -> int:
-    """Bring forward what was written before the database's clock was set back."""
-    async with sweep.session_maker() as session:
-        corrected = await workers.correct_moments(session)
-        corrected += await attempts.correct_moments(session)
-        await session.commit()
-    return corrected
+async def _correct_moments(session: AsyncSession, _: Outbox) -> int:
+    return await workers.correct_moments(session) + await attempts.correct_moments(session)

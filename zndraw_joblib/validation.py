@@ -24,7 +24,7 @@ from zndraw_joblib.exceptions import (
     json_pointer,
     shortened,
 )
-from zndraw_joblib.schemas import JsonObject
+from zndraw_joblib.schemas import JsonObject, equal_json
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SUBSCHEMAS = 5000
@@ -171,7 +171,7 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
                 yield from differences(one[key], other[key], below)
             else:
                 yield shortened(below)
-    elif to_json(one) != to_json(other):
+    elif not equal_json(one, other):
         yield shortened(where or "/")
 
 

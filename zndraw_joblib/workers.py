@@ -13,15 +13,12 @@ from sqlalchemy import (
     Float,
     Row,
     Select,
-    Update,
     and_,
     bindparam,
     case,
     delete,
     func,
     insert,
-    literal,
-    literal_column,
     or_,
     select,
     true,
@@ -30,10 +27,16 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib.database import execute, now, number, scalar
-from zndraw_joblib.exceptions import Forbidden, InvalidRequest, QuotaExceeded, WorkerNotFound
+from zndraw_joblib.database import execute, now, number, scalar, scalars
+from zndraw_joblib.exceptions import (
+    Forbidden,
+    InvalidRequest,
+    ProblemException,
+    QuotaExceeded,
+    WorkerNotFound,
+)
 from zndraw_joblib.lifecycle import FullName, WorkerState
-from zndraw_joblib.models import JOB, LINK, PROVIDER, TASK, WORKER, alive_within, seen_from, served
+from zndraw_joblib.models import JOB, LINK, PROVIDER, WORKER, alive_within, seen_from, served
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.settings import JobLibSettings
 
@@ -86,12 +89,12 @@ async def permits(
 
 @dataclass
 class Removed:
-    """What went with removed workers.
+    """What went with workers, or with a user who was expelled.
 
     Attributes
     ----------
-    worker_ids : sequence of UUID
-        The workers.
+    unlinked : set of UUID
+        The workers that served a job.
     job_ids : set of UUID
         The jobs that they served.
     job_rooms : set of str
@@ -100,7 +103,7 @@ class Removed:
         The providers that they served.
     """
 
-    worker_ids: Sequence[UUID] = ()
+    unlinked: set[UUID] = field(default_factory=set)
     job_ids: set[UUID] = field(default_factory=set)
     job_rooms: set[str] = field(default_factory=set)
     providers: list[FullName] = field(default_factory=list)
@@ -114,28 +117,13 @@ async def create(session: AsyncSession, user_id: UUID, settings: JobLibSettings)
     ProblemException
         ``quota-exceeded`` when the user has too many.
     """
-    most = settings.max_workers_per_user
-    theirs = (
-        select(literal_column("1"))
-        .where(WORKER.c.user_id == user_id)
-        .limit(number(most))
-        .subquery()
-    )
-    few = select(func.count()).select_from(theirs).scalar_subquery() < number(most)
+    inserting = insert(WORKER).values(user_id=user_id)
     created = await execute(
-        session,
-        insert(WORKER)
-        .from_select(["user_id"], select(literal(user_id, WORKER.c.user_id.type)).where(few))
-        .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state),
+        session, inserting.returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
     )
-    row = created.one_or_none()
-    if row is None:
-        raise QuotaExceeded.exception(
-            f"workers are limited to {most} for each user",
-            # those that are lost go by then
-            headers={"Retry-After": f"{settings.worker_timeout_seconds:.0f}"},
-        )
-    return row
+    theirs = select(WORKER.c.id).where(WORKER.c.user_id == user_id)
+    await check_quota(session, theirs, settings.max_workers_per_user, "workers")
+    return created.one()
 
 
 _THEIRS = WORKER.c.user_id == bindparam("owner")
@@ -184,47 +172,41 @@ async def touch(
     ProblemException
         ``worker-not-found``, or ``forbidden`` for another user's worker.
     """
-    row = await _touch(session, worker_id, caller, statement, state, **names)
+    values = {
+        "touched": worker_id,
+        "owner": caller.id,
+        "commands": caller.is_superuser and state is not None,
+        "new_state": state and state.value,
+        **names,
+    }
+    row = (await execute(session, statement, values)).one_or_none()
     if row is None:
-        await _explain(session, worker_id)
-        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
+        raise await refusal(session, worker_id)
     return row
 
 
-async def _touch(
-    session: AsyncSession,
-    worker_id: UUID,
-    caller: Caller,
-    statement: ReturningUpdate[Any] = TOUCHING,
-    state: WorkerState | None = None,
-    **names: Any,
-) -> Row[Any] | None:
-    touched = await execute(
-        session,
-        statement,
-        {
-            "touched": worker_id,
-            "owner": caller.id,
-            "commands": caller.is_superuser and state is not None,
-            "new_state": state and state.value,
-            **names,
-        },
-    )
-    return touched.one_or_none()
+def not_found(worker_id: UUID) -> Exception:
+    """Return the problem that says that there is no such worker."""
+    return WorkerNotFound.exception(f"worker {worker_id} not found")
+
+
+def forbidden(worker_id: UUID) -> Exception:
+    """Return the problem that says that a worker is not the caller's."""
+    return Forbidden.exception(f"worker {worker_id} belongs to another user")
+
+
+async def refusal(session: AsyncSession, worker_id: UUID) -> Exception:
+    """Return why a worker was not the caller's to change."""
+    known = await scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id))
+    return not_found(worker_id) if known is None else forbidden(worker_id)
 
 
 def checked(row: Row[Any] | None, worker_id: UUID, caller: Caller) -> Row[Any]:
-    """Return a worker's row, which has its ``user_id``, if it is the caller's.
-
-    Raises
-    ------
-    ProblemException
-        ``worker-not-found``, or ``forbidden`` for another user's worker.
-    """
+    """Return a worker's row, which has its ``user_id``, if it is the caller's."""
     if row is None:
-        raise WorkerNotFound.exception(f"worker {worker_id} not found")
+        raise not_found(worker_id)
     if row.user_id != caller.id:
-        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
+        raise forbidden(worker_id)
     return row
 
 
@@ -241,8 +223,10 @@ async def mine(
     if worker_id is None:
         made: UUID = (await create(session, caller.id, settings)).id
         return made
-    if await _touch(session, worker_id, caller) is None:
-        raise WorkerNotFound.exception(f"worker {worker_id} not found among yours")
+    try:
+        await touch(session, worker_id, caller)
+    except ProblemException:
+        raise not_found(worker_id) from None
     return worker_id
 
 
@@ -271,45 +255,10 @@ async def check_quota(session: AsyncSession, rows: Select[Any], most: int, what:
         ``quota-exceeded`` when there is more than ``most``.
     """
     some = rows.limit(number(most + 1)).subquery()
-    counted = (await execute(session, select(func.count()).select_from(some))).scalars()
-    if counted.one() > most:
+    if await scalar(session, select(func.count()).select_from(some)) > most:
         raise QuotaExceeded.exception(
             f"{what} are limited to {most} for each user", headers={"Retry-After": "60"}
         )
-
-
-def fresh(settings: JobLibSettings) -> float:
-    """Return the seconds after a sign of life in which no other one is written.
-
-    Parameters
-    ----------
-    settings : JobLibSettings
-        The host's: it is a sixtieth of ``worker_timeout_seconds``.
-    """
-    return settings.worker_timeout_seconds / 60
-
-
-def silent() -> ColumnElement[bool]:
-    """Return whether a worker is the caller's and was not heard just now.
-
-    The parameters are those of :func:`unheard_since`.
-    """
-    long_ago = now(bindparam("since", type_=Float()))
-    return and_(WORKER.c.user_id == bindparam("owner"), WORKER.c.last_heartbeat < long_ago)
-
-
-def unheard(worker_id: Any) -> ColumnElement[bool]:
-    """Return the column ``unheard``: :func:`silent`, of the worker with that id.
-
-    A statement that returns it needs :func:`keep_alive` after it where it is true.
-    """
-    one = select(silent()).where(WORKER.c.id == worker_id)
-    return one.scalar_subquery().label("unheard")
-
-
-def unheard_since(caller: Caller, settings: JobLibSettings) -> dict[str, Any]:
-    """Return the parameters of :func:`silent`."""
-    return {"owner": caller.id, "since": -fresh(settings)}
 
 
 def due_after(settings: JobLibSettings) -> dict[str, Any]:
@@ -352,48 +301,15 @@ async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> Non
         await execute(session, _KEEPING_ALIVE, {"workers": chunk})
 
 
-async def keep_alive_at(
-    session: AsyncSession, task_id: UUID, caller: Caller, settings: JobLibSettings
-) -> None:
-    """Record that the caller's worker at a task is alive, if it was not heard just now."""
-    await execute(session, _AT_TASK, {"task": task_id, **unheard_since(caller, settings)})
+def commanded(worker_id: UUID, caller: Caller) -> Select[tuple[UUID]]:
+    """Return a worker, if the caller is its owner or a superuser."""
+    theirs = true() if caller.is_superuser else WORKER.c.user_id == caller.id
+    return select(WORKER.c.id).where(WORKER.c.id == worker_id, theirs).with_for_update()
 
 
-def _heard(*which: ColumnElement[bool]) -> Update:
-    free = select(WORKER.c.id).where(*which).order_by(WORKER.c.id).with_for_update(skip_locked=True)
-    return update(WORKER).where(WORKER.c.id.in_(free)).values({WORKER.c.last_heartbeat: now()})
-
-
-_AT_TASK = _heard(
-    WORKER.c.id == select(TASK.c.worker_id).where(TASK.c.id == bindparam("task")).scalar_subquery(),
-    silent(),
-)
-
-
-def _may_command(caller: Caller) -> ColumnElement[bool]:
-    return true() if caller.is_superuser else WORKER.c.user_id == caller.id
-
-
-async def _explain(session: AsyncSession, worker_id: UUID) -> None:
-    known = await scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id))
-    if known is None:
-        raise WorkerNotFound.exception(f"worker {worker_id} not found")
-
-
-async def retire(session: AsyncSession, worker_id: UUID, caller: Caller) -> Removed:
-    """Remove one worker at its owner's or a superuser's word.
-
-    Raises
-    ------
-    ProblemException
-        ``worker-not-found``, or ``forbidden`` for another user's worker.
-    """
-    one = select(WORKER.c.id).where(WORKER.c.id == worker_id, _may_command(caller))
-    worker_ids = await lock(session, one.with_for_update())
-    if not worker_ids:
-        await _explain(session, worker_id)
-        raise Forbidden.exception(f"worker {worker_id} belongs to another user")
-    return await remove(session, worker_ids)
+def stale(settings: JobLibSettings) -> Select[tuple[UUID]]:
+    """Return the workers without a heartbeat for ``worker_timeout_seconds``."""
+    return select(WORKER.c.id).where(~alive_within(settings.worker_timeout_seconds))
 
 
 async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[UUID]:
@@ -403,75 +319,50 @@ async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[U
     it is a write. Chosen ``FOR UPDATE``, they are chosen as they are then: a heartbeat
     that came first wins.
     """
-    locked = (
-        await execute(
-            session,
-            update(WORKER)
-            .where(WORKER.c.id.in_(chosen))
-            .values(state=WORKER.c.state)
-            .returning(WORKER.c.id),
-        )
-    ).scalars()
-    return locked.all()
+    locking = update(WORKER).where(WORKER.c.id.in_(chosen)).values(state=WORKER.c.state)
+    return await scalars(session, locking.returning(WORKER.c.id))
 
 
-async def remove(session: AsyncSession, worker_ids: Sequence[UUID]) -> Removed:
+async def remove(session: AsyncSession, worker_ids: Collection[UUID]) -> Removed:
     """Remove workers that are locked, with their links and providers.
 
     Their tasks are left to :func:`zndraw_joblib.attempts.lose`.
     """
-    if not worker_ids:
-        return Removed()
-    room = select(JOB.c.room_id).where(JOB.c.id == LINK.c.job_id).correlate(LINK)
-    links = await execute(
-        session,
-        delete(LINK)
-        .where(LINK.c.worker_id.in_(worker_ids))
-        .returning(LINK.c.job_id, room.scalar_subquery().label("room_id")),
+    removed = await _withdraw(
+        session, LINK.c.worker_id.in_(worker_ids), PROVIDER.c.worker_id.in_(worker_ids)
     )
-    served = links.all()
-    providers = await execute(
-        session,
-        delete(PROVIDER)
-        .where(PROVIDER.c.worker_id.in_(worker_ids))
-        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name),
-    )
-    withdrawn = [FullName(*row) for row in providers]
     await execute(session, delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
-    return Removed(
-        worker_ids, {row.job_id for row in served}, {row.room_id for row in served}, withdrawn
-    )
+    return removed
 
 
 async def expel(session: AsyncSession, user_id: UUID, room_id: str) -> Removed:
-    """Unlink a user's workers from a room's jobs, and withdraw their providers there.
-
-    Returns
-    -------
-    Removed
-        Its ``worker_ids`` are those that were unlinked: they stay.
-    """
+    """Unlink a user's workers, which stay, from a room's jobs; withdraw their providers there."""
     theirs = select(WORKER.c.id).where(WORKER.c.user_id == user_id)
     here = select(JOB.c.id).where(JOB.c.room_id == room_id)
-    links = await execute(
+    return await _withdraw(
         session,
-        delete(LINK)
-        .where(LINK.c.worker_id.in_(theirs), LINK.c.job_id.in_(here))
-        .returning(LINK.c.worker_id, LINK.c.job_id),
+        and_(LINK.c.worker_id.in_(theirs), LINK.c.job_id.in_(here)),
+        and_(PROVIDER.c.user_id == user_id, PROVIDER.c.room_id == room_id),
     )
-    unlinked = links.all()
-    providers = await execute(
+
+
+async def _withdraw(
+    session: AsyncSession, links: ColumnElement[bool], providers: ColumnElement[bool]
+) -> Removed:
+    room = select(JOB.c.room_id).where(JOB.c.id == LINK.c.job_id).correlate(LINK)
+    unlinking = delete(LINK).where(links)
+    unlinked = await execute(
         session,
-        delete(PROVIDER)
-        .where(PROVIDER.c.user_id == user_id, PROVIDER.c.room_id == room_id)
-        .returning(PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name),
+        unlinking.returning(LINK.c.worker_id, LINK.c.job_id, room.scalar_subquery().label("room")),
     )
-    return Removed(
-        list({link.worker_id for link in unlinked}),
-        {link.job_id for link in unlinked},
-        {room_id} if unlinked else set(),
-        [FullName(*row) for row in providers],
-    )
+    names = (PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
+    withdrawn = await execute(session, delete(PROVIDER).where(providers).returning(*names))
+    removed = Removed(providers=[FullName(*row) for row in withdrawn])
+    for worker_id, job_id, room_id in unlinked:
+        removed.unlinked.add(worker_id)
+        removed.job_ids.add(job_id)
+        removed.job_rooms.add(room_id)
+    return removed
 
 
 async def correct_moments(session: AsyncSession) -> int:
@@ -479,16 +370,8 @@ async def correct_moments(session: AsyncSession) -> int:
 
     They were written before the database's clock was set back.
     """
-    corrected = (
-        await execute(
-            session,
-            update(WORKER)
-            .where(WORKER.c.last_heartbeat > now(1))
-            .values(last_heartbeat=now())
-            .returning(WORKER.c.id),
-        )
-    ).scalars()
-    return len(corrected.all())
+    correcting = update(WORKER).where(WORKER.c.last_heartbeat > now(1)).values(last_heartbeat=now())
+    return len(await scalars(session, correcting.returning(WORKER.c.id)))
 
 
 @lru_cache(maxsize=8)
