@@ -488,6 +488,23 @@ async def test_what_is_cancelled_on_its_way_is_not_run(ada, app, broker, runs, s
     assert (await read(ada, task))["status"] == "cancelled"
 
 
+async def test_many_are_sent_again_some_at_a_time(ada, app, broker, runs, session_maker):
+    """Each may have a payload of a MiB, and is in memory until the broker has it."""
+    broker.loses = True
+    count = attempts.MESSAGES_A_BATCH + 4
+    batch = {"tasks": [{}] * count}
+    assert (await ada.post(f"/rooms/lab/batches/{ECHO}", json=batch)).status_code == 202
+    await overslept(session_maker)
+    settings = JobLibSettings()
+    async with session_maker() as session:
+        overdue = attempts.undelivered(settings)
+        some = await attempts.dispatch_again(session, overdue, settings)
+    assert len(some) == attempts.MESSAGES_A_BATCH
+    registry = app.state.internal_registry
+    await cleanup_stuck_internal_tasks(session_maker, registry=registry)
+    assert len(broker.lost) == 2 * count
+
+
 async def test_a_retry_is_handed_over_as_well(ada, admin, app, broker, runs, events):
     runs.raises = ValueError("once")
     task = await submit(ada, ECHO, payload={"a": 1})

@@ -20,6 +20,8 @@ from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import BRIEF, SHOWN, back_in_queue, born_claimed, change, of_job
 
 MAX_KEPT_ERROR = 2000
+# Tasks whose payloads are read at once for the broker: each may have a MiB.
+MESSAGES_A_BATCH = 16
 #: The ``claim_key`` of an ``@internal`` attempt whose start was reported without one.
 NO_KEY = ""
 
@@ -301,12 +303,13 @@ def undelivered(settings: JobLibSettings) -> sa.Select[tuple[UUID]]:
 async def dispatch_again(
     session: AsyncSession, chosen: sa.Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskView]:
-    """Return the chosen ``@internal`` tasks, which are to be sent again.
+    """Return some of the chosen ``@internal`` tasks, which are to be sent again.
 
     Their next time is set, so that of several replicas one sends each again.
     """
     values = {TASK.c.dispatches: TASK.c.dispatches + 1, TASK.c.deadline_at: now(_pause(settings))}
-    resending = sa.update(TASK).where(TASK.c.id.in_(chosen)).values(values)
+    some = chosen.limit(number(MESSAGES_A_BATCH))
+    resending = sa.update(TASK).where(TASK.c.id.in_(some)).values(values)
     return await change(session, resending.returning(*SHOWN), settings)
 
 
@@ -328,9 +331,10 @@ def waiting_internal() -> Sequence[sa.Select[tuple[UUID]]]:
 async def dispatch_waiting(
     session: AsyncSession, chosen: sa.Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskView]:
-    """Claim for the broker the chosen ``@internal`` tasks that wait."""
+    """Claim for the broker some of the chosen ``@internal`` tasks that wait."""
     values = {**born_claimed(settings.internal_redispatch_seconds), TASK.c.available_at: None}
-    claiming = sa.update(TASK).where(TASK.c.id.in_(chosen)).values(values)
+    some = chosen.limit(number(MESSAGES_A_BATCH))
+    claiming = sa.update(TASK).where(TASK.c.id.in_(some)).values(values)
     return await change(session, claiming.returning(*SHOWN), settings)
 
 
