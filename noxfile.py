@@ -165,6 +165,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def sqlite(session: nox.Session) -> None:
+    """Measure what SQLite writes in a second, as it comes and as it should be set."""
+    install(session, "test")
+    session.run("python", "tests/programs/sqlite_speed.py", **PATIENT)
+
+
+@nox.session
 def mutants(session: nox.Session) -> None:
     """Put wrongs into the package and tell which the suite notices: ``-- --count 20``."""
     install(session, "test")

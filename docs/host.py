@@ -1,9 +1,9 @@
 """A complete host: users, jobs, Socket.IO, TaskIQ and the sweeper in one FastAPI app.
 
 Run it with ``nox -s host``, which installs what it needs; docs/mount.md says how to log
-in. When the app is created it reads the environment: ``DATABASE_URL``, by default a SQLite file; ``REDIS_URL``, by default none (with it and
-PostgreSQL any number of replicas may run); ``ZNDRAW_AUTH_...`` and
-``ZNDRAW_JOBLIB_...``, the settings of the two libraries.
+in. When the app is created it reads the environment: ``DATABASE_URL``, by default a SQLite
+file; ``REDIS_URL``, by default none (with it and PostgreSQL any number of replicas may
+run); ``ZNDRAW_AUTH_...`` and ``ZNDRAW_JOBLIB_...``, the settings of the two libraries.
 """
 
 import asyncio
@@ -29,8 +29,13 @@ from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor, make_mint_token
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 from taskiq import InMemoryBroker
 from taskiq_redis import ListQueueBroker
@@ -43,6 +48,27 @@ log = logging.getLogger(__name__)
 
 # No full name is longer.
 MAX_NAME = 1000
+#: What begins a transaction for which other processes wait; first, SQLite is given WAL.
+EXCLUSIVELY = {
+    "sqlite": ("PRAGMA journal_mode=WAL", "BEGIN IMMEDIATE"),
+    "postgresql": ("SELECT pg_advisory_xact_lock(20260210)",),
+}
+
+
+def open_database(url: str) -> AsyncEngine:
+    """Return the engine; SQLite is set as docs/sqlite.md says."""
+    if not url.startswith("sqlite"):
+        return auth.create_engine_for_url(url)
+    # it keeps connections: whoever closes the last one waits for the disk
+    engine = create_async_engine(url)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def set_synchronous(connection: Any, record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.close()
+
+    return engine
 
 
 def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
@@ -91,9 +117,9 @@ async def prepare_database(state: Any) -> None:
         is_superuser=True,
     )
     async with state.engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            # of replicas that start together, one at a time
-            await connection.execute(text("SELECT pg_advisory_xact_lock(20260210)"))
+        # of processes that start together, one at a time
+        for statement in EXCLUSIVELY[connection.dialect.name]:
+            await connection.exec_driver_sql(statement)
         await connection.run_sync(auth.Base.metadata.create_all)
         # of the kind that every release of auth can use
         async with SQLModelSession(connection) as session:
@@ -139,6 +165,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             app=app,
         )
     )
+    await joblib.check_host(app)
     yield
     sweeper.cancel()
     await asyncio.wait([sweeper])
@@ -159,7 +186,7 @@ def create_app() -> FastAPI:
     state.auth_settings = auth.AuthSettings()
     state.joblib_settings = joblib.JobLibSettings()
     state.on_providers_removed = on_providers_removed
-    state.engine = auth.create_engine_for_url(database_url)
+    state.engine = open_database(database_url)
 
     base_maker = async_sessionmaker(state.engine)
     state.session_maker = base_maker

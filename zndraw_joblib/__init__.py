@@ -57,6 +57,7 @@ _MODULE_OF = {
     "WorkerJobLink": "models",
     "WorkerNotFound": "exceptions",
     "build_task_status_emission": "events",
+    "check_host": "doctor",
     "cleanup_idle_jobs": "sweeper",
     "cleanup_overdue_attempts": "sweeper",
     "cleanup_stale_workers": "sweeper",

@@ -9,6 +9,7 @@ from zndraw_joblib.dependencies import get_tsio as get_tsio
 from zndraw_joblib.dependencies import request_hash as request_hash
 from zndraw_joblib.dependencies import validate_room_id as validate_room_id
 from zndraw_joblib.dependencies import verify_writable_room as verify_writable_room
+from zndraw_joblib.doctor import check_host as check_host
 from zndraw_joblib.events import Emission as Emission
 from zndraw_joblib.events import FrozenEvent as FrozenEvent
 from zndraw_joblib.events import JobsInvalidate as JobsInvalidate

@@ -29,12 +29,15 @@ class Runtime:
         What the requests of each event loop wait for.
     reads : InFlight
         The requests to providers that have no answers.
+    sweeper : asyncio.Task, optional
+        The task that runs, or ran, the sweeper.
     """
 
     waiters: Waiters = field(default_factory=Waiters)
     delivery: Delivery = field(init=False)
     polls: dict[asyncio.AbstractEventLoop, Subscriptions] = field(default_factory=dict)
     reads: InFlight = field(default_factory=InFlight)
+    sweeper: asyncio.Task[Any] | None = None
 
     def __post_init__(self) -> None:
         self.delivery = Delivery(self.waiters)
@@ -59,7 +62,13 @@ def runtime_of(app: Any) -> Runtime:
 
 @asynccontextmanager
 async def lifespan(app: Any) -> AsyncIterator[None]:
-    """Let what was published leave before the host takes down what carries it."""
-    yield
+    """Let what was published leave before the host takes down what carries it.
+
+    Raises
+    ------
+    pydantic.ValidationError, pydantic_settings.SettingsError
+        At the start, when the environment's settings can't be read.
+    """
     patience = 2 * settings_of(app).dispatch_timeout_seconds
+    yield
     await runtime_of(app).delivery.drain(patience)

@@ -3,6 +3,7 @@
 Each act takes arguments of :func:`run_sweeper`, and returns how many rows it changed.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from zndraw_joblib.events import Emitter, Outbox, TaskView, worker_key
 from zndraw_joblib.models import JOB, WORKER
 from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.schemas import MAX_INT
-from zndraw_joblib.settings import JobLibSettings, get_settings
+from zndraw_joblib.settings import JobLibSettings, get_settings, settings_of
 from zndraw_joblib.waiting import Waiters, wakeups_of
 
 log = logging.getLogger(__name__)
@@ -365,7 +366,7 @@ async def run_sweeper(
     session_maker : callable
         Opens one session a batch.
     settings : JobLibSettings, optional
-        Without it, those of the environment.
+        Without it, those of the app, or of the environment.
     tsio : socketio.AsyncServer or a wrapper of one, optional
         Where events go.
     registry : InternalRegistry, optional
@@ -382,6 +383,9 @@ async def run_sweeper(
         When the environment's settings can't be read.
     """
     try:
+        if app is not None:
+            runtime_of(app).sweeper = asyncio.current_task()
+            settings = settings or settings_of(app)
         sweep = _sweep(session_maker, settings, tsio, registry, on_providers_removed, app)
         interval = sweep.transports.settings.sweeper_interval_seconds
         log.info("sweeper began, every %g s", interval, extra={"event": "sweeper began"})

@@ -1,0 +1,201 @@
+"""What is missing or wrong in a host, in plain sentences.
+
+In the host's lifespan, or as a command, which runs the lifespan as a server does::
+
+    await check_host(app)
+    python -m zndraw_joblib.doctor module:app
+"""
+
+import argparse
+import difflib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import anyio
+import sqlalchemy as sa
+from fastapi import FastAPI
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+from starlette.requests import Request
+from starlette.routing import Mount, NoMatchFound, Router
+from zndraw_auth import AuthSettings, get_auth_settings
+from zndraw_auth.db import get_session_maker
+
+from zndraw_joblib import dependencies
+from zndraw_joblib.database import now
+from zndraw_joblib.exceptions import ProblemException, describe
+from zndraw_joblib.models import JOB, LINK, PROVIDER, TASK, WORKER
+from zndraw_joblib.results import MemoryResults
+from zndraw_joblib.runtime import runtime_of
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.waiting import Waiters, wakeups_of
+
+log = logging.getLogger(__name__)
+
+# Where requests fail or anybody may do anything; and where something could work better.
+ERROR, WARNING = logging.ERROR, logging.WARNING
+# What one check may take, and how far clocks may be apart.
+_PATIENCE_SECONDS = 5.0
+_CLOCKS_SECONDS = 30.0
+
+
+class Finding(NamedTuple):
+    """What is wrong, at a level of `logging`, and what to do."""
+
+    level: int
+    sentence: str
+    advice: str
+
+
+Findings = AsyncIterator[tuple[int, str, str]]
+
+
+async def _given(app: Any, dependency: Callable[..., Any]) -> Any:
+    """Return what a dependency, or its override, gives to a request."""
+    function = app.dependency_overrides.get(dependency, dependency)
+    takes = inspect.signature(function).parameters
+    found = function(Request({"type": "http", "app": app})) if takes else function()
+    return await found if inspect.isawaitable(found) else found
+
+
+async def _settings(app: Any, processes: int) -> Findings:
+    advice = "Correct what begins with ZNDRAW_JOBLIB_ in the environment: every request is a 500."
+    try:
+        await _given(app, dependencies.get_joblib_settings)
+    except (SettingsError, ValidationError) as exc:
+        wrong = exc.errors() if isinstance(exc, ValidationError) else []
+        told = "; ".join(f"{error['loc'][0]}: {error['msg']}" for error in wrong)
+        yield ERROR, f"The settings can't be read: {told or exc}.", advice
+    known = [f"ZNDRAW_JOBLIB_{name.upper()}" for name in JobLibSettings.model_fields]
+    known += [f"ZNDRAW_AUTH_{name.upper()}" for name in AuthSettings.model_fields]
+    for name in sorted({name.upper() for name in os.environ} - {*known}):
+        if name.startswith(("ZNDRAW_JOBLIB_", "ZNDRAW_AUTH_")):
+            near = difflib.get_close_matches(name, known, 1)
+            advice = f"Is {near[0]} meant?" if near else "Take it out of the environment."
+            yield WARNING, f"{name} in the environment is no setting, and is ignored.", advice
+
+
+async def _app(app: Any, processes: int) -> Findings:
+    try:
+        # by its handler's name: the router may be beneath a prefix, but in no other app
+        Router([r for r in app.routes if not isinstance(r, Mount)]).url_path_for("read_limits")
+    except NoMatchFound:
+        yield ERROR, "The routes are not there.", "Include the router, or check the inner app."
+    if ProblemException not in app.exception_handlers:
+        yield ERROR, "Problems have no handler: refusals are 500.", "Add problem_exception_handler."
+    secret = (await _given(app, get_auth_settings)).secret_key
+    if secret == AuthSettings.model_fields["secret_key"].default:
+        advice = "Set ZNDRAW_AUTH_SECRET_KEY to 32 characters that nobody knows."
+        yield ERROR, "Tokens are signed with the secret of zndraw-auth's source code.", advice
+
+
+async def _database(app: Any, processes: int) -> Findings:
+    journal = None
+    async with (await _given(app, get_session_maker))() as session:
+        connection = await session.connection()
+        there = await connection.run_sync(lambda c: sa.inspect(c).get_multi_columns())
+        clock: datetime = (await connection.execute(sa.select(now()))).scalar_one()
+        if connection.dialect.name == "sqlite":
+            journal = (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one()
+    tables = (JOB, WORKER, LINK, PROVIDER, TASK)
+    columns = {name: {column["name"] for column in there[_, name]} for _, name in there}
+    if missing := [table.name for table in tables if table.name not in columns]:
+        advice = "Call Base.metadata.create_all after zndraw_joblib.models is imported."
+        yield ERROR, f"The database has no table {', '.join(missing)}.", advice
+    elif lacking := {f"{t.name}.{c}" for t in tables for c in {*t.c.keys()} - columns[t.name]}:
+        advice = "Bring them up to date as docs/upgrade.md says."
+        yield ERROR, f"The tables are of 0.1.7, or another release: no {min(lacking)}.", advice
+    apart = abs((datetime.now(UTC) - clock).total_seconds())
+    if apart > _CLOCKS_SECONDS:
+        yield WARNING, f"The database's clock is {apart:.0f} s off.", "Use NTP on both machines."
+    if journal not in (None, "memory", "wal"):
+        advice = "Set journal_mode and synchronous as docs/sqlite.md says."
+        yield WARNING, "SQLite runs without WAL: readers and writers wait for each other.", advice
+    if journal and processes > 1:
+        yield WARNING, f"{processes} processes share one SQLite database.", "Use PostgreSQL."
+
+
+async def _redis(app: Any, processes: int) -> Findings:
+    tsio = await _given(app, dependencies.get_tsio)
+    results = await _given(app, dependencies.get_result_backend)
+    wakeups = wakeups_of(app)
+    if tsio is None:
+        yield WARNING, "Without Socket.IO no provider can be read.", "Set app.state.tsio."
+    # a manager of one process has no channel to others
+    shared = hasattr(getattr(tsio, "manager", None), "channel")
+    if processes > 1 and not (shared and wakeups and not isinstance(results, MemoryResults)):
+        sentence = f"{processes} processes don't share Socket.IO, results of providers or wake-ups."
+        yield WARNING, sentence, "Set all three as docs/redis.md says."
+    # of any backend, the host's own included
+    await results.get("zndraw-joblib:doctor")
+    if wakeups is not None:
+        with anyio.CancelScope() as scope:
+            await wakeups.listen(Waiters(), scope.cancel)
+
+
+async def _sweeper(app: Any, processes: int) -> Findings:
+    sweeper = runtime_of(app).sweeper
+    advice = "Run run_sweeper(..., app=app) in a task of the lifespan."
+    if sweeper is None:
+        yield ERROR, "No sweeper runs: what a worker held that dies is never ended.", advice
+    elif sweeper.done():
+        why = "it was cancelled" if sweeper.cancelled() else repr(sweeper.exception())
+        yield ERROR, f"The sweeper has ended: {why}.", advice
+
+
+async def check_host(app: FastAPI, processes: int | None = None) -> list[Finding]:
+    """Find, log and return what is missing or wrong in a host; nothing of it is raised.
+
+    Call it in the lifespan, when the tables are made and the sweeper is started.
+
+    Parameters
+    ----------
+    app : FastAPI
+        The app that includes the router.
+    processes : int, optional
+        How many processes serve its database; by default ``WEB_CONCURRENCY`` of the
+        environment, as for uvicorn and gunicorn.
+    """
+    processes = processes or int(os.environ.get("WEB_CONCURRENCY") or 1)
+    findings: list[Finding] = []
+    for check in (_settings, _app, _database, _redis, _sweeper):
+        try:
+            with anyio.fail_after(_PATIENCE_SECONDS):
+                async for found in check(app, processes):
+                    findings += [Finding(*found)]
+        except (SettingsError, ValidationError):
+            # told already
+            continue
+        except Exception as exc:
+            why = describe(exc).rstrip(".")
+            sentence = f"The host's {check.__name__[1:]} can't be used: {why}."
+            findings.append(Finding(ERROR, sentence, "Is it set, is it there, and reachable?"))
+    for finding in findings:
+        log.log(finding.level, "%s %s", finding.sentence, finding.advice)
+    return findings
+
+
+async def _main(address: str) -> int:
+    module, _, name = address.partition(":")
+    async with AsyncExitStack() as stack:
+        try:
+            app = getattr(import_module(module), name or "app")
+            app = app if isinstance(app, FastAPI) else app()
+            await stack.enter_async_context(app.router.lifespan_context(app))
+        except Exception as exc:
+            log.error("%s does not start: %s", address, describe(exc))
+            return 1
+        return int(any(finding.level == ERROR for finding in await check_host(app)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m zndraw_joblib.doctor")
+    parser.add_argument("app", help="module:app, or module:function that returns it")
+    sys.exit(anyio.run(_main, parser.parse_args().app))
