@@ -21,8 +21,13 @@ def table(*head: str, rows: Iterable[Iterable[str]]) -> str:
     kept = [n for n in range(len(head)) if any(row[n] for row in filled)]
     lines = [list(head), ["---"] * len(head), *filled]
     return "\n".join(
-        "| " + " | ".join(line[n].replace("|", "\\|") for n in kept) + " |" for line in lines
+        "| " + " | ".join(one_line(line[n]).replace("|", "\\|") for n in kept) + " |"
+        for line in lines
     )
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def code(text: Any) -> str:
@@ -87,7 +92,9 @@ def settings() -> str:
 
 def all_problems() -> list[type[exceptions.Problem]]:
     """Return the classes of problems, by status and name."""
-    found = exceptions.Problem.__subclasses__()
+    classes = [each for each in vars(exceptions).values() if isinstance(each, type)]
+    # what others are derived from is none by itself
+    found = [c for c in classes if issubclass(c, exceptions.Problem) and not c.__subclasses__()]
     return sorted(found, key=lambda problem: (problem.status, problem.__name__))
 
 

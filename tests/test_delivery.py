@@ -18,9 +18,8 @@ from steps import JOB, at_once, claim, offer, report, submit
 
 from zndraw_joblib import JobLibSettings, get_joblib_settings, get_tsio
 from zndraw_joblib.database import execute
-from zndraw_joblib.dependencies import split_unquoted
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.models import Job
-from zndraw_joblib.runtime import runtime_of
 
 HANG = 30
 
@@ -244,18 +243,3 @@ async def test_a_failing_statement_shows_no_values(session_maker, values):
             await execute(session, statement)
     shown = traceback.format_exception(failed.value)
     assert "hunter2" not in "".join([*shown, repr(failed.value)])
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("", [""]),
-        ("a,b", ["a", "b"]),
-        ('a",",b', ['a","', "b"]),
-        ('"\\",",b', ['"\\","', "b"]),
-        ('"a,b', ['"a,b']),
-        ("\\,b", ["\\", "b"]),
-    ],
-)
-def test_split_unquoted(text: str, parts: list[str]):
-    assert split_unquoted(text, ",") == parts

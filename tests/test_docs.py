@@ -474,7 +474,7 @@ def test_the_reference_tells_everything():
         module = zndraw_joblib._MODULE_OF[name]
         assert re.search(rf":: zndraw_joblib\.({module}\.)?{name}\n", made["python"])
     for name, field in zndraw_joblib.JobLibSettings.model_fields.items():
-        assert field.description in made["settings"], name
+        assert " ".join(field.description.split()) in made["settings"], name
         assert f"| `{name}` |" in made["settings"]
     assert zndraw_joblib.JobLibSettings.model_config["env_prefix"] == "ZNDRAW_JOBLIB_"
 
@@ -482,7 +482,9 @@ def test_the_reference_tells_everything():
 def test_every_problem_and_event_is_told():
     def heirs(cls: type) -> Iterator[type]:
         for heir in cls.__subclasses__():
-            yield heir
+            # what others are derived from is none by itself
+            if not heir.__subclasses__():
+                yield heir
             yield from heirs(heir)
 
     ours = [zndraw_joblib.exceptions.Problem, zndraw_joblib.FrozenEvent]

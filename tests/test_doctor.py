@@ -30,7 +30,7 @@ from zndraw_joblib import (
     run_sweeper,
 )
 from zndraw_joblib.database import now
-from zndraw_joblib.runtime import runtime_of
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.settings import get_settings
 
 

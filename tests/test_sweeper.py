@@ -28,8 +28,8 @@ from steps import (
 )
 
 from zndraw_joblib import sweeper
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.models import Job, Task, Worker, WorkerJobLink, now
-from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.settings import JobLibSettings, get_settings
 from zndraw_joblib.sweeper import (
     TASKS_A_BATCH,

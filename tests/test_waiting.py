@@ -9,9 +9,9 @@ from conftest import PREFIX
 from sqlalchemy import update
 from steps import JOB, at_once, claim, execute, offer, problem, read, report, submit
 
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.dependencies import preferred_wait
 from zndraw_joblib.models import Task, TaskStatus, now
-from zndraw_joblib.runtime import runtime_of
 
 LONGEST = 60
 #: far beyond what is waited for anywhere: whoever relies on looking again hangs

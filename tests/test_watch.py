@@ -16,9 +16,9 @@ from steps import at_once, claim, execute, offer, problem, report, submit
 from test_waiting import NEVER, until_waited_for, wait_for, waiters
 
 from zndraw_joblib import RedisWakeups
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.events import job_key, task_key
 from zndraw_joblib.models import Job, Task, TaskStatus, Worker, WorkerJobLink, now
-from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.waiting import Waiters
 
 __all__ = ["waiters"]
@@ -324,4 +324,4 @@ async def test_a_redis_that_is_away_costs_no_answer(app, ada, caplog, tmp_path):
         await report(ada, told[0]["task"], "cancelled")
         await until(lambda: runtime_of(app).subscriptions.poller.done())
         await until(lambda: app.state.wakeups._teller.done())
-    assert "wake-ups are not heard" in caplog.text
+    assert "wake-ups are not received" in caplog.text

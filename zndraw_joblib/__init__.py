@@ -5,89 +5,45 @@ from typing import Any
 
 # Names are handed on when they are first asked for: a worker's process imports the
 # client and must load neither the web framework nor the database toolkit for it.
-_MODULE_OF = {
-    "Action": "workers",
-    "Category": "extension",
-    "ClaimedTask": "client",
-    "Emission": "events",
-    "Extension": "extension",
-    "Forbidden": "exceptions",
-    "FrozenEvent": "events",
-    "InternalExecutor": "registry",
-    "InternalJobNotConfigured": "exceptions",
-    "InternalProviderExecutor": "registry",
-    "InternalRegistry": "registry",
-    "InvalidCategory": "exceptions",
-    "InvalidRoomId": "exceptions",
-    "InvalidTaskTransition": "exceptions",
-    "Job": "models",
-    "JobLibSettings": "settings",
-    "JobManager": "client",
-    "JobNotFound": "exceptions",
-    "JobPolicy": "schemas",
-    "JobStats": "schemas",
-    "JobsInvalidate": "events",
-    "JoinJobRoom": "events",
-    "JoinProviderRoom": "events",
-    "LeaveJobRoom": "events",
-    "LeaveProviderRoom": "events",
-    "MemoryResults": "results",
-    "NoWorkersAvailable": "exceptions",
-    "ProblemException": "exceptions",
-    "Provider": "provider",
-    "ProviderNotFound": "exceptions",
-    "ProviderRecord": "models",
-    "ProviderRequest": "events",
-    "ProviderResultReady": "events",
-    "ProviderTimeoutError": "exceptions",
-    "ProvidersInvalidate": "events",
-    "RedisResults": "results",
-    "RedisWakeups": "waiting",
-    "ResultBackend": "results",
-    "SchemaConflict": "exceptions",
-    "Task": "models",
-    "TaskAvailable": "events",
-    "TaskCancelled": "client",
-    "TaskFailed": "client",
-    "TaskNotFound": "exceptions",
-    "TaskStatus": "lifecycle",
-    "TaskStatusEvent": "events",
-    "Wakeups": "waiting",
-    "Worker": "models",
-    "WorkerJobLink": "models",
-    "WorkerNotFound": "exceptions",
-    "build_task_status_emission": "events",
-    "check_host": "doctor",
-    "cleanup_idle_jobs": "sweeper",
-    "cleanup_overdue_attempts": "sweeper",
-    "cleanup_stale_workers": "sweeper",
-    "cleanup_stuck_internal_tasks": "sweeper",
-    "cleanup_worker": "sweeper",
-    "emit": "events",
-    "expel": "sweeper",
-    "ensure_internal_jobs": "registry",
-    "ensure_internal_providers": "registry",
-    "get_joblib_settings": "dependencies",
-    "get_result_backend": "dependencies",
-    "get_room_access": "dependencies",
-    "get_tsio": "dependencies",
-    "problem_exception_handler": "exceptions",
-    "purge_jobs": "sweeper",
-    "purge_tasks": "sweeper",
-    "queue_stats": "jobs",
-    "register_internal_jobs": "registry",
-    "register_internal_providers": "registry",
-    "register_internal_tasks": "registry",
-    "request_hash": "dependencies",
-    "router": "routes",
-    "run_sweeper": "sweeper",
-    "validate_room_id": "dependencies",
-    "verify_writable_room": "dependencies",
+_NAMES = {
+    "client": "ClaimedTask JobManager TaskCancelled TaskFailed",
+    "dependencies": "get_joblib_settings get_result_backend get_room_access get_tsio request_hash"
+    " validate_room_id verify_writable_room",
+    "doctor": "check_host",
+    "events": "Emission FrozenEvent JobsInvalidate JoinJobRoom JoinProviderRoom LeaveJobRoom"
+    " LeaveProviderRoom ProviderRequest ProviderResultReady ProvidersInvalidate"
+    " TaskAvailable TaskStatusEvent build_task_status_emission emit",
+    "exceptions": "Forbidden InternalJobNotConfigured InvalidCategory InvalidRoomId"
+    " InvalidTaskTransition JobNotFound NoWorkersAvailable ProblemException"
+    " ProviderNotFound ProviderTimeoutError SchemaConflict TaskNotFound WorkerNotFound"
+    " problem_exception_handler",
+    "extension": "Category Extension",
+    "jobs": "queue_stats",
+    "lifecycle": "TaskStatus",
+    "models": "Job ProviderRecord Task Worker WorkerJobLink",
+    "provider": "Provider",
+    "registry": "InternalExecutor InternalProviderExecutor InternalRegistry ensure_internal_jobs"
+    " ensure_internal_providers register_internal_jobs register_internal_providers"
+    " register_internal_tasks",
+    "results": "MemoryResults RedisResults ResultBackend",
+    "routes": "router",
+    "schemas": "JobPolicy JobStats",
+    "settings": "JobLibSettings",
+    "sweeper": "cleanup_idle_jobs cleanup_overdue_attempts cleanup_stale_workers"
+    " cleanup_stuck_internal_tasks cleanup_worker expel purge_jobs purge_tasks run_sweeper",
+    "waiting": "RedisWakeups Wakeups",
+    "workers": "Action",
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    module = _MODULE_OF.get(name, "deprecated")
-    return getattr(import_module(f"zndraw_joblib.{module}"), name)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"zndraw_joblib.{_MODULE_OF[name]}"), name)
+
+
+# for one release: what hosts of 0.1.7 call
+import_module("zndraw_joblib.deprecated")

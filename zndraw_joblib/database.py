@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from zndraw_joblib.schemas import uncollected
+from zndraw_joblib.lifecycle import uncollected
 
 T = TypeVar("T")
 

@@ -1,40 +1,32 @@
-"""Where a committed change goes: waiting requests, Socket.IO, the broker, the host's hook."""
+"""Where a committed change goes: waiting requests, Socket.IO, the broker, the host's hook.
+
+Beside it, what one app remembers between its requests.
+"""
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import Context
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import anyio
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, tasks, telemetry
-from zndraw_joblib.events import Dispatch, Emitter, Outbox, TaskView, emit
+from zndraw_joblib.events import Dispatch, Dispatcher, Emitter, Outbox, TaskView, emit
 from zndraw_joblib.exceptions import InternalJobNotConfigured, InvalidRequest
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
+from zndraw_joblib.provider_reads import InFlight
 from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest
-from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.waiting import Waiters, Wakeups
+from zndraw_joblib.settings import JobLibSettings, settings_of
+from zndraw_joblib.waiting import Subscriptions, Waiters, Wakeups
 
 log = logging.getLogger(__name__)
 
 SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
-
-
-class Dispatcher(Protocol):
-    """What hands ``@internal`` tasks to a broker."""
-
-    def __contains__(self, name: object) -> bool:
-        """Tell whether the broker takes messages of this name."""
-        ...
-
-    async def send(self, name: str, *, subject: Any, **message: Any) -> None:
-        """Hand over one message about a task or provider; raise if it isn't taken."""
-        ...
 
 
 #: ``await hook(names)``: the providers that went away, whatever took them.
@@ -67,30 +59,6 @@ class Transports:
     session_maker: SessionMaker | None = None
     on_providers_removed: ProvidersRemoved | None = None
     wakeups: Wakeups | None = None
-
-
-def require_broker(
-    transports: Transports, name: FullName, submitted: Sequence[TaskSubmitRequest], where: str
-) -> None:
-    """Return if the broker takes what is submitted to a job, or need not.
-
-    Raises
-    ------
-    ProblemException
-        ``internal-job-not-configured``; ``invalid-request`` for a delay.
-    """
-    if name.room != INTERNAL_ROOM:
-        return
-    if transports.registry is None or str(name) not in transports.registry:
-        raise InternalJobNotConfigured.exception(f"nothing here runs {name}")
-    detail = "an @internal task starts at once"
-    errors = [
-        {"pointer": f"{where.format(n)}/delay_seconds", "detail": detail}
-        for n, task in enumerate(submitted)
-        if task.delay_seconds
-    ]
-    if errors:
-        raise InvalidRequest.exception(detail, errors=errors[:1])
 
 
 class Publication(NamedTuple):
@@ -136,7 +104,7 @@ class Delivery:
             if transports.wakeups is not None and (outbox.ended or outbox.queued):
                 transports.wakeups.tell(outbox.ended, outbox.queued)
         except Exception:
-            # who waits looks by itself
+            # the next poll wakes them
             log.exception("waiting requests were not woken")
         if not outbox.leaves:
             return None
@@ -175,7 +143,10 @@ class Delivery:
                 outbox, transports, left = publication = queue.popleft()
                 try:
                     _log(outbox)
-                    hangs = hangs or not await _emit(outbox, transports)
+                    patience = transports.settings.dispatch_timeout_seconds
+                    hangs = hangs or not await emit(
+                        transports.tsio, outbox.emissions, timeout=patience
+                    )
                 except Exception:
                     log.exception("events did not leave")
                 if outbox.dispatches or outbox.providers_removed:
@@ -184,9 +155,11 @@ class Delivery:
                     left.set_result(None)
 
     async def _send_rest(self, publication: Publication) -> None:
+        """Send messages and call the hook; publish what could not be sent."""
         outbox, transports, left = publication
         try:
-            failed = await _send_rest(outbox, transports)
+            failed = await _dispatch(outbox.dispatches, transports)
+            await _call_hook(outbox.providers_removed, transports)
             then = self.publish(failed, transports)
             if then is not None:
                 await then
@@ -203,21 +176,14 @@ def _log(outbox: Outbox) -> None:
         telemetry.task_changed(task)
 
 
-async def _emit(outbox: Outbox, transports: Transports) -> bool:
-    patience = transports.settings.dispatch_timeout_seconds
-    return await emit(transports.tsio, outbox.emissions, timeout=patience)
-
-
-async def _send_rest(outbox: Outbox, transports: Transports) -> Outbox:
-    """Send messages and call the hook; return what is to be told of it."""
-    failed = await _dispatch(outbox.dispatches, transports)
-    if outbox.providers_removed and transports.on_providers_removed is not None:
-        try:
-            with anyio.fail_after(transports.settings.dispatch_timeout_seconds):
-                await transports.on_providers_removed(list(outbox.providers_removed))
-        except Exception:
-            log.exception("the host's hook for removed providers failed")
-    return failed
+async def _call_hook(names: list[FullName], transports: Transports) -> None:
+    if not names or transports.on_providers_removed is None:
+        return
+    try:
+        with anyio.fail_after(transports.settings.dispatch_timeout_seconds):
+            await transports.on_providers_removed(list(names))
+    except Exception:
+        log.exception("the host's hook for removed providers failed")
 
 
 async def _dispatch(dispatches: Sequence[Dispatch], transports: Transports) -> Outbox:
@@ -276,3 +242,91 @@ async def _undeliverable(
         # they stay claimed, and the sweeper sends them again
         log.exception("%s tasks could not be failed either", len(dispatches))
     return outbox
+
+
+def require_broker(
+    transports: Transports, name: FullName, submitted: Sequence[TaskSubmitRequest], where: str
+) -> None:
+    """Return if the broker takes what is submitted to a job, or need not.
+
+    Raises
+    ------
+    ProblemException
+        ``internal-job-not-configured``; ``invalid-request`` for a delay.
+    """
+    if name.room != INTERNAL_ROOM:
+        return
+    if transports.registry is None or str(name) not in transports.registry:
+        raise InternalJobNotConfigured.exception(f"nothing here runs {name}")
+    detail = "an @internal task starts at once"
+    errors = [
+        {"pointer": f"{where.format(n)}/delay_seconds", "detail": detail}
+        for n, task in enumerate(submitted)
+        if task.delay_seconds
+    ]
+    if errors:
+        raise InvalidRequest.exception(detail, errors=errors[:1])
+
+
+# --- what an app remembers ---
+
+
+@dataclass
+class Runtime:
+    """The memory of one app, made once for it and handed on like its session maker.
+
+    Each part belongs to the module that uses it. Two apps in one process share nothing.
+
+    Attributes
+    ----------
+    waiters : Waiters
+        The requests that wait.
+    delivery : Delivery
+        The queue of committed changes.
+    polls : dict of AbstractEventLoop to Subscriptions
+        What the requests of each event loop wait for.
+    reads : InFlight
+        The requests to providers that have no answers.
+    sweeper : asyncio.Task, optional
+        The task that runs, or ran, the sweeper.
+    """
+
+    waiters: Waiters = field(default_factory=Waiters)
+    delivery: Delivery = field(init=False)
+    polls: dict[asyncio.AbstractEventLoop, Subscriptions] = field(default_factory=dict)
+    reads: InFlight = field(default_factory=InFlight)
+    sweeper: asyncio.Task[Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.delivery = Delivery(self.waiters)
+
+    @property
+    def subscriptions(self) -> Subscriptions:
+        """What the requests of the running event loop wait for."""
+        loop = asyncio.get_running_loop()
+        if loop not in self.polls:
+            self.polls = {k: v for k, v in self.polls.items() if not k.is_closed()}
+            self.polls[loop] = Subscriptions()
+        return self.polls[loop]
+
+
+def runtime_of(app: Any) -> Runtime:
+    """Return the runtime of an app, kept in ``app.state.joblib_runtime``."""
+    runtime: Runtime | None = getattr(app.state, "joblib_runtime", None)
+    if runtime is None:
+        runtime = app.state.joblib_runtime = Runtime()
+    return runtime
+
+
+@asynccontextmanager
+async def lifespan(app: Any) -> AsyncIterator[None]:
+    """Let what was published leave before the host takes down what carries it.
+
+    Raises
+    ------
+    pydantic.ValidationError, pydantic_settings.SettingsError
+        At the start, when the environment's settings can't be read.
+    """
+    patience = 2 * settings_of(app).dispatch_timeout_seconds
+    yield
+    await runtime_of(app).delivery.drain(patience)

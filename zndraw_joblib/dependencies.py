@@ -11,13 +11,15 @@ of these is a function, coroutine or not, that takes nothing or the request.
 """
 
 import asyncio
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import quote
+from urllib.request import parse_http_list
 from uuid import UUID
 
 import anyio
@@ -28,18 +30,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import get_session_maker
 
-from zndraw_joblib import deprecated
-from zndraw_joblib.delivery import ProvidersRemoved, SessionMaker, Transports
-from zndraw_joblib.deprecated import __getattr__ as __getattr__
+from zndraw_joblib.delivery import ProvidersRemoved, Runtime, SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Emitter, Outbox
 from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
-from zndraw_joblib.lifecycle import check_room
-from zndraw_joblib.long_polls import LongPoll
+from zndraw_joblib.lifecycle import MAX_INT, TaskStatus, check_printable, check_room
 from zndraw_joblib.paging import Cursor, Listing, Page
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
-from zndraw_joblib.runtime import Runtime, runtime_of
-from zndraw_joblib.schemas import MAX_INT, MAX_PAGE, check_printable
+from zndraw_joblib.schemas import MAX_PAGE
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.waiting import wakeups_of
 from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
@@ -73,7 +71,6 @@ async def get_internal_providers(request: Request) -> InternalRegistry | None:
     return getattr(request.app.state, "internal_provider_registry", None)
 
 
-@deprecated.for_removals
 async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
     """Return ``app.state.on_providers_removed``: what hears of providers that went.
 
@@ -140,9 +137,6 @@ async def look_up(request: Request, dependency: Any) -> Any:
 
 # --- what the routes ask for ---
 
-CurrentUser = Annotated[User, Depends(current_active_user)]
-#: For routes that wait: it holds no session after the look-up.
-WaitingUser = Annotated[User, Depends(current_user_scoped_session)]
 Sessions = Annotated[SessionMaker, Depends(get_session_maker)]
 Access = Annotated[RoomAccess, Depends(get_room_access)]
 Writable = Annotated[Any, Depends(verify_writable_room)]
@@ -206,22 +200,19 @@ class Context:
         published = self.runtime.delivery.publish(self.outbox, self.transports)
         self.request.scope[PUBLISHED] = published
 
-    def long_poll(self, session_maker: SessionMaker, seconds: float | None) -> LongPoll:
-        """Return what it takes to hold this request for so many seconds."""
-        return LongPoll(
-            self.runtime.waiters,
-            self.runtime.subscriptions,
-            self.caller,
-            session_maker,
-            self.settings,
-            self.transports.wakeups,
-            self.request.receive,
-            seconds or 0,
-        )
+    def preferred_wait(self, longest: float) -> float | None:
+        """Return how long the client would wait, in seconds; None if it doesn't say."""
+        return preferred_wait(self.request.headers.getlist("prefer"), longest)
 
 
 #: Where a request's scope holds the future of what it published.
 PUBLISHED = "zndraw_joblib.published"
+
+
+#: FastAPI asks auth for the user; :func:`with_context` makes the context of it.
+RequestContext = Annotated[Context, Depends(current_active_user)]
+#: For routes that wait: no session is held after the user was looked up.
+WaitingContext = Annotated[Context, Depends(current_user_scoped_session)]
 
 
 async def context_of(
@@ -238,17 +229,35 @@ async def context_of(
     session_maker : callable, optional
         For what may go to the broker: it opens the session that fails what can't leave.
     """
-    app = request.app
     transports = Transports(
         await look_up(request, get_joblib_settings),
         await look_up(request, get_tsio),
         await look_up(request, get_internal_registry),
         session_maker,
         await look_up(request, get_providers_removed),
-        wakeups_of(app),
+        wakeups_of(request.app),
     )
     caller = Caller(user.id, user.is_superuser)
-    return Context(request, caller, runtime_of(app), transports)
+    return Context(request, caller, runtime_of(request.app), transports)
+
+
+def with_context(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Give a handler the context of its request where FastAPI has the user.
+
+    As a dependency it would have auth's beneath it, and FastAPI analyse them twice. The
+    context of a handler that takes ``session_maker`` has it too.
+    """
+    signature = inspect.signature(handler)
+
+    @functools.wraps(handler)
+    async def endpoint(request: Request, context: User, **parameters: Any) -> Any:
+        session_maker = parameters.get("session_maker")
+        return await handler(await context_of(request, context, session_maker), **parameters)
+
+    request = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY, annotation=Request)
+    parameters = [*signature.parameters.values(), request]
+    endpoint.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return endpoint
 
 
 def validate_room_id(room_id: str) -> str:
@@ -281,8 +290,8 @@ async def enter(
     """
     validate_room_id(room_id)
     if not await permits(may_enter, session, caller, room_id, action):
-        said = "is not open to you" if action is READ else f"lets you not {action.kind}"
-        raise Forbidden.exception(f"room {room_id!r} {said}")
+        refusal = "is not open to you" if action is READ else f"lets you not {action.kind}"
+        raise Forbidden.exception(f"room {room_id!r} {refusal}")
 
 
 async def check_writable(request: Request, room_id: str) -> None:
@@ -327,6 +336,16 @@ class PageQuery(BaseModel):
                 errors=[{"pointer": "/query/cursor", "detail": str(exc)}]
             ) from None
         return Page(self.limit, self.offset, last)
+
+
+class TaskPageQuery(PageQuery):
+    """Which page of a listing of tasks is asked for."""
+
+    status: TaskStatus | None = None
+
+
+Paging = Annotated[PageQuery, Query()]
+TaskPaging = Annotated[TaskPageQuery, Query()]
 
 
 def written(items: Iterable[Any]) -> bytes:
@@ -382,15 +401,10 @@ def request_hash(params: Mapping[str, Any]) -> str:
 
 def query_params(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Return query parameters as one object: a name given repeatedly gets a list."""
-    params: dict[str, Any] = {}
+    params: dict[str, list[str]] = {}
     for name, value in items:
-        if name not in params:
-            params[name] = value
-        elif isinstance(params[name], list):
-            params[name].append(value)
-        else:
-            params[name] = [params[name], value]
-    return params
+        params.setdefault(name, []).append(value)
+    return {name: values if len(values) > 1 else values[0] for name, values in params.items()}
 
 
 def preferred_wait(preferences: list[str], longest: float) -> float | None:
@@ -411,8 +425,8 @@ def preferred_wait(preferences: list[str], longest: float) -> float | None:
     header = ", ".join(preferences)
     if len(header) > _MAX_PREFER:
         return None
-    for preference in split_unquoted(header, ","):
-        name, _, value = split_unquoted(preference, ";")[0].partition("=")
+    for preference in parse_http_list(header):
+        name, _, value = preference.partition(";")[0].partition("=")
         if name.strip().lower() == "wait":
             # the first one counts, readable or not
             digits = value.strip()
@@ -421,22 +435,6 @@ def preferred_wait(preferences: list[str], longest: float) -> float | None:
             readable = digits.isascii() and digits.isdigit() and len(digits) <= 18
             return min(float(digits), longest) if readable else None
     return None
-
-
-def split_unquoted(text: str, separator: str) -> list[str]:
-    """Split at a character where it stands outside of quotes; linear in the text."""
-    parts, start, quoted, escaped = [], 0, False, False
-    for at, character in enumerate(text):
-        if escaped:
-            escaped = False
-        elif character == '"':
-            quoted = not quoted
-        elif quoted:
-            escaped = character == "\\"
-        elif character == separator:
-            parts.append(text[start:at])
-            start = at + 1
-    return [*parts, text[start:]]
 
 
 def wait_headers(wait: float | None) -> dict[str, str]:

@@ -1,20 +1,20 @@
 """What hosts of 0.1.7 call and import, for one release; each use says what to write.
 
-To be deleted as a whole, with the lines of `__init__`, `registry`, `sweeper` and
-`dependencies` that name it.
+To be deleted as a whole, with the line of `__init__` that names it: the modules that those
+hosts call know nothing of it, they are changed when they are imported.
 """
 
+import sys
 import warnings
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import wraps
+from importlib.machinery import ModuleSpec, PathFinder
 from inspect import isasyncgenfunction, isawaitable
-from typing import Annotated, Any, ParamSpec, TypeVar, cast
+from types import ModuleType
+from typing import Annotated, Any
 
-P = ParamSpec("P")
-R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
-
+Function = Callable[..., Any]
 FrameRoomCleanup = Callable[[set[str]], Any]
 
 _INSTEAD = {
@@ -33,10 +33,21 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
-def __getattr__(name: str) -> Any:
+def _add_aliases(module: ModuleType) -> None:
+    known = vars(module).get("__getattr__", _alias)
+
+    def get(name: str) -> Any:
+        if name not in _INSTEAD:
+            return known(name)
+        _warn(name, _INSTEAD[name])
+        return _alias(name)
+
+    vars(module)["__getattr__"] = get
+
+
+def _alias(name: str) -> Any:
     if name not in _INSTEAD:
-        raise AttributeError(f"module 'zndraw_joblib' has no attribute {name!r}")
-    _warn(name, _INSTEAD[name])
+        raise AttributeError(f"zndraw_joblib.dependencies has no attribute {name!r}")
     # not before it is asked for: a worker loads none of it
     from fastapi import Depends
 
@@ -71,24 +82,23 @@ def _hearing_rooms(cleanup: FrameRoomCleanup) -> Callable[..., Awaitable[None]]:
     return removed
 
 
-def for_removals(get_hook: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+def _for_removals(get_hook: Function) -> Function:
     """Let an override of ``get_frame_room_cleanup`` take the place of the hook."""
 
     @wraps(get_hook)
-    async def get(*args: P.args, **kwargs: P.kwargs) -> R:
-        request: Any = args[0] if args else kwargs["request"]
+    async def get(request: Any) -> Any:
         override = request.app.dependency_overrides.get(_get_frame_room_cleanup)
         if override is None:
-            return await get_hook(*args, **kwargs)
+            return await get_hook(request)
         cleanup = override()
         if isawaitable(cleanup):
             cleanup = await cleanup
-        return cast(R, None if cleanup is None else _hearing_rooms(cleanup))
+        return None if cleanup is None else _hearing_rooms(cleanup)
 
     return get
 
 
-def for_registry(function: F) -> F:
+def _for_registry(function: Function) -> Function:
     """Let a function take ``session_factory`` for its ``session_maker``."""
 
     @wraps(function)
@@ -98,10 +108,10 @@ def for_registry(function: F) -> F:
             kwargs["session_maker"] = session_factory
         return function(*args, **kwargs)
 
-    return cast(F, call)
+    return call
 
 
-def for_sweeper(function: F) -> F:
+def _for_sweeper(function: Function) -> Function:
     """Let the sweeper take ``get_session`` and ``on_frame_rooms``."""
 
     @wraps(function)
@@ -116,4 +126,39 @@ def for_sweeper(function: F) -> F:
             kwargs["on_providers_removed"] = _hearing_rooms(on_frame_rooms)
         return function(*args, **kwargs)
 
-    return cast(F, call)
+    return call
+
+
+_CHANGED: dict[str, dict[str, Callable[[Function], Function]]] = {
+    "dependencies": {"get_providers_removed": _for_removals},
+    "registry": {"register_internal_jobs": _for_registry, "ensure_internal_jobs": _for_registry},
+    "sweeper": {"run_sweeper": _for_sweeper},
+}
+
+
+class _Changing:
+    """A finder of modules that changes some of them as soon as they are there."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, module_name = name.rpartition(".")
+        if package != "zndraw_joblib" or module_name not in _CHANGED:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_change(module: ModuleType) -> None:
+            execute(module)
+            for function, change in _CHANGED[module_name].items():
+                setattr(module, function, change(getattr(module, function)))
+            if module_name == "dependencies":
+                _add_aliases(module)
+
+        vars(spec.loader)["exec_module"] = execute_and_change
+        return spec
+
+
+_add_aliases(sys.modules["zndraw_joblib"])
+sys.meta_path.insert(0, _Changing)

@@ -30,10 +30,10 @@ from zndraw_auth.db import get_session_maker
 
 from zndraw_joblib import dependencies
 from zndraw_joblib.database import now
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.exceptions import ProblemException, describe
 from zndraw_joblib.models import JOB, LINK, PROVIDER, TASK, WORKER
 from zndraw_joblib.results import MemoryResults
-from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.waiting import Waiters, wakeups_of
 

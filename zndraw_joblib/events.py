@@ -142,42 +142,30 @@ class Emission(NamedTuple):
     room: str
 
 
-class TaskLike(Protocol):
-    """What a status event tells of a task: a row of the table or a wire view."""
-
-    id: Any
-    room_id: str
-    status: TaskStatus
-    created_at: datetime
-    started_at: datetime | None
-    completed_at: datetime | None
-    worker_id: Any
-    error: str | None
-    attempt: int
-    progress: float | None
-    progress_message: str | None
-    revision: int
+# what a status event tells of a task as it stands there
+_AS_IT_IS = TaskStatusEvent.model_fields.keys() - {"id", "name", "queue_position", "worker_id"}
 
 
 def build_task_status_emission(
-    task: TaskLike, job_full_name: str, queue_position: int | None = None
+    task: Any, job_full_name: str, queue_position: int | None = None
 ) -> Emission:
-    """Return the event that tells the task's room where the task is now."""
+    """Return the event that tells the task's room where the task is now.
+
+    Parameters
+    ----------
+    task : Task or TaskResponse
+        A row of the table, or what the wire shows of it.
+    job_full_name : str
+        The full name of its job.
+    queue_position : int, optional
+        Its place among the job's pending tasks, from 1 on.
+    """
     event = TaskStatusEvent(
         id=str(task.id),
         name=job_full_name,
-        room_id=task.room_id,
-        status=task.status,
-        created_at=task.created_at,
-        started_at=task.started_at,
-        completed_at=task.completed_at,
         queue_position=queue_position,
         worker_id=None if task.worker_id is None else str(task.worker_id),
-        error=task.error,
-        attempt=task.attempt,
-        progress=task.progress,
-        progress_message=task.progress_message,
-        revision=task.revision,
+        **{name: getattr(task, name) for name in _AS_IT_IS},
     )
     return Emission(event, room_channel(task.room_id))
 
@@ -187,6 +175,18 @@ class Emitter(Protocol):
 
     async def emit(self, event: str, data: Any, *, room: str) -> Any:
         """Send ``data`` to everybody in ``room``."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """What hands ``@internal`` tasks to a broker."""
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether the broker takes messages of this name."""
+        ...
+
+    async def send(self, name: str, *, subject: Any, **message: Any) -> None:
+        """Hand over one message about a task or provider; raise if it isn't taken."""
         ...
 
 
@@ -228,6 +228,32 @@ async def emit(
     return not patience.cancelled_caught
 
 
+class TaskView(Protocol):
+    """A task as statements bring it, with all that its status event tells.
+
+    Attributes
+    ----------
+    payload : str or None
+        JSON; None of many tasks, whose contents nobody hears of.
+    available_at : datetime or None
+        Until when it waits; None when it waits for no time.
+    """
+
+    id: Any
+    job_name: str
+    room_id: str
+    payload: str | None
+    status: TaskStatus
+    created_at: datetime
+    available_at: datetime | None
+    queue_position: int | None
+    worker_id: Any
+    attempt: int
+    error: str | None
+    error_type: Any
+    traceparent: str | None
+
+
 class Dispatch(NamedTuple):
     """An attempt of an ``@internal`` task on its way to the broker.
 
@@ -239,7 +265,7 @@ class Dispatch(NamedTuple):
         Whether this attempt's message may be queued already.
     """
 
-    task: "TaskView"
+    task: TaskView
     again: bool
 
 
@@ -256,9 +282,9 @@ class Outbox:
     providers_removed : list of FullName
         Providers that went away, for the host's hook.
     ended : list of str
-        Keys of what ended, tasks, workers and providers: whoever waits for one is to look.
+        Keys of what ended, tasks, workers and providers: whoever waits for one is woken.
     queued : list of str
-        Keys of jobs, one for each task that can be claimed: one claim is to look.
+        Keys of jobs, one for each task that can be claimed: one claim is woken.
     changes : list of TaskView
         Tasks as they stand after each change, for logs and metrics.
     workers_gone : list of UUID
@@ -270,7 +296,7 @@ class Outbox:
     providers_removed: list[FullName] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     queued: list[str] = field(default_factory=list)
-    changes: list["TaskView"] = field(default_factory=list)
+    changes: list[TaskView] = field(default_factory=list)
     workers_gone: list[UUID] = field(default_factory=list)
 
     @property
@@ -284,11 +310,11 @@ class Outbox:
             or self.workers_gone
         )
 
-    def task_changed(self, task: "TaskView") -> None:
+    def task_changed(self, task: TaskView) -> None:
         """Tell everybody whom a task's new state concerns."""
         self.tasks_changed([task])
 
-    def tasks_changed(self, tasks: Iterable["TaskView"]) -> None:
+    def tasks_changed(self, tasks: Iterable[TaskView]) -> None:
         """Tell everybody whom a change of several tasks concerns.
 
         The room hears of each, the workers of a job once.
@@ -316,7 +342,7 @@ class Outbox:
                     )
         self.emissions += [Emission(event, jobs_channel(name)) for name, event in available.items()]
 
-    def dispatch(self, tasks: Iterable["TaskView"], *, again: bool = False) -> None:
+    def dispatch(self, tasks: Iterable[TaskView], *, again: bool = False) -> None:
         """Hand those tasks that were claimed for the broker to it."""
         self.dispatches += [
             Dispatch(task, again) for task in tasks if task.status is TaskStatus.CLAIMED
@@ -343,25 +369,6 @@ class Outbox:
         self.providers_removed += names
         self.ended += map(provider_key, names)
         self.providers_changed({name.room for name in names})
-
-
-class TaskView(TaskLike, Protocol):
-    """A task as statements bring it.
-
-    Attributes
-    ----------
-    payload : str or None
-        JSON; None of many tasks, whose contents nobody hears of.
-    available_at : datetime or None
-        Until when it waits; None when it waits for no time.
-    """
-
-    job_name: str
-    payload: str | None
-    queue_position: int | None
-    available_at: datetime | None
-    error_type: Any
-    traceparent: str | None
 
 
 def task_key(task_id: Any) -> str:

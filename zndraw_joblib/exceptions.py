@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 PROBLEM_JSON = "application/problem+json"
-#: Errors of one request that are told.
+#: Errors of one request that a problem lists.
 MAX_ERRORS = 10
 #: Characters of a problem's ``detail``, which may repeat what was sent.
 MAX_DETAIL = 2000
@@ -107,32 +107,46 @@ class Problem:
         raise cls.client_error(problem.detail or problem.title)
 
 
-class MalformedBody(Problem):
+class _BadRequest(Problem):
+    title = "Bad Request"
+    status = 400
+
+
+class _NotFound(Problem):
+    title = "Not Found"
+    status = 404
+    client_error = KeyError
+
+
+class _Conflict(Problem):
+    title = "Conflict"
+    status = 409
+
+
+class _Unprocessable(Problem):
+    title = "Unprocessable Content"
+    status = 422
+
+
+class _Unavailable(Problem):
+    title = "Service Unavailable"
+    status = 503
+
+
+class MalformedBody(_BadRequest):
     """The body is not JSON that can be stored and sent back."""
 
-    title = "Bad Request"
-    status = 400
 
-
-class InvalidCategory(Problem):
+class InvalidCategory(_BadRequest):
     """The category is not one that this server allows."""
 
-    title = "Bad Request"
-    status = 400
 
-
-class InvalidRoomId(Problem):
+class InvalidRoomId(_BadRequest):
     """A room id is neither empty nor holds '@', ':' or control characters."""
 
-    title = "Bad Request"
-    status = 400
 
-
-class ProviderExecutionFailed(Problem):
+class ProviderExecutionFailed(_BadRequest):
     """The provider could not serve this request."""
-
-    title = "Bad Request"
-    status = 400
 
 
 class Unauthorized(Problem):
@@ -152,64 +166,36 @@ class Forbidden(Problem):
     client_error = PermissionError
 
 
-class JobNotFound(Problem):
+class JobNotFound(_NotFound):
     """Job not found: there is none of this name in this room."""
 
-    title = "Not Found"
-    status = 404
-    client_error = KeyError
 
-
-class NoWorkersAvailable(Problem):
+class NoWorkersAvailable(_Conflict):
     """None of the job's workers is alive, and this host takes no tasks for later."""
 
-    title = "Conflict"
-    status = 409
 
-
-class WorkerNotFound(Problem):
+class WorkerNotFound(_NotFound):
     """Worker not found."""
 
-    title = "Not Found"
-    status = 404
-    client_error = KeyError
 
-
-class TaskNotFound(Problem):
+class TaskNotFound(_NotFound):
     """Task not found."""
 
-    title = "Not Found"
-    status = 404
-    client_error = KeyError
 
-
-class ProviderNotFound(Problem):
+class ProviderNotFound(_NotFound):
     """Provider not found: there is none of this name in this room."""
 
-    title = "Not Found"
-    status = 404
-    client_error = KeyError
 
-
-class SchemaConflict(Problem):
+class SchemaConflict(_Conflict):
     """Schema mismatch: the job exists with another schema."""
 
-    title = "Conflict"
-    status = 409
 
-
-class InvalidTaskTransition(Problem):
+class InvalidTaskTransition(_Conflict):
     """The task's state does not allow this change."""
 
-    title = "Conflict"
-    status = 409
 
-
-class LeaseLost(Problem):
+class LeaseLost(_Conflict):
     """The task is no longer held under this attempt."""
-
-    title = "Conflict"
-    status = 409
 
 
 class PayloadTooLarge(Problem):
@@ -219,32 +205,20 @@ class PayloadTooLarge(Problem):
     status = 413
 
 
-class InvalidRequest(Problem):
+class InvalidRequest(_Unprocessable):
     """The request does not have the documented shape; `errors` says where."""
 
-    title = "Unprocessable Content"
-    status = 422
 
-
-class InvalidSchema(Problem):
+class InvalidSchema(_Unprocessable):
     """The schema is not a JSON Schema."""
 
-    title = "Unprocessable Content"
-    status = 422
 
-
-class PayloadMismatch(Problem):
+class PayloadMismatch(_Unprocessable):
     """The payload does not fit the job's schema; `errors` says where."""
 
-    title = "Unprocessable Content"
-    status = 422
 
-
-class IdempotencyKeyReused(Problem):
+class IdempotencyKeyReused(_Unprocessable):
     """This Idempotency-Key was used for another request."""
-
-    title = "Unprocessable Content"
-    status = 422
 
 
 class QuotaExceeded(Problem):
@@ -255,34 +229,24 @@ class QuotaExceeded(Problem):
     headers = ("Retry-After",)
 
 
-class InternalJobNotConfigured(Problem):
+class InternalJobNotConfigured(_Unavailable):
     """This server runs no executor for the internal job."""
 
-    title = "Service Unavailable"
-    status = 503
 
-
-class InternalProviderNotConfigured(Problem):
+class InternalProviderNotConfigured(_Unavailable):
     """This server runs no executor for the internal provider."""
 
-    title = "Service Unavailable"
-    status = 503
 
-
-class ServiceUnavailable(Problem):
+class ServiceUnavailable(_Unavailable):
     """A service that this server needs can't be reached right now."""
 
-    title = "Service Unavailable"
-    status = 503
     headers = ("Retry-After",)
     client_error = ConnectionError
 
 
-class ServerBusy(Problem):
+class ServerBusy(_Unavailable):
     """This server takes no more requests that wait, from anybody, right now."""
 
-    title = "Service Unavailable"
-    status = 503
     headers = ("Retry-After",)
     client_error = ConnectionError
 
@@ -316,7 +280,7 @@ def invalid_request(errors: list[Any]) -> ProblemException:
     errors : list of dict
         As ``RequestValidationError.errors()`` returns them.
     """
-    told = [
+    listed = [
         {
             "pointer": shortened(json_pointer(e["loc"])),
             "detail": shortened(e["msg"]),
@@ -324,8 +288,8 @@ def invalid_request(errors: list[Any]) -> ProblemException:
         }
         for e in errors[:MAX_ERRORS]
     ]
-    where = "; ".join(f"{e['pointer']}: {e['detail']}" for e in told[:3])
-    return InvalidRequest.exception(detail=where, errors=told)
+    where = "; ".join(f"{e['pointer']}: {e['detail']}" for e in listed[:3])
+    return InvalidRequest.exception(detail=where, errors=listed)
 
 
 async def problem_exception_handler(request: "Request", exc: Exception) -> "Response":

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib.database import execute, number, octets
-from zndraw_joblib.schemas import MAX_INT
+from zndraw_joblib.lifecycle import MAX_INT
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
-from inspect import cleandoc
+from collections.abc import Callable, Coroutine, Sequence
+from inspect import cleandoc, signature
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,24 +16,29 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from zndraw_joblib.database import without_values
-from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up
+from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up, with_context
 from zndraw_joblib.exceptions import (
     PROBLEM_JSON,
     Forbidden,
     InvalidRequest,
     InvalidRoomId,
+    InvalidTaskTransition,
+    JobNotFound,
     MalformedBody,
     PayloadTooLarge,
     Problem,
     ProblemDetail,
     ProblemException,
+    ProviderNotFound,
     QuotaExceeded,
     ServerBusy,
     ServiceUnavailable,
+    TaskNotFound,
     Unauthorized,
+    WorkerNotFound,
     invalid_request,
 )
-from zndraw_joblib.schemas import parse_json
+from zndraw_joblib.lifecycle import parse_json
 from zndraw_joblib.telemetry import continuing
 
 log = logging.getLogger(__name__)
@@ -99,12 +104,18 @@ class BoundedRequest(Request):
 
 
 class ProblemRoute(APIRoute):
-    """A route whose failures are all problem+json.
+    """A route whose handler gets a context, and whose failures are all problem+json.
 
     Its answers are sent when the session is closed: FastAPI ends a request's dependencies
     after its answer was sent, and a client that reads slowly would hold the session, under
     a lock-wrapped maker everybody.
     """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        # an app that includes a router may make its routes anew, of what they have become
+        if "request" not in signature(endpoint).parameters:
+            endpoint = with_context(endpoint)
+        super().__init__(path, endpoint, **options)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request; return when what it published has left."""
@@ -204,33 +215,26 @@ def _raised_below_sqlalchemy(exc: Exception) -> bool:
 EVERYWHERE: tuple[type[Problem], ...] = (Unauthorized, InvalidRequest, ServiceUnavailable)
 ROOM = (InvalidRoomId, Forbidden)
 BODY = (MalformedBody, PayloadTooLarge)
+JOB = (*ROOM, JobNotFound)
+WORKER = (WorkerNotFound, Forbidden)
+TASK = (TaskNotFound, Forbidden, InvalidTaskTransition)
+PROVIDER = (ProviderNotFound, Forbidden)
 WAITING = (QuotaExceeded, ServerBusy)
 #: Bytes of whatever media type.
-ANYTHING = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+BYTES = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 PREFER = {
     "name": "prefer",
     "in": "header",
     "description": "`wait=N` waits up to N seconds (RFC 7240).",
     "schema": {"type": "string"},
 }
-#: The ``openapi_extra=`` of a route that waits.
-WAITS: dict[str, Any] = {"parameters": [PREFER]}
 
 Responses = dict[int | str, dict[str, Any]]
 
 
-def problems(*kinds: type[Problem], handed_on: bool = False) -> Responses:
-    """Return the ``responses=`` of a route that may answer with these problems.
-
-    Parameters
-    ----------
-    *kinds : type of Problem
-        Those beside :data:`EVERYWHERE`.
-    handed_on : bool
-        The route also hands on problems of others, of whatever status and type.
-    """
+def _problems(kinds: Sequence[type[Problem]], handed_on: bool) -> Responses:
     by_status: defaultdict[int, list[type[Problem]]] = defaultdict(list)
-    for kind in dict.fromkeys(EVERYWHERE + kinds):
+    for kind in dict.fromkeys((*EVERYWHERE, *kinds)):
         by_status[kind.status].append(kind)
     responses: Responses = {}
     for status, alike in sorted(by_status.items()):
@@ -254,8 +258,49 @@ def _problem(**members: dict[str, Any]) -> dict[str, Any]:
     return {PROBLEM_JSON: {"schema": schema}}
 
 
+def answers(
+    model: Any,
+    *kinds: type[Problem],
+    status: int = 200,
+    or_200: str = "",
+    waits: bool = False,
+    handed_on: bool = False,
+    parameters: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Return what a route's decorator is to know of its answers.
+
+    Parameters
+    ----------
+    model : type or None
+        What is answered, if anything; ``bytes`` of whatever media type.
+    *kinds : type of Problem
+        What else may be answered, beside :data:`EVERYWHERE`.
+    status : int
+        The status of the answer.
+    or_200 : str
+        When it may also be 200.
+    waits : bool
+        Whether the route takes ``Prefer: wait``.
+    handed_on : bool
+        Whether the route also hands on problems of others, of whatever status and type.
+    parameters : sequence of dict
+        What the route reads beside the parameters in its signature, for OpenAPI.
+    """
+    responses = _problems([*kinds, *(WAITING if waits else ())], handed_on)
+    if model is bytes:
+        responses[status] = {"content": BYTES}
+    if or_200:
+        responses[200] = {"model": model, "description": or_200}
+    known: dict[str, Any] = {"status_code": status, "responses": responses}
+    if model is None:
+        known["response_class"] = Response
+    elif model is not bytes:
+        known["response_model"] = model
+    if waits or parameters:
+        known["openapi_extra"] = {"parameters": [*parameters, *([PREFER] if waits else [])]}
+    return known
+
+
 def new_router() -> APIRouter:
     """Return a router for some of the package's routes."""
-    return APIRouter(
-        prefix="/v1/joblib", tags=["joblib"], route_class=ProblemRoute, responses=problems()
-    )
+    return APIRouter(prefix="/v1/joblib", tags=["joblib"], route_class=ProblemRoute)

@@ -22,8 +22,7 @@ from uuid import UUID
 
 import anyio
 
-from zndraw_joblib.delivery import Dispatcher
-from zndraw_joblib.events import Emitter, ProviderRequest, providers_channel
+from zndraw_joblib.events import Dispatcher, Emitter, ProviderRequest, providers_channel
 from zndraw_joblib.exceptions import (
     InternalProviderNotConfigured,
     PayloadTooLarge,
@@ -34,9 +33,9 @@ from zndraw_joblib.exceptions import (
     ServerBusy,
     ServiceUnavailable,
 )
-from zndraw_joblib.lifecycle import INTERNAL_ROOM
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, parse_json
 from zndraw_joblib.results import ResultBackend
-from zndraw_joblib.schemas import ProviderResponse, parse_json
+from zndraw_joblib.schemas import ProviderResponse
 from zndraw_joblib.settings import JobLibSettings
 
 log = logging.getLogger(__name__)

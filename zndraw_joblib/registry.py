@@ -15,13 +15,12 @@ import anyio
 from fastapi import FastAPI
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
-from zndraw_joblib import attempts, deprecated, jobs, telemetry
-from zndraw_joblib.delivery import SessionMaker, Transports
+from zndraw_joblib import attempts, jobs, telemetry
+from zndraw_joblib.delivery import SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Outbox, TaskView
 from zndraw_joblib.exceptions import describe
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
-from zndraw_joblib.runtime import runtime_of
 from zndraw_joblib.settings import settings_of
 from zndraw_joblib.waiting import wakeups_of
 
@@ -264,7 +263,6 @@ async def ensure_internal_providers(
         await session.commit()
 
 
-@deprecated.for_registry
 async def register_internal_jobs(
     app: FastAPI,
     broker: AsyncBroker,
@@ -364,7 +362,6 @@ async def _change(
     return changed
 
 
-@deprecated.for_registry
 async def ensure_internal_jobs(extensions: Iterable[Any], session_maker: SessionMaker) -> None:
     """Write the rows of ``@internal`` jobs; every replica may do so at once.
 

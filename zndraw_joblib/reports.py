@@ -15,9 +15,17 @@ from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, 
 from zndraw_joblib.database import execute, now
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
-from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, ErrorType, TaskStatus
+from zndraw_joblib.lifecycle import (
+    HELD,
+    REPORTABLE,
+    TERMINAL,
+    ErrorType,
+    TaskStatus,
+    equal_json,
+    uncollected,
+)
 from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
-from zndraw_joblib.schemas import TaskUpdateRequest, equal_json, uncollected
+from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import SHOWN, back_in_queue, change, of_job, require_visible, seen
 from zndraw_joblib.workers import Caller, RoomAccess

@@ -25,8 +25,8 @@ _ENTRY_BYTES = 300
 _CHANNEL = "zndraw-joblib:results"
 # How long a connection that nobody waits on is kept for the next one.
 _LINGER_SECONDS = 2.0
-# Wakes whoever waits for any key.
-_ANY = "results"
+# A key that is none: wakes whoever waits for any.
+_ANY = ""
 
 
 class ResultBackend(Protocol):
@@ -116,7 +116,7 @@ class MemoryResults:
     async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
         """Return what is kept under ``key`` as soon as there is something."""
         deadline = anyio.current_time() + timeout
-        with self._waiters.waiting_for([_wake_up(key)]) as waiter:
+        with self._waiters.waiting_for([key]) as waiter:
             while (data := await self.get(key)) is None:
                 left = deadline - anyio.current_time()
                 if left <= 0:
@@ -126,7 +126,7 @@ class MemoryResults:
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
-        self._waiters.wake_all(_wake_up(key))
+        self._waiters.wake_all(key)
 
     def _forget(self, key: str) -> None:
         if key in self._kept:
@@ -148,7 +148,7 @@ class MemoryResults:
 class RedisResults:
     """Results and wake-ups that all replicas share.
 
-    However many requests of this process wait for a key, they look at it once and listen
+    However many requests of this process wait for a key, they read it once and listen
     on one connection; it opens when there is something to wait for.
 
     Parameters
@@ -159,9 +159,7 @@ class RedisResults:
 
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
-        self._looks: dict[str, asyncio.Task[bytes | None]] = {}
-        self._acquiring: dict[str, tuple[str, asyncio.Future[bool]]] = {}
-        self._waiting = 0
+        self._reads: dict[str, asyncio.Task[bytes | None]] = {}
         self._waiters = Waiters()
         self._listener: asyncio.Task[None] | None = None
 
@@ -172,16 +170,16 @@ class RedisResults:
 
     async def get(self, key: str) -> bytes | None:
         """Return what is kept under ``key``."""
-        if key in self._looks:
+        if key in self._reads:
             # begun before this call, it may miss what was stored before this call
-            await asyncio.wait([self._looks[key]])
-        if key not in self._looks:
-            look = asyncio.create_task(self._look(key))
-            self._looks[key] = look
-            look.add_done_callback(lambda _: self._looks.pop(key))
-        return await asyncio.shield(self._looks[key])
+            await asyncio.wait([self._reads[key]])
+        if key not in self._reads:
+            read = asyncio.create_task(self._read(key))
+            self._reads[key] = read
+            read.add_done_callback(lambda _: self._reads.pop(key))
+        return await asyncio.shield(self._reads[key])
 
-    async def _look(self, key: str) -> bytes | None:
+    async def _read(self, key: str) -> bytes | None:
         data = await self._again(lambda: self._redis.get(key))
         return data.encode() if isinstance(data, str) else data
 
@@ -191,32 +189,23 @@ class RedisResults:
 
     async def acquire_inflight(self, key: str, ttl: float) -> bool:
         """Mark ``key`` for ``ttl`` seconds; tell whether nobody had."""
-        mine = uuid4().hex
-        while key in self._acquiring:
-            other, acquiring = self._acquiring[key]
-            await asyncio.wait([acquiring])
-            if not acquiring.cancelled():
-                # whether that one got it or not, this one does not
-                return False
-            # it may have got it, and told nobody
-            mine = other
-        acquiring = asyncio.ensure_future(self._acquire(key, mine, _milliseconds(ttl)))
-        self._acquiring[key] = mine, acquiring
-        acquiring.add_done_callback(lambda _: self._acquiring.pop(key))
-        try:
-            return await acquiring
-        except asyncio.CancelledError:
-            if not acquiring.cancelled() and acquiring.result():
-                await self.release_inflight(key)
-            raise
+        mine, ttl_ms = uuid4().hex, _milliseconds(ttl)
 
-    async def _acquire(self, key: str, mine: str, ttl: int) -> bool:
         async def acquire() -> bool:
-            if await self._redis.set(key, mine, nx=True, px=ttl):
+            if await self._redis.set(key, mine, nx=True, px=ttl_ms):
                 return True
+            # it may be a second try, and the first one had it
             return await self._redis.get(key) in (mine, mine.encode())
 
-        return bool(await self._again(acquire))
+        acquiring = asyncio.ensure_future(self._again(acquire))
+        try:
+            return bool(await asyncio.shield(acquiring))
+        except asyncio.CancelledError:
+            # whoever sees that the mark is another's counts on the other to go on
+            with anyio.CancelScope(shield=True):
+                if await acquiring:
+                    await self.release_inflight(key)
+            raise
 
     async def release_inflight(self, key: str) -> None:
         """Take the mark of ``key`` away."""
@@ -225,19 +214,15 @@ class RedisResults:
     async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
         """Return what is kept under ``key`` as soon as there is something."""
         deadline = anyio.current_time() + timeout
-        self._waiting += 1
-        try:
-            with self._waiters.waiting_for([_wake_up(key), _ANY]) as waiter:
-                while True:
-                    # also after a connection was lost meanwhile
-                    self._begin_to_listen()
-                    data = await self.get(key)
-                    left = deadline - anyio.current_time()
-                    if data is not None or left <= 0:
-                        return data
-                    await waiter.wait(left)
-        finally:
-            self._waiting -= 1
+        with self._waiters.waiting_for([key, _ANY]) as waiter:
+            while True:
+                # also after a connection was lost meanwhile
+                self._begin_to_listen()
+                data = await self.get(key)
+                left = deadline - anyio.current_time()
+                if data is not None or left <= 0:
+                    return data
+                await waiter.wait(left)
 
     def _begin_to_listen(self) -> None:
         loop, listener = asyncio.get_running_loop(), self._listener
@@ -246,7 +231,7 @@ class RedisResults:
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
-        self._waiters.wake_all(_wake_up(key))
+        self._waiters.wake_all(key)
         await self._again(lambda: self._redis.publish(_CHANNEL, key.encode()))
 
     async def _again(self, command: Callable[[], Awaitable[Any]]) -> Any:
@@ -268,15 +253,15 @@ class RedisResults:
                 while True:
                     message = await pubsub.get_message(timeout=_LINGER_SECONDS)
                     if message is not None and message["type"] == "message":
-                        self._waiters.wake_all(_wake_up(message["data"].decode()))
+                        self._waiters.wake_all(message["data"].decode())
                     elif message is not None:
-                        # just (again) subscribed: what came before was not heard
+                        # just (again) subscribed: what came before was missed
                         self._waiters.wake_all(_ANY)
-                    elif not self._waiting:
+                    elif not len(self._waiters):
                         return
         except Exception as exc:
-            log.warning("wake-ups are not heard: %r", exc)
-            # who looks again finds out what is wrong
+            log.warning("wake-ups are not received: %r", exc)
+            # who reads again finds out what is wrong
             self._waiters.wake_all(_ANY)
 
 
@@ -286,10 +271,6 @@ def _connection_lost(exc: Exception) -> bool:
 
     # a pool without a free connection has lost none
     return isinstance(exc, Lost) and type(exc).__name__ != "MaxConnectionsError"
-
-
-def _wake_up(key: str) -> str:
-    return f"result:{key}"
 
 
 def _milliseconds(seconds: float) -> int:

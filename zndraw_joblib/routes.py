@@ -1,69 +1,51 @@
-"""The HTTP surface: all routes, and those of workers and jobs."""
+"""The HTTP surface: all routes, and those of workers, jobs and providers."""
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import Query, Request, Response, status
+from fastapi import Header, Response
+from fastapi.responses import StreamingResponse
 from zndraw_auth.db import SessionDep
 
+from zndraw_joblib import dependencies as deps
 from zndraw_joblib import (
+    exceptions,
     heartbeats,
     jobs,
-    routes_providers,
+    long_polls,
+    provider_reads,
+    providers,
     routes_tasks,
     schemas,
     validation,
     workers,
 )
-from zndraw_joblib.dependencies import (
-    Access,
-    CurrentUser,
-    PageQuery,
-    Writable,
-    context_of,
-    enter,
-    json_response,
-    page_response,
-)
+from zndraw_joblib.delivery import lifespan
+from zndraw_joblib.dependencies import Access, Paging, RequestContext, WaitingContext, enter
 from zndraw_joblib.events import worker_key
-from zndraw_joblib.exceptions import (
-    Forbidden,
-    InvalidCategory,
-    InvalidSchema,
-    JobNotFound,
-    QuotaExceeded,
-    SchemaConflict,
-    WorkerNotFound,
-)
-from zndraw_joblib.lifecycle import SPECIAL_ROOMS, FullName
-from zndraw_joblib.problem_route import BODY, ROOM, Responses, new_router, problems
-from zndraw_joblib.runtime import lifespan
-from zndraw_joblib.schemas import (
-    HeartbeatResponse,
-    JobPolicy,
-    JobRegisterRequest,
-    JobResponse,
-    JobStats,
-    JobSummary,
-    Limits,
-    PaginatedResponse,
-    WorkerResponse,
-    WorkerSummary,
-    WorkerUpdateRequest,
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, SPECIAL_ROOMS, FullName
+from zndraw_joblib.problem_route import (
+    BODY,
+    BYTES,
+    JOB,
+    PROVIDER,
+    ROOM,
+    WORKER,
+    answers,
+    new_router,
 )
 from zndraw_joblib.sweeper import retire
-
-_KNOWN: Responses = {200: {"model": JobResponse, "description": "It was there already"}}
 
 router = new_router()
 router.lifespan_context = lifespan
 
 
-@router.get("/limits", response_model=Limits)
-async def read_limits(request: Request, user: CurrentUser) -> Response:
+@router.get("/limits", **answers(schemas.Limits))
+async def read_limits(context: WaitingContext) -> Response:
     """Tell what one request may ask for at most."""
-    settings = (await context_of(request, user)).settings
-    limits = Limits(
+    settings = context.settings
+    limits = schemas.Limits(
         max_claim=schemas.MAX_CLAIM,
         max_claim_jobs=schemas.MAX_CLAIM_JOBS,
         max_reports=schemas.MAX_REPORTS,
@@ -75,71 +57,48 @@ async def read_limits(request: Request, user: CurrentUser) -> Response:
         long_poll_max_wait_seconds=settings.long_poll_max_wait_seconds,
         worker_timeout_seconds=settings.worker_timeout_seconds,
     )
-    return json_response(limits)
+    return deps.json_response(limits)
 
 
 # --- workers ---
 
 
-@router.post(
-    "/workers",
-    response_model=WorkerResponse,
-    status_code=status.HTTP_201_CREATED,
-    responses=problems(QuotaExceeded),
-)
-async def create_worker(request: Request, user: CurrentUser, session: SessionDep) -> Response:
+@router.post("/workers", **answers(schemas.WorkerResponse, exceptions.QuotaExceeded, status=201))
+async def create_worker(context: RequestContext, session: SessionDep) -> Response:
     """Make a worker that belongs to the caller."""
-    context = await context_of(request, user)
     row = await workers.create(session, context.caller.id, context.settings)
     await context.commit(session)
-    return json_response(WorkerResponse(**row._mapping), 201)
+    return deps.json_response(schemas.WorkerResponse(**row._mapping), 201)
 
 
-@router.get("/workers", response_model=PaginatedResponse[WorkerSummary])
-async def list_workers(
-    request: Request, user: CurrentUser, session: SessionDep, query: Annotated[PageQuery, Query()]
-) -> Response:
+@router.get("/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary]))
+async def list_workers(context: RequestContext, session: SessionDep, query: Paging) -> Response:
     """List all workers."""
-    context = await context_of(request, user)
     listing = await workers.list_all(session, query.page(), context.settings)
-    items = [WorkerSummary(**row._mapping) for row in listing.rows]
-    return page_response(request, query, listing, items)
+    items = [schemas.WorkerSummary(**row._mapping) for row in listing.rows]
+    return deps.page_response(context.request, query, listing, items)
 
 
-@router.patch(
-    "/workers/{worker_id}",
-    response_model=HeartbeatResponse,
-    responses=problems(*BODY, WorkerNotFound, Forbidden),
-)
+@router.patch("/workers/{worker_id}", **answers(schemas.HeartbeatResponse, *BODY, *WORKER))
 async def heartbeat(
-    request: Request,
-    user: CurrentUser,
+    context: RequestContext,
     session: SessionDep,
     worker_id: UUID,
-    body: WorkerUpdateRequest | None = None,
+    body: schemas.WorkerUpdateRequest | None = None,
 ) -> Response:
     """Take a sign of life, with what the worker's tasks are at."""
-    context = await context_of(request, user)
-    beat = body or WorkerUpdateRequest()
-    heard = await heartbeats.beat(session, worker_id, context.caller, beat, context.settings)
+    beat = body or schemas.WorkerUpdateRequest()
+    kept = await heartbeats.beat(session, worker_id, context.caller, beat, context.settings)
     if beat.state is not None:
         context.outbox.ended.append(worker_key(worker_id))
-    context.outbox.tasks_changed(heard.progressed)
+    context.outbox.tasks_changed(kept.progressed)
     await context.commit(session)
-    return json_response(heard.answer)
+    return deps.json_response(kept.answer)
 
 
-@router.delete(
-    "/workers/{worker_id}",
-    status_code=status.HTTP_204_NO_CONTENT,
-    response_class=Response,
-    responses=problems(WorkerNotFound, Forbidden),
-)
-async def delete_worker(
-    request: Request, user: CurrentUser, session: SessionDep, worker_id: UUID
-) -> None:
+@router.delete("/workers/{worker_id}", **answers(None, *WORKER, status=204))
+async def delete_worker(context: RequestContext, session: SessionDep, worker_id: UUID) -> None:
     """Remove a worker; what it held is failed or tried again."""
-    context = await context_of(request, user)
     chosen = workers.commanded(worker_id, context.caller)
     if not await retire(session, chosen, context.settings, context.outbox):
         raise await workers.refusal(session, worker_id)
@@ -147,61 +106,74 @@ async def delete_worker(
 
 
 @router.get(
-    "/rooms/{room_id}/workers",
-    response_model=PaginatedResponse[WorkerSummary],
-    responses=problems(*ROOM),
+    "/rooms/{room_id}/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary], *ROOM)
 )
 async def list_room_workers(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    may_enter: Access,
-    room_id: str,
-    query: Annotated[PageQuery, Query()],
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
 ) -> Response:
     """List the workers of the jobs that the room sees."""
-    context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
     listing = await workers.list_serving(session, room_id, query.page(), context.settings)
-    items = [WorkerSummary(**row._mapping) for row in listing.rows]
-    return page_response(request, query, listing, items)
+    items = [schemas.WorkerSummary(**row._mapping) for row in listing.rows]
+    return deps.page_response(context.request, query, listing, items)
 
 
 # --- jobs ---
 
 
+async def _serving(
+    context: deps.Context,
+    session: SessionDep,
+    may_enter: Access,
+    room_id: str,
+    body: schemas.JobRegisterRequest | schemas.ProviderRegisterRequest,
+    categories: list[str] | None,
+) -> UUID:
+    """Return the worker that is to serve a job or provider, if the caller may offer it."""
+    action = workers.Action("register", body.category)
+    await enter(session, context.caller, room_id, may_enter, action)
+    if room_id in SPECIAL_ROOMS and not context.caller.is_superuser:
+        raise exceptions.Forbidden.exception(f"registering in {room_id} needs a superuser")
+    if categories is not None and body.category not in categories:
+        detail = f"category {body.category!r} is not one of {categories}"
+        raise exceptions.InvalidCategory.exception(detail)
+    validation.check_schema(body.schema_)
+    return await workers.mine(session, body.worker_id, context.caller, context.settings)
+
+
+OFFERING = (
+    *ROOM,
+    *BODY,
+    exceptions.InvalidCategory,
+    exceptions.InvalidSchema,
+    exceptions.WorkerNotFound,
+    exceptions.QuotaExceeded,
+)
+
+
 @router.put(
     "/rooms/{room_id}/jobs",
-    response_model=JobResponse,
-    status_code=status.HTTP_201_CREATED,
-    responses=_KNOWN
-    | problems(
-        *ROOM, *BODY, InvalidCategory, InvalidSchema, WorkerNotFound, SchemaConflict, QuotaExceeded
+    **answers(
+        schemas.JobResponse,
+        *OFFERING,
+        exceptions.SchemaConflict,
+        status=201,
+        or_200="It was there already",
     ),
 )
 async def register_job(
-    request: Request,
-    user: CurrentUser,
+    context: RequestContext,
     session: SessionDep,
     may_enter: Access,
-    _: Writable,
+    _: deps.Writable,
     room_id: str,
-    body: JobRegisterRequest,
+    body: schemas.JobRegisterRequest,
 ) -> Response:
     """Offer a job, served by one of the caller's workers."""
-    context = await context_of(request, user)
     caller, settings = context.caller, context.settings
-    action = workers.Action("register", body.category)
-    await enter(session, caller, room_id, may_enter, action)
-    if room_id in SPECIAL_ROOMS and not caller.is_superuser:
-        raise Forbidden.exception(f"registering in {room_id} needs a superuser")
-    if body.category not in settings.allowed_categories:
-        raise InvalidCategory.exception(
-            f"category {body.category!r} is not one of {settings.allowed_categories}"
-        )
-    validation.check_schema(body.schema_)
-    worker_id = await workers.mine(session, body.worker_id, caller, settings)
-    policy = body.model_dump(include=body.model_fields_set & set(JobPolicy.model_fields))
+    categories = settings.allowed_categories
+    worker_id = await _serving(context, session, may_enter, room_id, body, categories)
+    policy = body.model_dump(include=body.model_fields_set & set(schemas.JobPolicy.model_fields))
     name = FullName(room_id, body.category, body.name)
     registered = await jobs.register(
         session, name, body.schema_, policy, worker_id, caller, settings
@@ -218,66 +190,222 @@ async def register_job(
     if registered.created or registered.joined:
         context.outbox.jobs_changed([room_id])
     await context.commit(session)
-    return json_response(job, 201 if registered.created else 200)
+    return deps.json_response(job, 201 if registered.created else 200)
 
 
 @router.get(
-    "/rooms/{room_id}/jobs", response_model=PaginatedResponse[JobSummary], responses=problems(*ROOM)
+    "/rooms/{room_id}/jobs", **answers(schemas.PaginatedResponse[schemas.JobSummary], *ROOM)
 )
 async def list_jobs(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    may_enter: Access,
-    room_id: str,
-    query: Annotated[PageQuery, Query()],
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
 ) -> Response:
     """List the jobs that the room sees."""
-    context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await jobs.list_visible(
-        session, room_id, query.page(), context.settings.worker_timeout_seconds
-    )
-    return page_response(request, query, listing, items)
+    silence = context.settings.worker_timeout_seconds
+    items, listing = await jobs.list_visible(session, room_id, query.page(), silence)
+    return deps.page_response(context.request, query, listing, items)
 
 
-@router.get(
-    "/rooms/{room_id}/stats", response_model=PaginatedResponse[JobStats], responses=problems(*ROOM)
-)
+@router.get("/rooms/{room_id}/stats", **answers(schemas.PaginatedResponse[schemas.JobStats], *ROOM))
 async def read_stats(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    may_enter: Access,
-    room_id: str,
-    query: Annotated[PageQuery, Query()],
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
 ) -> Response:
     """Show what goes on in the jobs that the room sees, over all rooms."""
-    context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
     items, listing = await jobs.list_stats(session, room_id, query.page(), context.settings)
-    return page_response(request, query, listing, items)
+    return deps.page_response(context.request, query, listing, items)
 
 
 # the tasks of a job first: a job's name takes what follows it
-router.routes += routes_tasks.router.routes + routes_providers.router.routes
+router.routes += routes_tasks.router.routes
+
+
+@router.get("/rooms/{room_id}/jobs/{job_name:fullname}", **answers(schemas.JobResponse, *JOB))
+async def read_job(
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, job_name: str
+) -> Response:
+    """Show a job that the room sees."""
+    await enter(session, context.caller, room_id, may_enter)
+    silence = context.settings.worker_timeout_seconds
+    return deps.json_response(await jobs.read_named(session, room_id, job_name, silence))
+
+
+# --- providers ---
+
+
+@router.put(
+    "/rooms/{room_id}/providers",
+    **answers(schemas.ProviderResponse, *OFFERING, status=201, or_200="It was replaced"),
+)
+async def register_provider(
+    context: RequestContext,
+    session: SessionDep,
+    may_enter: Access,
+    _: deps.Writable,
+    room_id: str,
+    body: schemas.ProviderRegisterRequest,
+) -> Response:
+    """Offer data, served by one of the caller's workers."""
+    if room_id == INTERNAL_ROOM:
+        raise exceptions.Forbidden.exception("the server's own providers come from its code")
+    categories = context.settings.allowed_provider_categories
+    worker_id = await _serving(context, session, may_enter, room_id, body, categories)
+    provider, created = await providers.register(
+        session,
+        FullName(room_id, body.category, body.name),
+        body.schema_,
+        body.content_type,
+        worker_id,
+        context.caller,
+        context.settings,
+    )
+    context.outbox.providers_changed([room_id])
+    await context.commit(session)
+    return deps.json_response(provider, 201 if created else 200)
 
 
 @router.get(
-    "/rooms/{room_id}/jobs/{job_name:fullname}",
-    response_model=JobResponse,
-    responses=problems(*ROOM, JobNotFound),
+    "/rooms/{room_id}/providers",
+    **answers(schemas.PaginatedResponse[schemas.ProviderResponse], *ROOM),
 )
-async def read_job(
-    request: Request,
-    user: CurrentUser,
+async def list_providers(
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
+) -> Response:
+    """List the providers that the room sees."""
+    await enter(session, context.caller, room_id, may_enter)
+    items, listing = await providers.list_visible(session, room_id, query.page(), context.settings)
+    return deps.page_response(context.request, query, listing, items)
+
+
+@router.get(
+    "/rooms/{room_id}/providers/{provider_name:fullname}/info",
+    **answers(schemas.ProviderResponse, *ROOM, exceptions.ProviderNotFound),
+)
+async def read_provider_info(
+    context: RequestContext,
     session: SessionDep,
     may_enter: Access,
     room_id: str,
-    job_name: str,
+    provider_name: str,
 ) -> Response:
-    """Show a job that the room sees."""
-    context = await context_of(request, user)
+    """Show a provider that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
-    job = await jobs.read_named(session, room_id, job_name, context.settings.worker_timeout_seconds)
-    return json_response(job)
+    return deps.json_response(await providers.read(session, room_id, provider_name))
+
+
+_ANY_QUERY = {
+    "name": "params",
+    "in": "query",
+    "description": "Whatever the provider's schema asks for, each under its own name.",
+    "style": "form",
+    "explode": True,
+    "schema": {"type": "object", "additionalProperties": True},
+}
+
+
+@router.get(
+    "/rooms/{room_id}/providers/{provider_name:fullname}",
+    **answers(
+        bytes,
+        *ROOM,
+        exceptions.ProviderNotFound,
+        exceptions.ProviderTimeout,
+        exceptions.InternalProviderNotConfigured,
+        exceptions.ProviderExecutionFailed,
+        waits=True,
+        handed_on=True,
+        parameters=[_ANY_QUERY],
+    ),
+)
+async def read_provider(
+    context: WaitingContext,
+    session_maker: deps.Sessions,
+    may_enter: Access,
+    results: deps.Results,
+    room_id: str,
+    provider_name: str,
+) -> Response:
+    """Ask a provider for what the query parameters say."""
+    settings, request = context.settings, context.request
+
+    async def find() -> schemas.ProviderResponse:
+        async with session_maker() as session:
+            await enter(session, context.caller, room_id, may_enter)
+            return await providers.read(session, room_id, provider_name)
+
+    provider = await find()
+    params = deps.query_params(request.query_params.multi_items())
+    digest = deps.request_hash(params)
+    wait = context.preferred_wait(settings.provider_long_poll_max_seconds)
+    seconds = settings.provider_long_poll_default_seconds if wait is None else wait
+    patience = seconds + 2 * settings.dispatch_timeout_seconds
+    wanted = provider_reads.Read(provider, digest, results, settings, context.runtime.reads)
+    async with provider_reads.reachable(patience):
+        data = await provider_reads.cached(wanted)
+        if data is None:
+            registry = await deps.look_up(request, deps.get_internal_providers)
+            tsio = context.transports.tsio
+            send = provider_reads.sender(provider, params, digest, tsio, registry)
+            fetch = partial(provider_reads.fetch, wanted, send, seconds)
+            data = await long_polls.for_answer(context, session_maker, provider.full_name, fetch)
+    if data is None:
+        # it is gone, or the server stops
+        await find()
+        raise exceptions.ServiceUnavailable.exception(headers={"Retry-After": "1"})
+    headers = {
+        # as it stands: Response would add a charset to text
+        "Content-Type": provider.content_type,
+        "Content-Length": str(len(data)),
+        "X-Content-Type-Options": "nosniff",
+        **deps.wait_headers(wait),
+    }
+    if len(data) <= provider_reads.CHUNK_BYTES:
+        return Response(data, headers=headers)
+    return StreamingResponse(provider_reads.chunks(data), headers=headers)
+
+
+@router.post(
+    "/providers/{provider_id}/results",
+    **answers(None, *PROVIDER, exceptions.PayloadTooLarge, status=204),
+    openapi_extra={"requestBody": {"content": BYTES}},
+)
+async def upload_result(
+    context: WaitingContext,
+    session_maker: deps.Sessions,
+    may_enter: Access,
+    results: deps.Results,
+    provider_id: UUID,
+    x_request_hash: Annotated[str, Header(pattern="^[0-9a-fA-F]{64}$")],
+    x_result_status: Annotated[Literal["ok", "error"], Header()] = "ok",
+) -> None:
+    """Answer a request that was sent to a provider."""
+    settings = context.settings
+
+    async def find() -> schemas.ProviderResponse:
+        async with session_maker() as session:
+            return await providers.owned(session, provider_id, context.caller, may_enter)
+
+    await find()
+    failed = x_result_status == "error"
+    data = await provider_reads.read_upload(context.request.stream(), failed, settings)
+    digest = x_request_hash.lower()
+    # again: it may have gone while the body came in
+    provider = await find()
+    answered = provider_reads.Read(provider, digest, results, settings, context.runtime.reads)
+    # no reader waits longer
+    async with provider_reads.reachable(settings.provider_long_poll_max_seconds):
+        kept = await provider_reads.accept(answered, data, failed)
+    if kept:
+        context.outbox.result_ready(provider.full_name, digest, provider.room_id)
+        context.publish()
+
+
+@router.delete("/providers/{provider_id}", **answers(None, *PROVIDER, status=204))
+async def delete_provider(
+    context: RequestContext, session: SessionDep, may_enter: Access, provider_id: UUID
+) -> None:
+    """Withdraw a provider."""
+    name = await providers.remove(session, provider_id, context.caller, may_enter)
+    context.outbox.providers_gone([name])
+    await context.commit(session)
+    context.runtime.reads.forget(provider_id)

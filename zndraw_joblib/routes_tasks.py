@@ -1,127 +1,73 @@
 """The routes of tasks: submit, read, claim, report, retry."""
 
-from typing import Annotated
+from collections.abc import Callable, Sequence
 from uuid import UUID
 
-from fastapi import Query, Request, Response, status
+from fastapi import Response
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth.db import SessionDep
 
-from zndraw_joblib import claims, jobs, long_polls, reports, submissions, tasks, validation
+from zndraw_joblib import (
+    claims,
+    exceptions,
+    jobs,
+    long_polls,
+    reports,
+    schemas,
+    submissions,
+    tasks,
+    validation,
+)
+from zndraw_joblib import dependencies as deps
 from zndraw_joblib.delivery import require_broker
 from zndraw_joblib.dependencies import (
     Access,
-    Context,
-    CurrentUser,
     IdempotencyKey,
-    PageQuery,
+    RequestContext,
     Sessions,
-    WaitingUser,
-    Writable,
-    check_writable,
-    context_of,
+    TaskPaging,
+    WaitingContext,
     enter,
-    json_response,
-    location_of_task,
-    page_response,
-    preferred_wait,
-    wait_headers,
-    written,
 )
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.exceptions import (
-    Forbidden,
-    IdempotencyKeyReused,
-    InternalJobNotConfigured,
-    InvalidTaskTransition,
-    JobNotFound,
-    LeaseLost,
-    NoWorkersAvailable,
-    PayloadMismatch,
-    ProblemException,
-    QuotaExceeded,
-    TaskNotFound,
-    WorkerNotFound,
-)
-from zndraw_joblib.lifecycle import TaskStatus, split_full_name
-from zndraw_joblib.problem_route import BODY, ROOM, WAITING, WAITS, new_router, problems
-from zndraw_joblib.schemas import (
-    PaginatedResponse,
-    TaskBatchRequest,
-    TaskBatchResponse,
-    TaskClaimRequest,
-    TaskClaimResponse,
-    TaskQueryRequest,
-    TaskQueryResponse,
-    TaskReportsRequest,
-    TaskReportsResponse,
-    TaskResponse,
-    TaskSubmitRequest,
-    TaskUpdateRequest,
-)
+from zndraw_joblib.lifecycle import TERMINAL, split_full_name
+from zndraw_joblib.problem_route import BODY, JOB, ROOM, TASK, WORKER, answers, new_router
 from zndraw_joblib.workers import Action
 
 router = new_router()
 
-SUBMITTING = problems(
-    *ROOM,
-    *BODY,
-    JobNotFound,
-    PayloadMismatch,
-    IdempotencyKeyReused,
-    InternalJobNotConfigured,
-    NoWorkersAvailable,
-    QuotaExceeded,
+RUNNABLE = (
+    exceptions.JobNotFound,
+    exceptions.InternalJobNotConfigured,
+    exceptions.NoWorkersAvailable,
+    exceptions.QuotaExceeded,
 )
+SUBMITTING = (*ROOM, *BODY, *RUNNABLE, exceptions.PayloadMismatch, exceptions.IdempotencyKeyReused)
 
 
-class TaskPageQuery(PageQuery):
-    """Which page of a listing of tasks is asked for."""
+def _submitting(job_name: str) -> Action:
+    # a malformed name is the business of those who look for the job
+    return Action("submit", job_name.split(":", 2)[1] if ":" in job_name else None)
 
-    status: TaskStatus | None = None
 
-
-@router.post(
-    "/rooms/{room_id}/tasks/{job_name:fullname}",
-    response_model=TaskResponse,
-    status_code=status.HTTP_202_ACCEPTED,
-    responses=SUBMITTING,
-)
-async def submit_task(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    session_maker: Sessions,
-    may_enter: Access,
-    _: Writable,
-    room_id: str,
-    job_name: str,
-    body: TaskSubmitRequest,
-    idempotency_key: IdempotencyKey = None,
-) -> Response:
-    """Submit a task to a job that the room sees."""
-    context = await context_of(request, user, session_maker)
-    caller, settings = context.caller, context.settings
-    await enter(session, caller, room_id, may_enter, _submitting(job_name))
+def _checking(
+    context: deps.Context, submitted: Sequence[schemas.TaskSubmitRequest], where: str
+) -> Callable[[jobs.Target], bool]:
+    """Return what checks whether a job takes what is submitted; ``where`` has its number."""
 
     def check(target: jobs.Target) -> bool:
-        require_broker(context.transports, target.name, [body], "/body")
-        return validation.check_payloads(target.schema, {"/body/payload": body.payload})
+        require_broker(context.transports, target.name, submitted, where)
+        payloads = {f"{where.format(n)}/payload": task.payload for n, task in enumerate(submitted)}
+        return validation.check_payloads(target.schema, payloads)
 
-    submission = await submissions.submit(
-        session, room_id, job_name, caller, [body], settings, check, idempotency_key=idempotency_key
-    )
-    await _submitted(context, session, submission)
-    (task,) = submission.tasks
-    headers = {"Location": location_of_task(request, task.id), "Retry-After": "1"}
-    return json_response(tasks.as_json(task), 202, headers)
+    return check
 
 
 async def _submitted(
-    context: Context, session: AsyncSession, submission: submissions.Submission
+    context: deps.Context, session: AsyncSession, submission: submissions.Submission
 ) -> None:
-    """Admit what is new, commit, and tell of it."""
+    """Admit what is new, commit, and publish it."""
     if submission.created:
         name = split_full_name(submission.tasks[0].job_name)
         await jobs.admit(session, name, context.caller, context.settings)
@@ -131,33 +77,53 @@ async def _submitted(
 
 
 @router.post(
-    "/rooms/{room_id}/batches/{job_name:fullname}",
-    response_model=TaskBatchResponse,
-    status_code=status.HTTP_202_ACCEPTED,
-    responses=SUBMITTING,
+    "/rooms/{room_id}/tasks/{job_name:fullname}",
+    **answers(schemas.TaskResponse, *SUBMITTING, status=202),
 )
-async def submit_batch(
-    request: Request,
-    user: CurrentUser,
+async def submit_task(
+    context: RequestContext,
     session: SessionDep,
     session_maker: Sessions,
     may_enter: Access,
-    _: Writable,
+    _: deps.Writable,
     room_id: str,
     job_name: str,
-    body: TaskBatchRequest,
+    body: schemas.TaskSubmitRequest,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Submit a task to a job that the room sees."""
+    caller, settings = context.caller, context.settings
+    await enter(session, caller, room_id, may_enter, _submitting(job_name))
+    check = _checking(context, [body], "/body")
+    submission = await submissions.submit(
+        session, room_id, job_name, caller, [body], settings, check, idempotency_key=idempotency_key
+    )
+    await _submitted(context, session, submission)
+    (task,) = submission.tasks
+    where = deps.location_of_task(context.request, task.id)
+    headers = {"Location": where, "Retry-After": "1"}
+    return deps.json_response(tasks.as_json(task), 202, headers)
+
+
+@router.post(
+    "/rooms/{room_id}/batches/{job_name:fullname}",
+    **answers(schemas.TaskBatchResponse, *SUBMITTING, status=202),
+)
+async def submit_batch(
+    context: RequestContext,
+    session: SessionDep,
+    session_maker: Sessions,
+    may_enter: Access,
+    _: deps.Writable,
+    room_id: str,
+    job_name: str,
+    body: schemas.TaskBatchRequest,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Submit up to 1000 tasks to a job that the room sees: all of them, or none."""
-    context = await context_of(request, user, session_maker)
     caller, settings = context.caller, context.settings
     await enter(session, caller, room_id, may_enter, _submitting(job_name))
-
-    def check(target: jobs.Target) -> bool:
-        require_broker(context.transports, target.name, body.tasks, "/body/tasks/{}")
-        payloads = {f"/body/tasks/{n}/payload": task.payload for n, task in enumerate(body.tasks)}
-        return validation.check_payloads(target.schema, payloads)
-
+    check = _checking(context, body.tasks, "/body/tasks/{}")
     submission = await submissions.submit(
         session,
         room_id,
@@ -169,79 +135,56 @@ async def submit_batch(
         idempotency_key=idempotency_key,
     )
     await _submitted(context, session, submission)
-    return json_response({"ids": submission.ids}, 202)
-
-
-def _submitting(job_name: str) -> Action:
-    # a malformed name is the business of those who look for the job
-    return Action("submit", job_name.split(":", 2)[1] if ":" in job_name else None)
+    return deps.json_response({"ids": submission.ids}, 202)
 
 
 @router.get(
     "/rooms/{room_id}/jobs/{job_name:fullname}/tasks",
-    response_model=PaginatedResponse[TaskResponse],
-    responses=problems(*ROOM, JobNotFound),
+    **answers(schemas.PaginatedResponse[schemas.TaskResponse], *JOB),
 )
 async def list_job_tasks(
-    request: Request,
-    user: CurrentUser,
+    context: RequestContext,
     session: SessionDep,
     may_enter: Access,
     room_id: str,
     job_name: str,
-    query: Annotated[TaskPageQuery, Query()],
+    query: TaskPaging,
 ) -> Response:
     """List the tasks of a job that this room submitted."""
-    context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
     job = await jobs.require(session, room_id, job_name)
     listing = await tasks.list_tasks(
         session, room_id, query.page(), context.settings, job_id=job.id, status=query.status
     )
-    return page_response(request, query, listing, map(tasks.as_json, listing.rows))
+    return deps.page_response(context.request, query, listing, map(tasks.as_json, listing.rows))
 
 
 @router.get(
-    "/rooms/{room_id}/tasks",
-    response_model=PaginatedResponse[TaskResponse],
-    responses=problems(*ROOM),
+    "/rooms/{room_id}/tasks", **answers(schemas.PaginatedResponse[schemas.TaskResponse], *ROOM)
 )
 async def list_room_tasks(
-    request: Request,
-    user: CurrentUser,
-    session: SessionDep,
-    may_enter: Access,
-    room_id: str,
-    query: Annotated[TaskPageQuery, Query()],
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: TaskPaging
 ) -> Response:
     """List the tasks that the room submitted."""
-    context = await context_of(request, user)
     await enter(session, context.caller, room_id, may_enter)
     listing = await tasks.list_tasks(
         session, room_id, query.page(), context.settings, status=query.status
     )
-    return page_response(request, query, listing, map(tasks.as_json, listing.rows))
+    return deps.page_response(context.request, query, listing, map(tasks.as_json, listing.rows))
 
 
-@router.post(
-    "/tasks/claim",
-    response_model=TaskClaimResponse,
-    responses=problems(*BODY, *WAITING, WorkerNotFound, Forbidden),
-    openapi_extra=WAITS,
-)
+@router.post("/tasks/claim", **answers(schemas.TaskClaimResponse, *BODY, *WORKER, waits=True))
 async def claim_tasks(
-    request: Request,
-    user: WaitingUser,
+    context: WaitingContext,
     session_maker: Sessions,
-    body: TaskClaimRequest,
+    body: schemas.TaskClaimRequest,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Give a worker the oldest tasks of its jobs, waiting for them if preferred."""
-    context = await context_of(request, user)
 
-    async def look() -> claims.Claim:
+    async def claim() -> claims.Claim:
         async with session_maker() as session:
-            claim = await claims.claim(
+            claimed = await claims.claim(
                 session,
                 body.worker_id,
                 context.caller,
@@ -251,88 +194,72 @@ async def claim_tasks(
                 start=body.start,
                 jobs=body.jobs,
             )
-            if not claim.repeated:
-                context.outbox.tasks_changed(claim.tasks)
+            if not claimed.repeated:
+                context.outbox.tasks_changed(claimed.tasks)
             await context.commit(session)
-        return claim
+        return claimed
 
-    wait = _preferred(context)
-    poll = context.long_poll(session_maker, wait)
-    claim = await long_polls.for_work(poll, body.worker_id, body.jobs, look)
-    claimed = [tasks.as_json(task) for task in claim.tasks]
-    answer = b'{"task":%b,"tasks":%b}' % (claimed[0] if claimed else b"null", written(claimed))
-    return json_response(answer, headers=wait_headers(wait))
-
-
-def _preferred(context: Context) -> float | None:
-    preferences = context.request.headers.getlist("prefer")
-    return preferred_wait(preferences, context.settings.long_poll_max_wait_seconds)
+    wait = context.preferred_wait(context.settings.long_poll_max_wait_seconds)
+    claimed = await long_polls.for_work(
+        context, session_maker, wait or 0, body.worker_id, body.jobs, claim
+    )
+    given = [tasks.as_json(task) for task in claimed.tasks]
+    answer = b'{"task":%b,"tasks":%b}' % (given[0] if given else b"null", deps.written(given))
+    return deps.json_response(answer, headers=deps.wait_headers(wait))
 
 
 @router.get(
-    "/tasks/{task_id}",
-    response_model=TaskResponse,
-    responses=problems(*WAITING, TaskNotFound),
-    openapi_extra=WAITS,
+    "/tasks/{task_id}", **answers(schemas.TaskResponse, exceptions.TaskNotFound, waits=True)
 )
 async def read_task(
-    request: Request, user: WaitingUser, session_maker: Sessions, may_enter: Access, task_id: UUID
+    context: WaitingContext, session_maker: Sessions, may_enter: Access, task_id: UUID
 ) -> Response:
     """Show a task; with `Prefer: wait` once it has ended."""
-    context = await context_of(request, user)
 
-    async def look() -> TaskView:
+    async def read() -> tuple[TaskView, UUID | None]:
         async with session_maker() as session:
-            return await tasks.read(session, task_id, context.caller, may_enter, context.settings)
+            task = await tasks.read(session, task_id, context.caller, may_enter, context.settings)
+        return task, None if task.status in TERMINAL else task_id
 
-    wait = _preferred(context)
-    poll = context.long_poll(session_maker, wait)
-    task = await long_polls.for_end(poll, task_id, look)
-    return json_response(tasks.as_json(task), headers=wait_headers(wait))
+    wait = context.preferred_wait(context.settings.long_poll_max_wait_seconds)
+    task = await long_polls.for_ends(context, session_maker, wait or 0, read, task_id)
+    return deps.json_response(tasks.as_json(task), headers=deps.wait_headers(wait))
 
 
-@router.post(
-    "/tasks/query",
-    response_model=TaskQueryResponse,
-    responses=problems(*BODY, *WAITING),
-    openapi_extra=WAITS,
-)
+@router.post("/tasks/query", **answers(schemas.TaskQueryResponse, *BODY, waits=True))
 async def query_tasks(
-    request: Request,
-    user: WaitingUser,
+    context: WaitingContext,
     session_maker: Sessions,
     may_enter: Access,
-    body: TaskQueryRequest,
+    body: schemas.TaskQueryRequest,
 ) -> Response:
     """Show up to 500 tasks; with `Prefer: wait` once all of them have ended."""
-    context = await context_of(request, user)
     async with session_maker() as session:
         there = await tasks.readable(session, body.ids, context.caller, may_enter)
 
-    async def unfinished() -> UUID | None:
+    async def unfinished() -> tuple[None, UUID | None]:
         async with session_maker() as session:
-            return await tasks.last_unfinished(session, there)
+            return None, await tasks.last_unfinished(session, there)
 
-    wait = _preferred(context)
-    await long_polls.for_ends(context.long_poll(session_maker, wait), unfinished)
+    wait = context.preferred_wait(context.settings.long_poll_max_wait_seconds)
+    if wait:
+        await long_polls.for_ends(context, session_maker, wait, unfinished)
     async with session_maker() as session:
         found = await tasks.read_many(session, there, context.settings)
     missing = dict.fromkeys(body.ids).keys() - {task.id for task in found}
-    shown = written(map(tasks.as_json, found))
+    shown = deps.written(map(tasks.as_json, found))
     answer = b'{"tasks":%b,"missing":%b}' % (shown, to_json(sorted(missing)))
-    return json_response(answer, headers=wait_headers(wait))
+    return deps.json_response(answer, headers=deps.wait_headers(wait))
 
 
-@router.patch("/tasks", response_model=TaskReportsResponse, responses=problems(*BODY))
+@router.patch("/tasks", **answers(schemas.TaskReportsResponse, *BODY))
 async def report_tasks(
-    request: Request,
-    user: CurrentUser,
+    context: RequestContext,
     session: SessionDep,
     may_enter: Access,
-    body: TaskReportsRequest,
+    body: schemas.TaskReportsRequest,
 ) -> Response:
     """Report what became of up to 32 tasks, each as if it were reported alone."""
-    context = await context_of(request, user)
     by_id = {report.id: report for report in body.reports}
     reported = await reports.report_many(
         session, by_id, context.caller, may_enter, context.settings
@@ -343,12 +270,12 @@ async def report_tasks(
         if isinstance(report, reports.Reported) and report.changed
     )
     await context.commit(session)
-    outcomes = written(_outcome(*outcome) for outcome in zip(by_id, reported, strict=True))
-    return json_response(b'{"outcomes":%b}' % outcomes)
+    outcomes = deps.written(_outcome(*outcome) for outcome in zip(by_id, reported, strict=True))
+    return deps.json_response(b'{"outcomes":%b}' % outcomes)
 
 
-def _outcome(task_id: UUID, report: reports.Reported | ProblemException) -> bytes:
-    if isinstance(report, ProblemException):
+def _outcome(task_id: UUID, report: reports.Reported | exceptions.ProblemException) -> bytes:
+    if isinstance(report, exceptions.ProblemException):
         problem = report.problem
         return to_json({"id": task_id, "status": problem.status, "task": None, "problem": problem})
     head = to_json({"id": task_id, "status": 200, "problem": None})
@@ -356,64 +283,47 @@ def _outcome(task_id: UUID, report: reports.Reported | ProblemException) -> byte
 
 
 @router.patch(
-    "/tasks/{task_id}",
-    response_model=TaskResponse,
-    responses=problems(*BODY, TaskNotFound, Forbidden, InvalidTaskTransition, LeaseLost),
+    "/tasks/{task_id}", **answers(schemas.TaskResponse, *BODY, *TASK, exceptions.LeaseLost)
 )
 async def report_task(
-    request: Request,
-    user: CurrentUser,
+    context: RequestContext,
     session: SessionDep,
     may_enter: Access,
     task_id: UUID,
-    body: TaskUpdateRequest,
+    body: schemas.TaskUpdateRequest,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Report what became of a task, or cancel it."""
-    context = await context_of(request, user)
     reported = await reports.report(
         session, task_id, context.caller, may_enter, body, context.settings, key=idempotency_key
     )
     if reported.changed:
         context.outbox.task_changed(reported.task)
     await context.commit(session)
-    return json_response(tasks.as_json(reported.task))
+    return deps.json_response(tasks.as_json(reported.task))
 
 
 @router.post(
-    "/tasks/{task_id}/retry",
-    response_model=TaskResponse,
-    status_code=status.HTTP_202_ACCEPTED,
-    responses=problems(
-        TaskNotFound,
-        JobNotFound,
-        Forbidden,
-        InvalidTaskTransition,
-        InternalJobNotConfigured,
-        NoWorkersAvailable,
-        QuotaExceeded,
-    ),
+    "/tasks/{task_id}/retry", **answers(schemas.TaskResponse, *RUNNABLE, *TASK, status=202)
 )
 async def retry_task(
-    request: Request,
-    user: CurrentUser,
+    context: RequestContext,
     session: SessionDep,
     session_maker: Sessions,
     may_enter: Access,
     task_id: UUID,
 ) -> Response:
     """Set a task that has ended going again."""
-    context = await context_of(request, user, session_maker)
-    task = await submissions.retry(session, task_id, context.caller, may_enter, context.settings)
+    caller, settings = context.caller, context.settings
+    task = await submissions.retry(session, task_id, caller, may_enter, settings)
     # its submitter reads it wherever it is, and retries it where they still may submit
-    submitting = _submitting(task.job_name)
-    await enter(session, context.caller, task.room_id, may_enter, submitting)
-    await check_writable(request, task.room_id)
+    await enter(session, caller, task.room_id, may_enter, _submitting(task.job_name))
+    await deps.check_writable(context.request, task.room_id)
     name = split_full_name(task.job_name)
-    await jobs.admit(session, name, context.caller, context.settings)
+    await jobs.admit(session, name, caller, settings)
     require_broker(context.transports, name, [], "")
     context.outbox.task_changed(task)
     context.outbox.dispatch([task])
     await context.commit(session)
-    where = location_of_task(request, task.id)
-    return json_response(tasks.as_json(task), 202, {"Location": where})
+    where = deps.location_of_task(context.request, task.id)
+    return deps.json_response(tasks.as_json(task), 202, {"Location": where})

@@ -1,17 +1,10 @@
 """What goes over the wire: request and response models, and what JSON is taken."""
 
-import gc
-import json
-import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
 from uuid import UUID
 
-import pydantic_core
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -30,12 +23,13 @@ from zndraw_joblib.lifecycle import (
     MAX_ATTEMPTS,
     MAX_LENGTH,
     MAX_PRIORITY,
-    UNPRINTABLE,
     ErrorType,
+    Json,
     TaskStatus,
     WorkerState,
     check_job_name,
     check_name,
+    check_printable,
     check_provider_name,
 )
 
@@ -45,116 +39,11 @@ MAX_BATCH = 1000
 MAX_HEARTBEAT_TASKS = 256
 MAX_CLAIM_JOBS = 256
 MAX_PAGE = 500
-MAX_INT = 2**63 - 1
 MAX_SECONDS = 10 * 365 * 86400
 MIN_LIMIT = 0.1
-#: Lists and objects in one JSON body: an atom's three coordinates are one of them.
-MAX_CONTAINERS = 200_000
 
-Json = Any
 JsonObject = dict[str, Any]
 T = TypeVar("T")
-
-# What the parser lets through but no database or second parser would is looked for in
-# the bytes: a walk through the values would take longer than everything else.
-_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-# All digits, and both signs of an exponent, are alike: a regular expression takes thirty
-# times as long to find none of these.
-_ALIKE = bytes.maketrans(b"123456789E", b"000000000e")
-_LARGE = (b"0" * 19, b"e000", b"e+000")
-_NUMBER = re.compile(rb"[-+.\deE]{5,}")
-_INTEGER = re.compile(rb"(?<![-+.\deE])-?\d{19,}+(?![.eE])")
-
-
-def parse_json(body: bytes) -> Json:
-    """Parse JSON that can be stored and sent back as it came.
-
-    Parameters
-    ----------
-    body : bytes
-        UTF-8, as RFC 8259 demands.
-
-    Raises
-    ------
-    ValueError
-        For anything that is not JSON, NaN and Infinity, lone surrogates, NUL
-        characters, integers beyond 64 bit, numbers that overflow a double,
-        nesting deeper than the parser's limit (about 200), and more than
-        :data:`MAX_CONTAINERS` lists and objects.
-    """
-    if _containers(body) > MAX_CONTAINERS and (
-        _containers(_outside_strings(body)) > MAX_CONTAINERS
-    ):
-        raise ValueError(f"lists and objects are limited to {MAX_CONTAINERS}")
-    with uncollected():
-        value = pydantic_core.from_json(body, allow_inf_nan=False)
-    if b"\\u0000" in body and _NUL.search(body):
-        raise ValueError("NUL characters can't be stored")
-    alike = body.translate(_ALIKE)
-    if any(large in alike for large in _LARGE):
-        _require_storable(_outside_strings(body))
-    return value
-
-
-def _containers(body: bytes) -> int:
-    return body.count(b"[") + body.count(b"{")
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Hold back the garbage collector while one call makes many values.
-
-    They are no garbage, and it would go through all that the process has for each 36,000
-    lists or so: ten times what it takes to make them.
-    """
-    enabled = gc.isenabled()
-    if enabled:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def canonical(value: Json) -> str:
-    """Return JSON whose keys are sorted: equal for equal values, and for no others."""
-    with uncollected():
-        return json.dumps(value, sort_keys=True)
-
-
-def equal_json(one: Json, other: Json) -> bool:
-    """Tell whether two values are the same JSON: True is not 1, and 1 is not 1.0."""
-    if pydantic_core.to_json(one) == pydantic_core.to_json(other):
-        return True
-    return bool(one == other) and canonical(one) == canonical(other)
-
-
-def _outside_strings(body: bytes) -> bytes:
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return b" ".join(unescaped.split(b'"')[::2])
-
-
-def _require_storable(numbers: bytes) -> None:
-    for digits in _INTEGER.findall(numbers):
-        if len(digits) > 20 or not -MAX_INT - 1 <= int(digits) <= MAX_INT:
-            raise ValueError("integers are limited to 64 bit")
-    if any(map(math.isinf, map(float, _NUMBER.findall(numbers)))):
-        raise ValueError("numbers are limited to the range of a double")
-
-
-def check_printable(text: str) -> str:
-    """Return ``text`` if it can be shown and logged.
-
-    Raises
-    ------
-    ValueError
-        For control characters and lone surrogates.
-    """
-    if UNPRINTABLE.search(text):
-        raise ValueError("must not contain control characters or lone surrogates")
-    return text
-
 
 _Part = Field(
     json_schema_extra={
@@ -216,7 +105,11 @@ AnyErrorType = Annotated[ErrorType, _open(ErrorType)]
 AnyState = Annotated[WorkerState, _open(WorkerState)]
 
 
-class PaginatedResponse(BaseModel, Generic[T]):
+class _Model(BaseModel):
+    model_config = ConfigDict(populate_by_name=True, use_attribute_docstrings=True)
+
+
+class PaginatedResponse(_Model, Generic[T]):
     """One page of a listing, newest first; ``total`` counts all pages."""
 
     items: list[T]
@@ -225,7 +118,7 @@ class PaginatedResponse(BaseModel, Generic[T]):
     offset: int
 
 
-class WorkerResponse(BaseModel):
+class WorkerResponse(_Model):
     """A worker."""
 
     id: UUID
@@ -239,46 +132,45 @@ class HeartbeatResponse(WorkerResponse):
     cancelled: list[UUID] = []
     lost: list[UUID] = []
     desired_state: AnyState = WorkerState.ACTIVE
-    jobs: int | None = Field(
-        default=None,
-        description="How many jobs the worker serves: of fewer than it registered the"
-        " host lost some.",
-    )
-    providers: int | None = Field(default=None, description="How many providers the worker serves.")
+    jobs: int | None = None
+    """How many jobs the worker serves: of fewer than it registered the host lost some."""
+    providers: int | None = None
+    """How many providers the worker serves."""
 
 
-class Limits(BaseModel):
+class Limits(_Model):
     """What one request may ask for at most, in this host."""
 
-    max_claim: int = Field(description="Tasks of a claim.")
-    max_claim_jobs: int = Field(description="Jobs that a claim names.")
-    max_reports: int = Field(description="Reports of a batch.")
-    max_batch: int = Field(description="Tasks of a submission.")
-    max_heartbeat_tasks: int = Field(description="Tasks of a heartbeat.")
-    max_page: int = Field(description="Entries of a page, and tasks of a query.")
-    max_payload_bytes: int = Field(description="Bytes of a JSON body.")
-    max_result_bytes: int = Field(description="Bytes of a report with its result.")
+    max_claim: int
+    """Tasks of a claim."""
+    max_claim_jobs: int
+    """Jobs that a claim names."""
+    max_reports: int
+    """Reports of a batch."""
+    max_batch: int
+    """Tasks of a submission."""
+    max_heartbeat_tasks: int
+    """Tasks of a heartbeat."""
+    max_page: int
+    """Entries of a page, and tasks of a query."""
+    max_payload_bytes: int
+    """Bytes of a JSON body."""
+    max_result_bytes: int
+    """Bytes of a report with its result."""
     long_poll_max_wait_seconds: float
-    worker_timeout_seconds: float = Field(
-        description="Silence after which a worker counts as lost."
-    )
+    worker_timeout_seconds: float
+    """Silence after which a worker counts as lost."""
 
 
-class WorkerSummary(BaseModel):
+class WorkerSummary(WorkerResponse):
     """A worker in a listing."""
 
-    id: UUID
-    last_heartbeat: datetime
     job_count: int
-    state: AnyState = WorkerState.ACTIVE
-    alive: bool = Field(
-        default=False,
-        description="Whether it was heard within `worker_timeout_seconds`, by the"
-        " database's clock.",
-    )
+    alive: bool = False
+    """Whether it was heard within `worker_timeout_seconds`, by the database's clock."""
 
 
-class TaskHeartbeat(BaseModel):
+class TaskHeartbeat(_Model):
     """What a worker says of one task that it runs."""
 
     id: UUID
@@ -287,14 +179,14 @@ class TaskHeartbeat(BaseModel):
     message: Message | None = None
 
 
-class WorkerUpdateRequest(BaseModel):
+class WorkerUpdateRequest(_Model):
     """A heartbeat: all of it is optional."""
 
     tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
     state: WorkerState | None = None
 
 
-class PolicyResponse(BaseModel):
+class PolicyResponse(_Model):
     """How a job's tasks are tried, as it stands."""
 
     max_attempts: int = 1
@@ -303,7 +195,7 @@ class PolicyResponse(BaseModel):
     start_timeout_seconds: float | None = None
 
 
-class JobPolicy(BaseModel):
+class JobPolicy(_Model):
     """How a job's tasks are tried: all of it is optional, times in seconds."""
 
     max_attempts: Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
@@ -315,15 +207,13 @@ class JobPolicy(BaseModel):
 class JobRegisterRequest(JobPolicy):
     """A job that a worker offers to serve."""
 
-    model_config = ConfigDict(populate_by_name=True)
-
     category: Name
     name: JobName
     schema_: JsonObject = Field(default={}, alias="schema")
     worker_id: UUID | None = None
 
 
-class JobSummary(BaseModel):
+class JobSummary(_Model):
     """A job in a listing."""
 
     full_name: str
@@ -333,11 +223,7 @@ class JobSummary(BaseModel):
     workers_alive: int = 0
 
 
-class JobResponse(PolicyResponse):
-    """A job."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
+class _Offer(_Model):
     id: UUID
     room_id: str
     category: str
@@ -346,49 +232,39 @@ class JobResponse(PolicyResponse):
     schema_: JsonObject = Field(
         validation_alias=AliasChoices("schema", "schema_"), serialization_alias="schema"
     )
+
+
+class JobResponse(_Offer, PolicyResponse):
+    """A job."""
+
     workers: list[UUID]
     workers_alive: int = 0
     worker_id: UUID | None = None
-    policy_kept: bool = Field(
-        default=False,
-        description="Whether another policy was asked for and this one stays, since live"
-        " workers of other users serve the job.",
-    )
+    policy_kept: bool = False
+    """Whether another policy was asked for and this one stays, since live workers of other
+    users serve the job."""
 
 
-class JobStats(BaseModel):
-    """What goes on in a job, over all rooms.
-
-    Attributes
-    ----------
-    job_name : str
-        The job's full name.
-    pending : int
-        Tasks that wait for a worker, counted up to ``queue_position_max``.
-    delayed : int
-        Pending tasks that wait for their time, counted up to the same.
-    claimed, running : int
-        Tasks in somebody's hands.
-    oldest_pending_seconds : float or None
-        Since when the oldest of the counted pending tasks was submitted.
-    completed_last_minute, failed_last_minute : int
-        Tasks that ended within the last 60 seconds.
-    workers_alive : int
-        Workers of the job that were heard within ``worker_timeout_seconds``.
-    """
+class JobStats(_Model):
+    """What goes on in a job, over all rooms."""
 
     job_name: str
+    """The job's full name."""
     pending: int
+    """Tasks that wait for a worker, counted up to `queue_position_max`."""
     delayed: int
+    """Pending tasks that wait for their time, counted up to the same."""
     claimed: int
     running: int
     oldest_pending_seconds: float | None
+    """Since when the oldest of the counted pending tasks was submitted."""
     completed_last_minute: int
     failed_last_minute: int
     workers_alive: int
+    """Workers of the job that were heard within `worker_timeout_seconds`."""
 
 
-class TaskSubmitRequest(BaseModel):
+class TaskSubmitRequest(_Model):
     """A task to run."""
 
     payload: JsonObject = {}
@@ -396,19 +272,19 @@ class TaskSubmitRequest(BaseModel):
     delay_seconds: Seconds = 0
 
 
-class TaskBatchRequest(BaseModel):
+class TaskBatchRequest(_Model):
     """Tasks of one job to run: all of them are submitted, or none."""
 
     tasks: list[TaskSubmitRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
 
-class TaskBatchResponse(BaseModel):
+class TaskBatchResponse(_Model):
     """The ids of submitted tasks, in the order of the request."""
 
     ids: list[UUID]
 
 
-class TaskError(BaseModel):
+class TaskError(_Model):
     """How one attempt ended."""
 
     attempt: int
@@ -416,7 +292,7 @@ class TaskError(BaseModel):
     error: str | None = None
 
 
-class TaskResponse(BaseModel):
+class TaskResponse(_Model):
     """A task."""
 
     id: UUID
@@ -442,45 +318,35 @@ class TaskResponse(BaseModel):
     priority: int = 0
     created_by_id: UUID | None = None
     traceparent: str | None = None
-    revision: int = Field(
-        default=1,
-        description="Grows with every change of the task: whoever holds a larger one"
-        " drops this state of it.",
-    )
-    payload_checked: bool = Field(
-        default=True,
-        description="Whether the host compared `payload` with the job's schema; the"
-        " worker always does.",
-    )
-    abridged: bool = Field(
-        default=False,
-        description="Too large for an answer with many: `payload`, `result` and `errors` are left"
-        " out and `error` is cut. The task itself tells them.",
-    )
+    revision: int = 1
+    """Grows with every change of the task: whoever holds a larger one drops this state of
+    it."""
+    payload_checked: bool = True
+    """Whether the host compared `payload` with the job's schema; the worker always does."""
+    abridged: bool = False
+    """Too large for an answer with many: `payload`, `result` and `errors` are left out and
+    `error` is cut. The task itself tells them."""
 
 
-class TaskClaimRequest(BaseModel):
+class TaskClaimRequest(_Model):
     """A worker's request for work."""
 
     worker_id: UUID
     max_tasks: Integer = Field(default=1, ge=1, le=MAX_CLAIM)
-    start: bool = Field(default=False, strict=True, description="The tasks are running at once.")
-    jobs: list[Message] | None = Field(
-        default=None,
-        min_length=1,
-        max_length=MAX_CLAIM_JOBS,
-        description="Full names: of the worker's jobs, these alone.",
-    )
+    start: bool = Field(default=False, strict=True)
+    """The tasks are running at once."""
+    jobs: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_CLAIM_JOBS)
+    """Full names: of the worker's jobs, these alone."""
 
 
-class TaskClaimResponse(BaseModel):
+class TaskClaimResponse(_Model):
     """The claimed tasks, oldest first; ``task`` is the first of them."""
 
     task: TaskResponse | None = None
     tasks: list[TaskResponse] = []
 
 
-class TaskUpdateRequest(BaseModel):
+class TaskUpdateRequest(_Model):
     """A report: what became of a task."""
 
     status: TaskStatus
@@ -496,7 +362,7 @@ class TaskReport(TaskUpdateRequest):
     id: UUID
 
 
-class TaskReportsRequest(BaseModel):
+class TaskReportsRequest(_Model):
     """What became of several tasks; each report is judged on its own."""
 
     reports: list[TaskReport] = Field(min_length=1, max_length=MAX_REPORTS)
@@ -509,38 +375,37 @@ class TaskReportsRequest(BaseModel):
         return reports
 
 
-class TaskOutcome(BaseModel):
+class TaskOutcome(_Model):
     """What a single report of this task would have been answered."""
 
     id: UUID
-    status: int = Field(description="200, or the `status` of the problem.")
+    status: int
+    """200, or the `status` of the problem."""
     task: TaskResponse | None = None
     problem: ProblemDetail | None = None
 
 
-class TaskReportsResponse(BaseModel):
+class TaskReportsResponse(_Model):
     """The outcome of each report, in the order of the request."""
 
     outcomes: list[TaskOutcome]
 
 
-class TaskQueryRequest(BaseModel):
+class TaskQueryRequest(_Model):
     """Tasks that somebody waits for."""
 
     ids: list[UUID] = Field(min_length=1, max_length=MAX_PAGE)
 
 
-class TaskQueryResponse(BaseModel):
+class TaskQueryResponse(_Model):
     """Tasks in the order of the request, and ids of which there is none."""
 
     tasks: list[TaskResponse]
     missing: list[UUID] = []
 
 
-class ProviderRegisterRequest(BaseModel):
+class ProviderRegisterRequest(_Model):
     """A provider that a worker offers."""
-
-    model_config = ConfigDict(populate_by_name=True)
 
     category: Name
     name: ProviderName
@@ -549,23 +414,11 @@ class ProviderRegisterRequest(BaseModel):
     worker_id: UUID | None = None
 
 
-class ProviderResponse(BaseModel):
+class ProviderResponse(_Offer):
     """A provider."""
 
-    model_config = ConfigDict(populate_by_name=True)
-
-    id: UUID
-    room_id: str
-    category: str
-    name: str
-    full_name: str
-    schema_: JsonObject = Field(
-        validation_alias=AliasChoices("schema", "schema_"), serialization_alias="schema"
-    )
     content_type: str = "application/json"
     worker_id: UUID | None
     created_at: datetime
-    abridged: bool = Field(
-        default=False,
-        description="Too large for a listing: `schema` is left out. `/info` tells it.",
-    )
+    abridged: bool = False
+    """Too large for a listing: `schema` is left out. `/info` tells it."""

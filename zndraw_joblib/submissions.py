@@ -14,9 +14,9 @@ from uuid_utils.compat import uuid7
 from zndraw_joblib import exceptions, jobs, tasks, telemetry
 from zndraw_joblib.database import execute, now, number, returned, scalar
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, canonical
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
-from zndraw_joblib.schemas import TaskSubmitRequest, canonical
+from zndraw_joblib.schemas import TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import Caller, RoomAccess
 

@@ -16,13 +16,12 @@ import anyio
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
+from zndraw_joblib import attempts, jobs, tasks, workers
 from zndraw_joblib.database import now, number, scalar, scalars
-from zndraw_joblib.delivery import Delivery, Dispatcher, ProvidersRemoved, SessionMaker, Transports
-from zndraw_joblib.events import Emitter, Outbox, TaskView, worker_key
+from zndraw_joblib.delivery import Delivery, ProvidersRemoved, SessionMaker, Transports, runtime_of
+from zndraw_joblib.events import Dispatcher, Emitter, Outbox, TaskView, worker_key
+from zndraw_joblib.lifecycle import MAX_INT
 from zndraw_joblib.models import JOB, WORKER
-from zndraw_joblib.runtime import runtime_of
-from zndraw_joblib.schemas import MAX_INT
 from zndraw_joblib.settings import JobLibSettings, get_settings, settings_of
 from zndraw_joblib.waiting import Waiters, wakeups_of
 
@@ -345,7 +344,6 @@ _PASSES = (
 )
 
 
-@deprecated.for_sweeper
 async def run_sweeper(
     session_maker: SessionMaker,
     settings: JobLibSettings | None = None,

@@ -24,7 +24,8 @@ from zndraw_joblib.exceptions import (
     json_pointer,
     shortened,
 )
-from zndraw_joblib.schemas import JsonObject, equal_json
+from zndraw_joblib.lifecycle import equal_json
+from zndraw_joblib.schemas import JsonObject
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SUBSCHEMAS = 5000

@@ -1,6 +1,6 @@
 """Waiting requests, and what wakes them: here, and over Redis in other processes.
 
-Nothing is lost if a notification is: who waits is also looked for in the database, every
+Nothing is lost if a notification is: what is waited for is also polled in the database, every
 ``recheck_seconds`` (:mod:`zndraw_joblib.long_polls`).
 """
 
@@ -9,10 +9,11 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
-from uuid import uuid4
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from uuid import UUID, uuid4
 
 import anyio
 
@@ -26,7 +27,7 @@ _CHANNEL = "zndraw-joblib:wake-ups"
 _PATIENCE_SECONDS = 2.0
 # Pause after which a silent connection has to show that it lives.
 _PING_SECONDS = 2.0
-# Notifications beyond are dropped: a process that is not told looks for itself.
+# Notifications beyond are dropped: the other processes poll anyway.
 _MAX_UNSENT = 100_000
 
 #: What an ASGI server tells of a request.
@@ -43,13 +44,13 @@ class Waiter:
         self._asleep = True
         self._gone = False
         self._keys: set[str] = set()
-        # what it alone was woken for, and has not looked for yet
+        # keys that it alone was woken for, and has not read for since
         self._turns: list[str] = []
 
     def listen(self, keys: Iterable[str]) -> None:
         """Hear of ``keys`` too."""
         for key in keys:
-            self._waiters.add(key, self)
+            self._waiters.by_key.setdefault(key, {})[self] = None
             self._keys.add(key)
 
     async def wait(self, seconds: float, receive: Receive | None = None) -> bool:
@@ -124,11 +125,11 @@ class Waiter:
 
     @property
     def turns(self) -> tuple[str, ...]:
-        """What it alone was woken for, and has not looked for yet."""
+        """Keys that it alone was woken for, and has not read for since."""
         return tuple(self._turns)
 
-    def looked(self, turns: Collection[str], found: Collection[str]) -> None:
-        """Forget turns that a look was for, unless it found something else instead."""
+    def used(self, turns: Collection[str], found: Collection[str]) -> None:
+        """Forget turns that were used, unless something else was found instead."""
         for turn in turns:
             if turn in found or not found:
                 self._turns.remove(turn)
@@ -136,7 +137,10 @@ class Waiter:
     def leave(self) -> None:
         """Hear of nothing more, and pass on what it was woken for in vain."""
         for key in self._keys:
-            self._waiters.remove(key, self)
+            waiting = self._waiters.by_key[key]
+            del waiting[self]
+            if not waiting:
+                del self._waiters.by_key[key]
         for turn in self._turns:
             self._waiters.wake_some(turn)
 
@@ -146,25 +150,14 @@ class Waiters:
 
     def __init__(self) -> None:
         # in the order of their arrival
-        self._by_key: dict[str, dict[Waiter, None]] = {}
+        self.by_key: dict[str, dict[Waiter, None]] = {}
 
     def __len__(self) -> int:
-        return len({waiter for by in self._by_key.values() for waiter in by})
-
-    def add(self, key: str, waiter: Waiter) -> None:
-        """Let a waiter hear of ``key``."""
-        self._by_key.setdefault(key, {})[waiter] = None
-
-    def remove(self, key: str, waiter: Waiter) -> None:
-        """Let a waiter hear of ``key`` no more."""
-        waiting = self._by_key[key]
-        del waiting[waiter]
-        if not waiting:
-            del self._by_key[key]
+        return len({waiter for by in self.by_key.values() for waiter in by})
 
     @contextmanager
     def waiting_for(self, keys: Iterable[str]) -> Iterator[Waiter]:
-        """Listen for notifications of ``keys``; enter it before the first look."""
+        """Listen for notifications of ``keys``; enter it before the first read."""
         waiter = Waiter(self)
         waiter.listen(keys)
         try:
@@ -174,12 +167,12 @@ class Waiters:
 
     def wake_all(self, key: str) -> None:
         """Wake every request that waits for ``key``."""
-        for waiter in tuple(self._by_key.get(key, ())):
+        for waiter in tuple(self.by_key.get(key, ())):
             waiter.wake()
 
     def wake_some(self, key: str, count: int = 1) -> None:
         """Wake the ``count`` requests that have waited longest for ``key``, no others."""
-        for waiter in tuple(self._by_key.get(key, ())) if count else ():
+        for waiter in tuple(self.by_key.get(key, ())) if count else ():
             count -= waiter.wake(turn=key)
             if not count:
                 return
@@ -190,6 +183,45 @@ class Waiters:
             self.wake_all(key)
         for key, count in Counter(queued).items():
             self.wake_some(key, count)
+
+
+class Subscription(NamedTuple):
+    """What one request waits for.
+
+    Attributes
+    ----------
+    task_id : UUID, optional
+        A task that may end.
+    worker_id : UUID, optional
+        A worker that may get work.
+    jobs : mapping of UUID to str
+        The jobs that work is wanted of, and their full names.
+    serves : int
+        How many jobs this worker serves.
+    """
+
+    task_id: UUID | None = None
+    worker_id: UUID | None = None
+    jobs: Mapping[UUID, str] = {}
+    serves: int = 0
+
+
+@dataclass
+class Subscriptions:
+    """What the requests of one event loop wait for, and the task that polls for all."""
+
+    by_request: dict[object, Subscription] = field(default_factory=dict)
+    by_user: Counter[UUID] = field(default_factory=Counter)
+    poller: asyncio.Task[None] | None = None
+    # notifications may have been missed: it is time to poll
+    missed: bool = False
+    # set: something changed of what is here
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def miss(self) -> None:
+        """Have the poller look at once."""
+        self.missed = True
+        self.changed.set()
 
 
 class Wakeups(Protocol):
@@ -223,8 +255,7 @@ class Wakeups(Protocol):
 def wakeups_of(app: Any) -> Wakeups | None:
     """Return the ``state.wakeups`` of a host.
 
-    Without them requests that wait look every ``recheck_seconds`` for what other processes
-    did.
+    Without them this process learns what others did by its polls, every ``recheck_seconds``.
     """
     wakeups: Wakeups | None = getattr(app.state, "wakeups", None)
     return wakeups
@@ -268,7 +299,7 @@ class RedisWakeups:
                 with anyio.fail_after(_PATIENCE_SECONDS):
                     await self._redis.publish(_CHANNEL, message)
             except Exception as exc:
-                log.warning("wake-ups were not told: %r", exc)
+                log.warning("wake-ups were not sent: %r", exc)
 
     async def listen(self, waiters: Waiters, missed: Callable[[], None]) -> None:
         """Hand what other processes tell to ``waiters``, until cancelled or cut off.
@@ -293,10 +324,10 @@ class RedisWakeups:
                     continue
                 unanswered = False
                 if message["type"] == "subscribe":
-                    # what came before, the first time or after a gap, was not heard
+                    # what came before, the first time or after a gap, was missed
                     missed()
                 elif message["type"] == "message":
                     sender, ended, queued = json.loads(message["data"])
-                    # this process woke its own before it told the others
+                    # this process woke its own before it sent it to the others
                     if sender != self._me:
                         waiters.notify(ended, queued)
