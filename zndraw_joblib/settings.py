@@ -27,7 +27,7 @@ class JobLibSettings(BaseSettings):
     sweeper_interval_seconds: PositiveFloat = 30
     """Pause between two passes of the sweeper."""
     long_poll_max_wait_seconds: PositiveFloat = 60
-    """Upper bound of `Prefer: wait` on tasks and claims."""
+    """Upper bound of ``Prefer: wait`` on tasks and claims."""
     internal_task_timeout_seconds: PositiveFloat = 3600
     """Longest life of an `@internal` attempt."""
     internal_redispatch_seconds: PositiveFloat = 300
@@ -80,9 +80,9 @@ class JobLibSettings(BaseSettings):
     max_requests_per_provider: PositiveInt = 1000
     """Requests that a process sends to a provider before it has answers (503 beyond)."""
     provider_long_poll_default_seconds: NonNegativeFloat = 5
-    """Wait of a provider read without `Prefer: wait`."""
+    """Wait of a provider read without ``Prefer: wait``."""
     provider_long_poll_max_seconds: PositiveFloat = 30
-    """Upper bound of `Prefer: wait` on provider reads."""
+    """Upper bound of ``Prefer: wait`` on provider reads."""
 
     @field_validator("task_retention_seconds")
     @classmethod
