@@ -160,6 +160,7 @@ class RedisResults:
     def __init__(self, redis: "Redis") -> None:
         self._redis = redis
         self._reads: dict[str, asyncio.Task[bytes | None]] = {}
+        self._acquiring: dict[str, tuple[str, asyncio.Future[bool]]] = {}
         self._waiters = Waiters()
         self._listener: asyncio.Task[None] | None = None
 
@@ -189,23 +190,34 @@ class RedisResults:
 
     async def acquire_inflight(self, key: str, ttl: float) -> bool:
         """Mark ``key`` for ``ttl`` seconds; tell whether nobody had."""
-        mine, ttl_ms = uuid4().hex, _milliseconds(ttl)
+        mine = uuid4().hex
+        # the pool has not as many connections as there may be readers
+        while key in self._acquiring:
+            other, acquiring = self._acquiring[key]
+            await asyncio.wait([acquiring])
+            if not acquiring.cancelled():
+                # whether that one got it or not, this one does not
+                return False
+            # it may have got it, and told nobody
+            mine = other
+        acquiring = asyncio.ensure_future(self._acquire(key, mine, _milliseconds(ttl)))
+        self._acquiring[key] = mine, acquiring
+        acquiring.add_done_callback(lambda _: self._acquiring.pop(key))
+        try:
+            return await acquiring
+        except asyncio.CancelledError:
+            if not acquiring.cancelled() and acquiring.result():
+                await self.release_inflight(key)
+            raise
 
+    async def _acquire(self, key: str, mine: str, ttl_ms: int) -> bool:
         async def acquire() -> bool:
             if await self._redis.set(key, mine, nx=True, px=ttl_ms):
                 return True
             # it may be a second try, and the first one had it
             return await self._redis.get(key) in (mine, mine.encode())
 
-        acquiring = asyncio.ensure_future(self._again(acquire))
-        try:
-            return bool(await asyncio.shield(acquiring))
-        except asyncio.CancelledError:
-            # whoever sees that the mark is another's counts on the other to go on
-            with anyio.CancelScope(shield=True):
-                if await acquiring:
-                    await self.release_inflight(key)
-            raise
+        return bool(await self._again(acquire))
 
     async def release_inflight(self, key: str) -> None:
         """Take the mark of ``key`` away."""
