@@ -28,8 +28,8 @@ from zndraw_joblib.waiting import Waiters, wakeups_of
 log = logging.getLogger(__name__)
 
 # A batch is one transaction; under a lock-wrapped maker everybody else waits for it.
-WORKERS_A_BATCH = 25
-TASKS_A_BATCH = 250
+WORKERS_A_BATCH = 50
+TASKS_A_BATCH = 500
 # Deleted jobs that one pass looks at: the next one goes on behind them.
 JOBS_A_PASS = 5000
 FIRST = UUID(int=0)
