@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -26,6 +26,7 @@ from zndraw_joblib.waiting import Subscriptions, Waiters, Wakeups
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 
 
@@ -118,6 +119,22 @@ class Delivery:
         self._queue.append(publication)
         return publication.left
 
+    async def run(
+        self,
+        session_maker: SessionMaker,
+        transports: Transports,
+        step: Callable[[AsyncSession, Outbox], Awaitable[T]],
+    ) -> T:
+        """Commit a step, and return when what it left in the outbox has left, or can't."""
+        outbox = Outbox()
+        async with session_maker() as session:
+            result = await step(session, outbox)
+            await session.commit()
+            left = self.publish(outbox, transports)
+        if left is not None:
+            await left
+        return result
+
     async def drain(self, seconds: float) -> None:
         """Return when all that was published has left, or after ``seconds``."""
         loop, deadline = asyncio.get_running_loop(), anyio.current_time() + seconds
@@ -155,17 +172,38 @@ class Delivery:
                     left.set_result(None)
 
     async def _send_rest(self, publication: Publication) -> None:
-        """Send messages and call the hook; publish what could not be sent."""
+        """Send messages, fail the tasks of those that can't be sent, and call the hook."""
         outbox, transports, left = publication
         try:
-            failed = await _dispatch(outbox.dispatches, transports)
+            undelivered, why = await _dispatch(outbox.dispatches, transports)
+            if undelivered:
+                await self._fail(undelivered, why, transports)
             await _call_hook(outbox.providers_removed, transports)
-            then = self.publish(failed, transports)
-            if then is not None:
-                await then
         finally:
             if not left.done():
                 left.set_result(None)
+
+    async def _fail(
+        self, dispatches: Sequence[Dispatch], why: Exception | None, transports: Transports
+    ) -> None:
+        new, sent_before = (
+            [(d.task.id, d.task.attempt) for d in dispatches if d.again is again]
+            for again in (False, True)
+        )
+        error = f"The broker did not take the task: {why!r}"
+
+        async def fail(session: AsyncSession, outbox: Outbox) -> None:
+            failed = await attempts.fail_undispatched(session, new, error, transports.settings)
+            await attempts.postpone(session, sent_before, transports.settings)
+            outbox.tasks_changed(failed)
+
+        try:
+            if transports.session_maker is None:
+                raise RuntimeError("there is no session maker")
+            await self.run(transports.session_maker, transports, fail)
+        except Exception:
+            # they stay claimed, and the sweeper sends them again
+            log.exception("%s tasks could not be failed either", len(dispatches))
 
 
 def _log(outbox: Outbox) -> None:
@@ -186,8 +224,11 @@ async def _call_hook(names: list[FullName], transports: Transports) -> None:
         log.exception("the host's hook for removed providers failed")
 
 
-async def _dispatch(dispatches: Sequence[Dispatch], transports: Transports) -> Outbox:
-    left: list[Dispatch] = []
+async def _dispatch(
+    dispatches: Sequence[Dispatch], transports: Transports
+) -> tuple[list[Dispatch], Exception | None]:
+    """Hand messages to the broker; return those that it didn't take, and why not."""
+    undelivered: list[Dispatch] = []
     why: Exception | None = None
     for dispatch in dispatches:
         # a broker that hangs would let each of a thousand messages wait as long
@@ -198,8 +239,8 @@ async def _dispatch(dispatches: Sequence[Dispatch], transports: Transports) -> O
             except Exception as exc:
                 log.exception("task %s was not taken by the broker", dispatch.task.id)
                 why = exc
-        left.append(dispatch)
-    return Outbox() if why is None else await _undeliverable(left, why, transports)
+        undelivered.append(dispatch)
+    return undelivered, why
 
 
 async def _send(task: TaskView, transports: Transports) -> None:
@@ -218,30 +259,6 @@ async def _send(task: TaskView, transports: Transports) -> None:
             room_id=task.room_id,
             payload=subject.payload,
         )
-
-
-async def _undeliverable(
-    dispatches: Sequence[Dispatch], why: Exception, transports: Transports
-) -> Outbox:
-    """Fail tasks that can't be sent; return what is to be told of it."""
-    outbox = Outbox()
-    new, sent_before = (
-        [(d.task.id, d.task.attempt) for d in dispatches if d.again is again]
-        for again in (False, True)
-    )
-    error = f"The broker did not take the task: {why!r}"
-    try:
-        if transports.session_maker is None:
-            raise RuntimeError("there is no session maker")
-        async with transports.session_maker() as session:
-            failed = await attempts.fail_undispatched(session, new, error, transports.settings)
-            await attempts.postpone(session, sent_before, transports.settings)
-            await session.commit()
-        outbox.tasks_changed(failed)
-    except Exception:
-        # they stay claimed, and the sweeper sends them again
-        log.exception("%s tasks could not be failed either", len(dispatches))
-    return outbox
 
 
 def require_broker(

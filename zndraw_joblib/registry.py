@@ -13,6 +13,7 @@ from uuid import UUID
 
 import anyio
 from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import AsyncSession
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
 from zndraw_joblib import attempts, jobs, telemetry
@@ -349,17 +350,16 @@ async def _change(
     step: Callable[..., Awaitable[list[TaskView]]],
     *arguments: Any,
 ) -> list[TaskView]:
-    outbox, settings = Outbox(), settings_of(app)
-    async with session_maker() as session:
+    settings = settings_of(app)
+
+    async def change(session: AsyncSession, outbox: Outbox) -> list[TaskView]:
         changed = await step(session, *arguments, settings)
-        await session.commit()
         outbox.tasks_changed(changed)
-        tsio = getattr(app.state, "tsio", None)
-        transports = Transports(settings, tsio, wakeups=wakeups_of(app))
-        left = runtime_of(app).delivery.publish(outbox, transports)
-    if left is not None:
-        await left
-    return changed
+        return changed
+
+    tsio = getattr(app.state, "tsio", None)
+    transports = Transports(settings, tsio, wakeups=wakeups_of(app))
+    return await runtime_of(app).delivery.run(session_maker, transports, change)
 
 
 async def ensure_internal_jobs(extensions: Iterable[Any], session_maker: SessionMaker) -> None:

@@ -54,16 +54,8 @@ class _Sweep:
     purged_up_to: UUID = FIRST
 
     async def run(self, step: Callable[[AsyncSession, Outbox], Awaitable[T]]) -> T:
-        """Commit a step, and return when what it left in the outbox has left, or can't."""
-        outbox = Outbox()
-        async with self.session_maker() as session:
-            result = await step(session, outbox)
-            await session.commit()
-            # with nothing awaited in between: this is what orders events
-            published = self.delivery.publish(outbox, self.transports)
-        if published is not None:
-            await published
-        return result
+        """Commit a step, and publish what it left in the outbox."""
+        return await self.delivery.run(self.session_maker, self.transports, step)
 
 
 async def retire(
