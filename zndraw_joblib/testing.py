@@ -15,6 +15,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
+import anyio
 import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from fastapi import FastAPI
@@ -239,7 +240,8 @@ def _one_at_a_time(maker: async_sessionmaker[AsyncSession]) -> SessionMaker:
         nonlocal holder
         if holder is asyncio.current_task():
             raise RuntimeError("a session is opened within another one")
-        await asyncio.wait_for(lock.acquire(), _PATIENCE_SECONDS)
+        with anyio.fail_after(_PATIENCE_SECONDS):
+            await lock.acquire()
         holder = asyncio.current_task()
         try:
             async with maker() as session:
