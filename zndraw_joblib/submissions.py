@@ -18,7 +18,7 @@ from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, canonic
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
 from zndraw_joblib.schemas import TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.workers import Caller, RoomAccess
+from zndraw_joblib.workers import Caller, RoomAccess, check_quota
 
 
 class Submission(NamedTuple):
@@ -358,14 +358,6 @@ async def _check_quota(
     between = 1 if most <= ALWAYS_COUNTED else most // 20
     if user_id is None or all(place % between for place in places):
         return
-    theirs = (
-        sa.select(sa.literal_column("1"))
-        .where(TASK.c.created_by_id == user_id, TASK.c.status == constant(TaskStatus.PENDING))
-        .limit(number(most + 1))
-        .subquery()
-    )
-    waiting = await scalar(session, sa.select(sa.func.count()).select_from(theirs)) or 0
-    if waiting > most:
-        raise exceptions.QuotaExceeded.exception(
-            f"waiting tasks are limited to {most} for each user", headers={"Retry-After": "5"}
-        )
+    pending = TASK.c.status == constant(TaskStatus.PENDING)
+    theirs = sa.select(sa.literal_column("1")).where(TASK.c.created_by_id == user_id, pending)
+    await check_quota(session, theirs, most, "waiting tasks", retry_after=5)

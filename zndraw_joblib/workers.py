@@ -246,18 +246,20 @@ def check_length(name: FullName) -> None:
         ) from None
 
 
-async def check_quota(session: AsyncSession, rows: Select[Any], most: int, what: str) -> None:
+async def check_quota(
+    session: AsyncSession, rows: Select[Any], most: int, what: str, retry_after: int = 60
+) -> None:
     """Count what a user has, the new one included.
 
     Raises
     ------
     ProblemException
-        ``quota-exceeded`` when there is more than ``most``.
+        ``quota-exceeded`` when there is more than ``most``; its ``Retry-After`` is in seconds.
     """
     some = rows.limit(number(most + 1)).subquery()
     if await scalar(session, select(func.count()).select_from(some)) > most:
         raise QuotaExceeded.exception(
-            f"{what} are limited to {most} for each user", headers={"Retry-After": "60"}
+            f"{what} are limited to {most} for each user", headers={"Retry-After": str(retry_after)}
         )
 
 
