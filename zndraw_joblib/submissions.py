@@ -359,5 +359,7 @@ async def _check_quota(
     if user_id is None or all(place % between for place in places):
         return
     pending = TASK.c.status == constant(TaskStatus.PENDING)
-    theirs = sa.select(sa.literal_column("1")).where(TASK.c.created_by_id == user_id, pending)
+    theirs: sa.Select[Any] = sa.select(sa.literal_column("1")).where(
+        TASK.c.created_by_id == user_id, pending
+    )
     await check_quota(session, theirs, most, "waiting tasks", retry_after=5)
