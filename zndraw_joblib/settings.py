@@ -61,7 +61,7 @@ class JobLibSettings(BaseSettings):
     max_page_bytes: PositiveInt = 1024 * 1024
     """What the contents on a page of a listing may take; a row that takes more than its share
     comes `abridged`."""
-    max_query_bytes: PositiveInt = 8 * 1024 * 1024
+    max_query_bytes: PositiveInt = 2 * 1024 * 1024
     """What the contents of tasks that are asked for by their ids may take together; the rest
     comes `abridged`."""
     retry_delay_max_seconds: PositiveFloat = 3600
