@@ -238,8 +238,8 @@ class JobManager:
         full_name = FullName.of(room, category_of(cls), name)
         options = {"content_type": cls.content_type}
         provider = Offered("providers", cls, full_name, handler, options)
+        self.create_worker()
         with self._registrations.lock:
-            self.create_worker()
             self._readers.start()
             self._heartbeat.start()
             self._socket.open()

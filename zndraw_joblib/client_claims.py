@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from zndraw_joblib.client_transport import (
     CONNECT_SECONDS,
+    FIRST_DELAY_SECONDS,
     Answer,
     SlowDown,
     Transport,
@@ -135,12 +137,19 @@ class Claims:
     registrations: Registrations
     life: Life
     held: HeldTasks
-    _key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    # of claims whose answers were not read; several threads may claim
+    _unanswered: deque[str] = field(default_factory=deque)
 
     def claim(
         self, limit: int, wait: int, *, start: bool = False, stop: threading.Event | None = None
     ) -> tuple[list[TaskOffer], bool]:
         """Return what was claimed, and whether the host waited for it."""
+        try:
+            # the same one until an answer was read: a claim whose answer got lost
+            # is not made a second time but answered a second time
+            key = self._unanswered.pop()
+        except IndexError:
+            key = uuid.uuid4().hex
 
         def ask(worker_id: UUID) -> Answer:
             body: dict[str, Any] = {"worker_id": str(worker_id)}
@@ -153,15 +162,16 @@ class Claims:
                 path("tasks", "claim"),
                 read=read_offers,
                 json=body,
-                # the same one until an answer was read: a claim whose answer got lost
-                # is not made a second time but answered a second time
-                headers={"Idempotency-Key": self._key, **prefer(wait)},
+                headers={"Idempotency-Key": key, **prefer(wait)},
                 timeout=wait + CONNECT_SECONDS,
                 stop=stop,
             )
 
-        answer = self.registrations.as_worker(ask)
-        self._key = uuid.uuid4().hex
+        try:
+            answer = self.registrations.as_worker(ask)
+        except BaseException:
+            self._unanswered.append(key)
+            raise
         return answer.value, answer.waited
 
     def claim_one(self, wait: int) -> tuple[ClaimedTask[Any] | None, bool]:
@@ -244,15 +254,19 @@ class Claims:
         What the host won't keep is reported as a failure. If nothing gets through, the
         worker gives up: with it, the host ends its tasks.
         """
-        try:
-            answer = self._send(report)
-        except SlowDown:
-            return not self.life.aborting.is_set() and self.report(report)
-        except Exception as exc:
-            if not self.life.aborting.is_set():
-                self._give_up(report, exc)
-            log.error("task %s: could not report: %s", report["id"], exc)
-            return False
+        answer: Answer | None = None
+        while answer is None:
+            try:
+                answer = self._send(report)
+            except SlowDown as exc:
+                # the host is there, and will take it
+                if self.life.aborting.wait(max(exc.retry_after, FIRST_DELAY_SECONDS)):
+                    return False
+            except BaseException as exc:
+                if not self.life.aborting.is_set():
+                    self._give_up(report, exc)
+                log.error("task %s: could not report: %s", report["id"], exc)
+                return False
         if answer.problem is None:
             return True
         if report["status"] == TaskStatus.COMPLETED and answer.status in REFUSED:
@@ -260,14 +274,6 @@ class Claims:
             self.report(failure_of(report, f"the host refused the result: {answer.reason}"))
         log.warning("task %s: %s was refused: %s", report["id"], report["status"], answer.reason)
         return False
-
-    @property
-    def max_reports(self) -> int:
-        """How many reports the host takes in one request, as far as that is known."""
-        try:
-            return self.transport.limits(retries=0).max_reports
-        except Exception:
-            return 1
 
     def report_together(self, reports: dict[str, bytes]) -> set[str]:
         """Report in one request; return the ids of those with which the host agreed."""
@@ -286,7 +292,7 @@ class Claims:
                 retries=BATCH_RETRIES,
                 stop=self.life.aborting,
             )
-        except Exception as exc:
+        except BaseException as exc:
             log.warning("could not report %s tasks together: %s", len(reports), exc)
             return set()
         # of a problem any of them may be the cause; alone, that one is refused
@@ -306,14 +312,14 @@ class Claims:
             **options,
         )
 
-    def _give_up(self, report: Report, exc: Exception) -> None:
+    def _give_up(self, report: Report, exc: BaseException) -> None:
         try:
             if "result" not in report:
                 raise exc
             # what is in between may let a smaller one through
             error = f"the result could not be reported: {exc}"
             self._send(failure_of(report, error), retries=LAST_RETRIES)
-        except Exception:
+        except BaseException:
             self.life.give_up(exc)
 
 
@@ -352,7 +358,7 @@ class Heartbeat:
         before = self.claims.registrations.counts()
         # hosts that count no attempts have no use for the tasks in a heartbeat
         tasks = [task for task in self.claims.held.all() if task.attempt is not None]
-        most = self.claims.transport.limits(**options).max_heartbeat_tasks if len(tasks) > 1 else 1
+        most = self.claims.transport.limits().max_heartbeat_tasks if len(tasks) > 1 else 1
         for first in range(0, len(tasks) or 1, most):
             some = tasks[first : first + most]
             answer = self._send(some, options)

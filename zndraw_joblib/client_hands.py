@@ -73,11 +73,14 @@ class Hands:
 
     def __post_init__(self) -> None:
         self._life = self.claims.life
-        # from their claim on, tasks run; with one hand the worker asks once more before it
-        # begins: a cancel may have come
-        self._starts = self.concurrency > 1
         self._pool = Pool(self._life, self.concurrency, "task")
         self._claimer = self._life.start("claim", self._claim_all)
+
+    @property
+    def _starts(self) -> bool:
+        """Whether tasks run from their claim on."""
+        # with one hand the worker asks once more before it begins: a cancel may have come
+        return self.concurrency > 1
 
     def finish(self, deadline: float) -> bool:
         """Let tasks at hand end, until `time.monotonic` says so; return whether they did."""
@@ -105,7 +108,7 @@ class Hands:
     def _claim(self) -> None:
         free = self._wait_for_free_hands()
         offers: list[TaskOffer] = []
-        waited = False
+        waited, pause = False, self.polling_interval
         # before what ends the loop is read: who sets that, wakes it afterwards
         self._life.wake.clear()
         stop = self._life.stopping
@@ -114,7 +117,7 @@ class Hands:
         try:
             if not self.heartbeat.draining:
                 if free > 1:
-                    free = min(free, self.claims.transport.limits(stop=stop).max_claim)
+                    free = min(free, self.claims.transport.limits().max_claim)
                 wait = self.claims.transport.longest_wait
                 offers, waited = self.claims.claim(free, wait, start=self._starts, stop=stop)
         except Exception as exc:
@@ -122,16 +125,18 @@ class Hands:
                 if isinstance(exc, Unreachable):
                     self._hand_back_unread(free)
                 return
-            if not isinstance(exc, SlowDown):
-                if isinstance(exc, Unreachable | PermissionError):
-                    raise
+            if isinstance(exc, SlowDown):
+                pause = max(pause, exc.retry_after)
+            elif isinstance(exc, Unreachable | PermissionError):
+                raise
+            else:
                 log.exception("could not claim")
         with self._changed:
             self._busy += len(offers)
         for offer in offers:
             self._pool.submit(partial(self._run, offer))
         if not offers and not waited:
-            self._life.wake.wait(self.polling_interval)
+            self._life.wake.wait(pause)
 
     def _wait_for_free_hands(self) -> int:
         with self._changed:
@@ -218,17 +223,21 @@ class Hands:
         return ended.agreed
 
     def _report_batch(self) -> None:
-        most = self.claims.max_reports
+        most = self.claims.transport.limits().max_reports
         known = 0
         while known < len(self._ended) < min(most, self._busy):
             known = len(self._ended)
             time.sleep(MOMENT_SECONDS)
-        batch = [self._ended.popleft() for _ in range(min(most, len(self._ended)))]
+        batch: dict[str, Ended] = {}
+        # two attempts of one task may end here together: each has a report of its own
+        while self._ended and len(batch) < most and self._ended[0].task_id not in batch:
+            ended = self._ended.popleft()
+            batch[ended.task_id] = ended
         agreed = set()
         if len(batch) > 1:
-            agreed = self.claims.report_together({e.task_id: e.report for e in batch})
-        for ended in batch:
-            ended.agreed = ended.task_id in agreed
+            agreed = self.claims.report_together({i: e.report for i, e in batch.items()})
+        for task_id, ended in batch.items():
+            ended.agreed = task_id in agreed
         # all at once: so the next claim asks for as many
         self._free(len(agreed))
 
@@ -276,10 +285,15 @@ class Readers:
     def _send(self, offered: Offered, digest: str, content: provider.Content) -> str:
         """Answer a reader; return why the host doesn't want the answer, if it doesn't."""
         body, headers = content
+        # a registration that is under way tells the id
+        with self.registrations.lock:
+            provider_id = offered.id
+        if provider_id is None:
+            return ""
         try:
             answer = self.transport.send(
                 "post",
-                path("providers", offered.id, "results"),
+                path("providers", provider_id, "results"),
                 content=body,
                 headers={"X-Request-Hash": digest, **headers},
                 retries=ANSWER_RETRIES,

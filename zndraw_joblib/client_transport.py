@@ -42,6 +42,8 @@ LONGEST_WAIT_OF_OTHERS_SECONDS = 3
 WAITED_SECONDS = 0.5
 # how long a host without limits is taken for one that is older than they are
 OLDER_SECONDS = 60.0
+# in characters: a shorter one is part of many words
+SHORTEST_SECRET = 4
 #: What goes wrong on the way, and what to do about it.
 HINTS = {
     "CERTIFICATE_VERIFY_FAILED": "name the file of your own authority in SSL_CERT_FILE",
@@ -186,15 +188,25 @@ class Transport:
         """Seconds that the host may be asked to wait with its answer."""
         return LONGEST_WAIT_SECONDS if self.can_wait else LONGEST_WAIT_OF_OTHERS_SECONDS
 
-    def limits(self, **options: Any) -> Limits:
-        """Return how much the host takes at once; ``options`` are those of `send`."""
+    def limits(self, retries: int = 0) -> Limits:
+        """Return how much the host takes at once: a single thing, until it says otherwise."""
         if time.monotonic() > self._limits_until:
-            options |= {"read": Limits.model_validate, "optional": True}
-            answer = self.send("get", path("limits"), **options)
-            limits = self.value(answer)
-            # what has no such route may be a gateway whose host is away
-            self._limits_until = time.monotonic() + OLDER_SECONDS if limits is None else math.inf
-            self._limits = limits or ONE_AT_A_TIME
+            seconds = OLDER_SECONDS
+            try:
+                answer = self.send(
+                    "get",
+                    path("limits"),
+                    read=Limits.model_validate,
+                    optional=True,
+                    retries=retries,
+                )
+                if limits := self.value(answer):
+                    self._limits, seconds = limits, math.inf
+            except (OSError, LookupError, ValueError) as exc:
+                # the request that is limited finds out whether the host is there
+                log.debug("the host's limits are not known: %s", exc)
+                seconds = LONGEST_DELAY_SECONDS
+            self._limits_until = time.monotonic() + seconds
         return self._limits
 
     def exchange(
@@ -282,13 +294,13 @@ class Transport:
                     # not before: a request that waits may fail late
                     since = time.monotonic()
                 away = time.monotonic() - since
-                pause = max(backoff(attempt), exc.retry_after)
-                if not self.reached:
-                    retries = min(retries, self._startup_retries)
-                if attempt >= retries or away + pause > patience:
+                most = retries if self.reached else min(retries, self._startup_retries)
+                if attempt >= most or away >= patience or away + exc.retry_after > patience:
                     raise
+                # once more when time is up
+                pause = max(min(backoff(attempt), patience - away), exc.retry_after)
                 if away > patience / 10 and not isinstance(exc, SlowDown):
-                    self._warn(exc, away)
+                    self._warn(exc, away, patience)
                 if stop.wait(pause):
                     raise
         raise AssertionError
@@ -334,11 +346,11 @@ class Transport:
             # which exceptions say so depends on the client that the host chose
             raise Unreachable(f"no answer of {url}: {_explain(exc, who)}") from None
 
-    def _warn(self, exc: Exception, away: float) -> None:
+    def _warn(self, exc: Exception, away: float, patience: float) -> None:
         # once, however many requests find it so
         if time.monotonic() - self._warned_at > self.patience:
             self._warned_at = time.monotonic()
-            log.warning("host away for %.0f s, giving up at %.0f s: %s", away, self.patience, exc)
+            log.warning("host away for %.0f s, giving up at %.0f s: %s", away, patience, exc)
 
 
 def judge(response: Any, read: Callable[[Any], Any] | None, url: str) -> Answer:
@@ -392,7 +404,7 @@ def json_of(response: Any) -> Any:
         return None
     try:
         return response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -409,16 +421,21 @@ def _retry_after(response: Any) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(given).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS)
+    # one that is no number either
+    return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else 0.0
 
 
 def _explain(exc: Exception, secret: dict[str, str]) -> str:
     """Return what went wrong, without what must not be read in a log."""
     text = str(exc) or type(exc).__name__
+    if isinstance(exc, httpx.LocalProtocolError):
+        # which quotes the header, escaped
+        text = "a header holds what HTTP can't carry"
     for value in secret.values():
         for word in value.split():
-            text = text.replace(word, "***")
+            if len(word) >= SHORTEST_SECRET:
+                text = text.replace(word, "***")
     hints = [hint for sign, hint in HINTS.items() if sign in text]
     return "; ".join([text, *hints[:1]])

@@ -15,6 +15,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
+from uuid import UUID
 
 import httpx
 
@@ -38,6 +39,8 @@ from zndraw_joblib.schemas import TaskQueryResponse, TaskResponse
 TRUST_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
 # proxies commonly take a mebibyte
 BATCH_BYTES = 512 * 1024
+# of the question how much the host takes at once
+LIMITS_RETRIES = 5
 BAR_WIDTH = 40
 
 
@@ -208,6 +211,8 @@ def _check_url(given: str) -> str:
         url = httpx.URL(given.strip())
     except httpx.InvalidURL as exc:
         raise ValueError(f"{given!r} is not an address: {exc}") from None
+    if url.userinfo:
+        raise ValueError("credentials don't belong into the address: give user and password")
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(
             f"{given!r} is not the address of a host: it has to begin with http:// or https://"
@@ -263,7 +268,8 @@ class Submissions:
         size = 0
         for body in bodies:
             if batch:
-                limits = self._transport.limits()
+                # a repetition under the same key is to be cut into the same batches
+                limits = self._transport.limits(LIMITS_RETRIES)
                 most_bytes = min(BATCH_BYTES, limits.max_payload_bytes - len(b'{"tasks":[]}'))
                 if len(batch) == limits.max_batch or size + len(body) > most_bytes:
                     yield batch
@@ -304,6 +310,8 @@ class Submissions:
 
     def wait_all(self, ids: list[str], timeout: float | None, progress: bool) -> list[TaskResponse]:
         """Wait until all of these tasks have ended."""
+        # as the host writes them
+        ids = [str(UUID(task_id)) for task_id in ids]
         # duplicates apart, in their order
         left = list(dict.fromkeys(ids))
         total = len(left)
@@ -320,7 +328,7 @@ class Submissions:
         """Return those of the first tasks that have ended, after a wait for all of these."""
         page = 1
         if len(ids) > 1:
-            page = self._transport.limits(patience=self._patience(deadline)).max_page
+            page = self._transport.limits().max_page
         if page == 1:
             return {ids[0]: self._wait_for(ids[0], deadline)}
         read, asked = TaskQueryResponse.model_validate, {"ids": ids[:page]}

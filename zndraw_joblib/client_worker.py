@@ -68,7 +68,11 @@ class Life:
         """Start a thread that the end waits for, and the process does not."""
         thread = threading.Thread(target=run, name=f"zndraw-{name}", daemon=True)
         self.threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self.threads.remove(thread)
+            raise
         return thread
 
 
@@ -261,7 +265,7 @@ class Registrations:
 
     def create_worker(self) -> UUID:
         """Make the worker, if there is none yet, and return its id."""
-        self._check_process()
+        self.check_process()
         with self.lock:
             if self._life.stopping.is_set():
                 raise RuntimeError("this manager has disconnected: make another one")
@@ -273,6 +277,7 @@ class Registrations:
         """Offer a job or a provider."""
         full_name = str(offered.name)
         known = self.jobs if offered.kind == "jobs" else self.providers
+        self.check_process()
         with self.lock:
             self.create_worker()
             earlier = known.get(full_name)
@@ -288,7 +293,8 @@ class Registrations:
             except BaseException:
                 if earlier is None:
                     del known[full_name]
-                    self.socket.emit(offered.leave(self.worker_id))
+                    if offered.kind == "providers":
+                        self.socket.emit(offered.leave(self.worker_id))
                 else:
                     known[full_name] = earlier
                 raise
@@ -300,6 +306,7 @@ class Registrations:
 
     def remove_provider(self, full_name: str) -> None:
         """Take back a provider."""
+        self.check_process()
         with self.lock:
             provider = self.providers[full_name]
             self._delete(path("providers", provider.id), stop=self._life.stopping)
@@ -308,7 +315,7 @@ class Registrations:
 
     def as_worker(self, ask: Callable[[UUID], Answer]) -> Answer:
         """Return the answer to what the worker asks, made anew if the host lost it."""
-        self._check_process()
+        self.check_process()
         worker_id = self.worker_id or self.create_worker()
         answer = ask(worker_id)
         if answer.is_problem(WorkerNotFound) and not self._life.stopping.is_set():
@@ -370,7 +377,8 @@ class Registrations:
     def _all(self) -> list[Offered]:
         return [*list(self.jobs.values()), *list(self.providers.values())]
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise RuntimeError in a fork: its copy of the lock may be held for ever."""
         if self._life.is_forked:
             raise RuntimeError(
                 "this process is a fork of the worker's: make a JobManager of its own"

@@ -35,7 +35,7 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         """Log, and swallow what a handler or a closed stream raises."""
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             super().log(level, msg, *args, **kwargs)
 
 

@@ -1,0 +1,211 @@
+"""The worker's side where no network is needed: what it makes of odd answers, and of itself."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+
+from zndraw_joblib.client import Category, Extension, JobManager
+from zndraw_joblib.client_claims import Claims, HeldTasks
+from zndraw_joblib.client_transport import Transport
+from zndraw_joblib.client_worker import Life
+from zndraw_joblib.testing import Host
+
+# where a test fails, what it waits for hangs
+HANG = 60
+
+
+class Job(Extension):
+    category: ClassVar[Category] = Category.ANALYSIS
+    number: int = 0
+
+    def run(self, vis: Any, **kwargs: Any) -> int:
+        return self.number
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with Host() as host:
+        yield host
+
+
+class Api:
+    """A host that answers what a function says."""
+
+    base_url = "http://host"
+
+    def __init__(self, answer: Callable[[httpx.Request], httpx.Response], token: str = "") -> None:
+        self.http = httpx.Client(transport=httpx.MockTransport(answer))
+        self._token = token
+
+    def get_headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
+
+    def raise_for_status(self, response: httpx.Response) -> None:
+        response.raise_for_status()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, html="<html>an app of one page"),
+        httpx.Response(404, json={"error": "nothing here"}),
+        httpx.Response(403, text="blocked"),
+    ],
+    ids=["a page", "another 404", "a wall"],
+)
+def test_a_host_whose_limits_nobody_tells_is_worked_for_all_the_same(host: Host, answer: Any):
+    manager = host.manager(
+        execute=lambda task: task.extension.number, concurrency=4, polling_interval=0.05
+    )
+    http = manager.api.http
+    get = http.get
+    http.get = lambda url, **options: answer if url.endswith("/limits") else get(url, **options)
+    manager.register(Job, room="lab")
+    ids = manager.submit_many([Job(number=n) for n in range(6)], "lab", job_room="lab")
+    ended = manager.wait_all(ids, timeout=HANG)
+    assert [task.result for task in ended] == list(range(6))
+
+
+def test_threads_that_claim_at_once_claim_different_tasks(host: Host):
+    manager = host.manager()
+    manager.register(Job, room="lab")
+    ids = manager.submit_many([Job() for _ in range(12)], "lab", job_room="lab")
+    claimed: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def claim() -> None:
+        barrier.wait(HANG)
+        while task := manager.claim():
+            claimed.append(task.task_id)
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG)
+    assert Counter(claimed) == Counter(ids)
+
+
+def test_two_attempts_of_one_task_that_end_together_free_two_hands(host: Host):
+    """One was given up by the host, and claimed again by the same worker."""
+    manager = host.manager(execute=lambda task: None, concurrency=2, polling_interval=HANG)
+    manager.register(Job, room="lab")
+    hands = manager._shutdown.hands
+    assert hands is not None
+    batches: list[set[str]] = []
+
+    def report_together(reports: dict[str, bytes]) -> set[str]:
+        batches.append(set(reports))
+        return set(reports)
+
+    hands.claims.report_together = report_together  # type: ignore[method-assign]
+    hands._busy = 3
+    reports = [{"id": i, "attempt": n, "status": "completed"} for i, n in ("x1", "y1", "x2")]
+    freed: list[bool] = []
+    with hands._reporting:
+        # all of them wait behind whoever reports
+        threads = [
+            threading.Thread(target=lambda r=report: freed.append(hands._report_together(r)))
+            for report in reports
+        ]
+        for thread in threads:
+            thread.start()
+            while len(hands._ended) <= threads.index(thread):
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(HANG)
+    assert batches == [{"x", "y"}]
+    # the later attempt is reported alone, which frees its hand
+    assert sorted(freed) == [False, True, True]
+    assert hands._busy == 1
+    hands._busy = 0
+
+
+@pytest.mark.parametrize("retry_after", ["1", "0.2"])
+def test_a_report_waits_as_long_as_the_host_asks_for(retry_after: str):
+    asked: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(time.monotonic())
+        if len(asked) < 3:
+            return httpx.Response(429, headers={"Retry-After": retry_after})
+        return httpx.Response(200, json={"id": "x", "status": "completed"})
+
+    # it is less patient than the host asks for
+    transport = Transport(Api(answer), patience=0.1)
+    given_up: list[BaseException] = []
+    claims = Claims(transport, None, Life(given_up.append), HeldTasks())  # type: ignore[arg-type]
+    assert claims.report({"id": "x", "status": "completed", "result": 1})
+    assert given_up == []
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert min(pauses) >= float(retry_after)
+
+
+@pytest.mark.parametrize("token", ["s3cr3t\x00", "s3c\\r3t\n", "s3cr'3t\n", 's3cr"3t\r', "s3cr3t"])
+def test_no_message_has_the_token(token: str):
+    def echo(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError(f"could not send {request.headers}: Bearer {token}")
+
+    for api in (Api(echo, token), Real(token)):
+        with pytest.raises((ConnectionError, ValueError)) as caught:
+            Transport(api).exchange("get", "/x", timeout=1)
+        assert "s3c" not in str(caught.value)
+
+
+class Real(Api):
+    """Nobody is there: a header that can't be sent is found out before."""
+
+    base_url = "http://127.0.0.1:9"
+
+    def __init__(self, token: str) -> None:
+        self.http = httpx.Client()
+        self._token = token
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(502, headers={"content-type": "application/json"}, content=b"[" * 200_000),
+        httpx.Response(503, headers={"retry-after": "Fri, 31 Dec 9999999999999999999 0:0:0 GMT"}),
+        httpx.Response(503, headers={"retry-after": "nan"}),
+        httpx.Response(503, headers={"retry-after": "1e999"}),
+    ],
+    ids=["deep", "the end of time", "no number", "for ever"],
+)
+def test_whatever_a_gateway_says_is_no_answer(answer: httpx.Response):
+    with pytest.raises(ConnectionError):
+        Transport(Api(lambda _: answer)).exchange("get", "/x")
+
+
+def test_who_waits_for_a_host_that_is_away_is_told_when_time_is_up():
+    def away(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("nobody is there")
+
+    manager = JobManager(Api(away))
+    manager._transport.reached = True
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="nobody is there"):
+        manager.wait_for("x", timeout=0.7)
+    assert 0.7 <= time.monotonic() - began < HANG
+
+
+def test_ids_may_be_written_as_uuids_are(host: Host):
+    manager = host.manager(execute=lambda task: task.extension.number, polling_interval=0.05)
+    manager.register(Job, room="lab")
+    ids = manager.submit_many([Job(number=1), Job(number=2)], "lab", job_room="lab")
+    ended = manager.wait_all([ids[1].upper(), ids[0].replace("-", "")], timeout=HANG)
+    assert [task.result for task in ended] == [2, 1]
+    with pytest.raises(ValueError, match="UUID"):
+        manager.wait_all(["nonsense"], timeout=HANG)
+
+
+def test_an_address_has_no_password():
+    with pytest.raises(ValueError, match="credentials") as caught:
+        JobManager.connect("http://ada:hunter2@host", token="a-token")
+    assert "hunter2" not in str(caught.value)
