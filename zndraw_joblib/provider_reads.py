@@ -89,11 +89,6 @@ class InFlight:
             if not others:
                 del self._by_provider[provider_id]
 
-    def forget(self, provider_id: UUID) -> None:
-        """Count none of a provider's requests: it is gone."""
-        for digest in tuple(self._by_provider.get(provider_id, ())):
-            self.remove(provider_id, digest)
-
 
 @asynccontextmanager
 async def reachable(seconds: float) -> AsyncIterator[None]:

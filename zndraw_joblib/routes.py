@@ -408,4 +408,3 @@ async def delete_provider(
     name = await providers.remove(session, provider_id, context.caller, may_enter)
     context.outbox.providers_gone([name])
     await context.commit(session)
-    context.runtime.reads.forget(provider_id)
