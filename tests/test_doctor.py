@@ -43,9 +43,14 @@ async def healthy(app: FastAPI, engine: Any, monkeypatch: Any) -> AsyncIterator[
     async with engine.connect() as connection:
         if connection.dialect.name == "sqlite":
             await connection.execute(text("PRAGMA journal_mode=WAL"))
+    session_maker = app.state.session_maker
     async with sweeping(app):
         yield app
     get_settings.cache_clear()
+    app.state.session_maker = session_maker
+    if hasattr(app.state, "undone_by"):
+        # the tables of PostgreSQL are those of other tests, too
+        await run(app, app.state.undone_by)
 
 
 @asynccontextmanager
@@ -69,11 +74,13 @@ async def run(app: FastAPI, statement: str) -> None:
 
 
 async def no_table(app, monkeypatch):
-    await run(app, "DROP TABLE worker_job_link")
+    await run(app, "ALTER TABLE worker_job_link RENAME TO renamed")
+    app.state.undone_by = "ALTER TABLE renamed RENAME TO worker_job_link"
 
 
 async def old_tables(app, monkeypatch):
-    await run(app, "ALTER TABLE task DROP COLUMN revision")
+    await run(app, "ALTER TABLE task RENAME COLUMN revision TO renamed")
+    app.state.undone_by = "ALTER TABLE task RENAME COLUMN renamed TO revision"
 
 
 async def no_database(app, monkeypatch):
@@ -119,6 +126,7 @@ def from_environment(name: str, value: str) -> Any:
         app.state.joblib_settings = None
         get_settings.cache_clear()
 
+    set_variable.__name__ = name
     return set_variable
 
 
@@ -127,6 +135,7 @@ def redis_away(attribute: str, kind: Any) -> Any:
         away = Redis(unix_socket_path="/nowhere/redis.sock", retry=Retry(NoBackoff(), 0))
         setattr(app.state, attribute, kind(away))
 
+    set_backend.__name__ = f"no_redis_for_{attribute}"
     return set_backend
 
 
@@ -184,9 +193,13 @@ BROKEN = [
 ]
 
 
-@pytest.mark.makers("plain")
+def on_all_that_it_concerns(spoil: Any, *told: Any) -> Any:
+    makers = ["plain"] if spoil is no_wal else ["plain", "postgres"]
+    return pytest.param(spoil, *told, id=spoil.__name__, marks=pytest.mark.makers(*makers))
+
+
 @pytest.mark.parametrize(
-    ("spoil", "level", "sentence"), BROKEN, ids=lambda x: getattr(x, "__name__", "")
+    ("spoil", "level", "sentence"), [on_all_that_it_concerns(*case) for case in BROKEN]
 )
 async def test_one_sentence_says_what_is_wrong(
     healthy, monkeypatch, caplog, spoil, level, sentence

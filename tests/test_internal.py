@@ -2,11 +2,15 @@
 
 import asyncio
 import logging
+import threading
 from enum import StrEnum
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import anyio
+import httpx
+import internal_jobs
 import pytest
 from sqlalchemy import select, update
 from steps import at_once, claim, execute, problem, read, register, report, silence, stored, submit
@@ -413,6 +417,34 @@ async def test_a_lost_message_is_sent_again_once(
     # the first message turns up after all
     await InMemoryBroker.kick(broker, broker.lost[0])
     assert len(runs.seen) == 1
+
+
+async def test_of_two_deliveries_to_the_executor_of_the_example_one_runs(ada, admin, app, broker):
+    """In processes that start nothing by themselves: its key is what tells them apart."""
+    broker.loses = True
+    task = await submit(ada, ECHO)
+    runs, begun, go_on = [], threading.Event(), threading.Event()
+
+    class Slow:
+        def run(self, vis: Any) -> str:
+            runs.append(self)
+            begun.set()
+            go_on.wait(20)
+            return "done"
+
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://host") as http:
+        execute = internal_jobs.make_executor(http)
+        deliver = partial(execute, Slow, {}, "lab", task["id"], attempt=1, token=admin.token)
+        async with anyio.create_task_group() as group:
+            group.start_soon(deliver)
+            await anyio.to_thread.run_sync(begun.wait, 20)
+            with anyio.move_on_after(2):
+                await deliver()
+            go_on.set()
+    assert len(runs) == 1
+    done = await read(ada, task)
+    assert (done["status"], done["result"]) == ("completed", "done")
 
 
 async def test_the_sweeper_uses_all_that_it_is_given(

@@ -1,17 +1,25 @@
 """`Prefer: wait`: how it is read, what ends a wait, and what a wait holds up."""
 
+import asyncio
+import math
+import multiprocessing
+import os
 import time
+import warnings
 
 import anyio
 import httpx
 import pytest
 from conftest import PREFIX
+from redis.asyncio import Redis
 from sqlalchemy import update
 from steps import JOB, at_once, claim, execute, offer, problem, read, report, submit
 
+from zndraw_joblib import RedisWakeups
 from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.dependencies import preferred_wait
 from zndraw_joblib.models import Task, TaskStatus, now
+from zndraw_joblib.waiting import Waiters
 
 LONGEST = 60
 #: far beyond what is waited for anywhere: whoever relies on looking again hangs
@@ -339,3 +347,46 @@ async def test_who_may_not_claim_does_not_wait_either(ada, bob):
     with anyio.fail_after(30):
         answer = await bob.post("/tasks/claim", json={"worker_id": worker}, headers=wait_for(60))
     problem(answer, 403, "forbidden")
+
+
+# --- between processes ---
+
+
+async def tell(wakeups, key):
+    wakeups.tell([key], [])
+    assert wakeups._teller is not None
+    await wakeups._teller
+
+
+def tell_from_a_fork(wakeups, listened):
+    listened.wait(30)
+    asyncio.run(tell(wakeups, "theirs"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+async def test_processes_that_are_forked_from_one_app_wake_each_other(redis_url):
+    """And no process itself: it would wake another one for what one took already."""
+    async with Redis.from_url(redis_url) as redis:
+        wakeups, waiters = RedisWakeups(redis), Waiters()
+        fork = multiprocessing.get_context("fork")
+        listened, listens = fork.Event(), anyio.Event()
+        other = fork.Process(target=tell_from_a_fork, args=(wakeups, listened))
+        with warnings.catch_warnings(action="ignore"):
+            # of threads, which the other process has no use for
+            other.start()
+        try:
+            with anyio.fail_after(30):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(wakeups.listen, waiters, listens.set)
+                    await listens.wait()
+                    with waiters.waiting_for(["own"]) as own:
+                        with waiters.waiting_for(["theirs"]) as theirs:
+                            await tell(wakeups, "own")
+                            listened.set()
+                            await theirs.wait(math.inf)
+                        assert own.wake(), "it slept until now"
+                    group.cancel_scope.cancel()
+        finally:
+            listened.set()
+            await anyio.to_thread.run_sync(other.join, 30)
+        assert other.exitcode == 0

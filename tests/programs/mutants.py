@@ -6,8 +6,9 @@
     nox -s mutants -- --modules claims,attempts --count 20
 
 A mutant is one change to one expression: a comparison turned around, a condition or an
-argument of ``where`` left out, a value that a statement no longer sets, a number off by
-one, a call or a ``raise`` that does not happen. It is run in a copy of the tree, against
+argument of ``where`` left out, ``and`` in the place of ``or``, two arguments swapped, a value
+that a statement no longer sets, a number off by one, a call or a ``raise`` that does not
+happen, an exception that is not caught. It is run in a copy of the tree, against
 the tests that are about its module, first over SQLite and then over PostgreSQL. What
 nobody noticed is printed as a diff: it is either a test that is missing or a line that
 could go.
@@ -34,13 +35,17 @@ PACKAGE = "zndraw_joblib"
 PATIENCE = 900
 #: for each module the tests that are about it, those that notice soonest first
 TESTS = {
-    "attempts": "mixed_sweeps internal reports sweeper batches",
+    "attempts": "mixed_sweeps internal reports sweeper batches races",
     "claims": "claims turns batches workers watch races",
     "database": "tasks sweeper plans",
-    "delivery": "delivery internal tasks faults",
-    "dependencies": "access jobs providers pages limits bad_input",
+    "delivery": "delivery internal tasks waiting faults",
+    "dependencies": "access jobs providers pages limits waiting bad_input deprecated",
+    "doctor": "doctor",
+    "events": "claims internal delivery reports relay watch providers telemetry",
+    "extension": "extension client client_alone",
     "heartbeats": "workers claims races",
-    "jobs": "jobs access limits sweeper stats",
+    "jobs": "jobs access limits sweeper stats mixed_sweeps races",
+    "lifecycle": "reports bad_input jobs providers purge extension",
     "long_polls": "waiting watch claims delivery batches",
     "models": "tasks reports workers claims mixed_sweeps",
     "paging": "pages",
@@ -50,19 +55,21 @@ TESTS = {
     "registry": "internal providers",
     "reports": "reports batches tasks access internal races",
     "results": "results relay",
-    "routes": "jobs workers access waiting limits providers relay",
-    "routes_tasks": "tasks batches waiting access limits pages",
-    "submissions": "limits turns tasks batches reports positions access",
-    "sweeper": "mixed_sweeps sweeper purge internal access providers",
-    "tasks": "tasks pages turns reports positions access purge",
+    "routes": "jobs workers access waiting limits providers relay watch",
+    "routes_tasks": "tasks batches waiting access limits pages claims reports",
+    "submissions": "limits turns tasks batches reports positions access races",
+    "sweeper": "mixed_sweeps sweeper purge internal access providers watch",
+    "tasks": "tasks pages turns reports positions access purge batches waiting",
+    "telemetry": "telemetry client",
+    "testing": "testing examples",
     "validation": "validation bad_input jobs",
     "waiting": "waiting watch delivery",
-    "workers": "workers limits access sweeper jobs providers",
-    "client_claims": "client",
-    "client_hands": "client",
-    "client_transport": "client",
-    "client_user": "client",
-    "client_worker": "client",
+    "workers": "workers limits access sweeper jobs providers claims races",
+    "client_claims": "client client_alone",
+    "client_hands": "client client_alone",
+    "client_transport": "client client_alone",
+    "client_user": "client client_alone",
+    "client_worker": "client client_alone",
 }
 #: what notices nearly all, and takes longest: asked when nothing else has noticed
 LAST = ("lifecycle",)
@@ -107,7 +114,10 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
             changed = copy.deepcopy(node)
             changed.ops = [SWAPS[type(op)]()]
             yield f"{type(op).__name__} turned around", changed
-        case ast.BoolOp(values=values):
+        case ast.BoolOp(op=op, values=values):
+            other = copy.deepcopy(node)
+            other.op = ast.And() if isinstance(op, ast.Or) else ast.Or()
+            yield "and for or, or for and", other
             for n in range(len(values)):
                 changed = copy.deepcopy(node)
                 del changed.values[n]
@@ -124,6 +134,15 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
             yield "number off by one", ast.Constant(value + 1)
         case ast.Call(func=ast.Attribute(value=inner)) if called(node) in SUFFIXES:
             yield f"{called(node)} left out", inner
+        case ast.Try(handlers=[_, *_]):
+            for n, handler in enumerate(node.handlers):
+                changed = copy.deepcopy(node)
+                changed.handlers[n].type = ast.Tuple([], ast.Load())
+                yield f"except {ast.unparse(handler.type or handler)} catches nothing", changed
+        case ast.Call(func=ast.Name(), args=[_, _, *_], keywords=[]):
+            changed = copy.deepcopy(node)
+            changed.args[-2:] = reversed(node.args[-2:])
+            yield "the last two arguments swapped", changed
         case ast.Raise() | ast.Expr(value=ast.Await() | ast.Call()):
             yield "does not happen", None
         case ast.Dict(keys=keys) if keys and all(isinstance(key, ast.Attribute) for key in keys):
