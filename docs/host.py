@@ -22,7 +22,7 @@ import monitoring
 import socketio
 import uvicorn
 import zndraw_auth as auth
-from fastapi import FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi_users.password import PasswordHelper
 from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor, make_mint_token
@@ -53,6 +53,13 @@ EXCLUSIVELY = {
     "sqlite": ("PRAGMA journal_mode=WAL", "BEGIN IMMEDIATE"),
     "postgresql": ("SELECT pg_advisory_xact_lock(20260210)",),
 }
+
+# made once: of these, FastAPI takes longer than of all the rest of an app
+accounts = APIRouter()
+users = auth.fastapi_users
+accounts.include_router(users.get_auth_router(auth.auth_backend), prefix="/auth/jwt")
+accounts.include_router(users.get_register_router(auth.UserRead, auth.UserCreate), prefix="/auth")
+accounts.include_router(users.get_users_router(auth.UserRead, auth.UserUpdate), prefix="/users")
 
 
 def open_database(url: str) -> AsyncEngine:
@@ -217,13 +224,7 @@ def create_app() -> FastAPI:
     app.add_exception_handler(RequestValidationError, joblib.problem_exception_handler)
     app.include_router(joblib.router)
     app.include_router(monitoring.router)
-    users = auth.fastapi_users
-    log_in = users.get_auth_router(auth.auth_backend)
-    register = users.get_register_router(auth.UserRead, auth.UserCreate)
-    profiles = users.get_users_router(auth.UserRead, auth.UserUpdate)
-    app.include_router(log_in, prefix="/auth/jwt")
-    app.include_router(register, prefix="/auth")
-    app.include_router(profiles, prefix="/users")
+    app.include_router(accounts)
     return app
 
 

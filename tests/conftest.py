@@ -1,4 +1,4 @@
-"""Fixtures: a host with real users, over the session maker that `--maker` names.
+"""Fixtures: a host with real users, over each session maker that a host may set.
 
 ::
 
@@ -26,16 +26,16 @@
 Whatever these clients are answered has to be as the OpenAPI document says (see
 ``documented.py``).
 
-Coroutine tests need no mark (`anyio_mode = "auto"`). A test that uses no `session_maker`,
-directly or through another fixture, says nothing of makers and runs under `plain` alone;
-`@pytest.mark.makers("postgres")` restricts a test to the makers that it names, and over
-in-memory SQLite `makers.IN_MEMORY` alone runs. Sessions and connections that a test leaves
-open fail it.
+Coroutine tests need no mark (`anyio_mode = "auto"`). A test runs under each maker of
+`makers.DEFAULT`, or of `--maker`. `@pytest.mark.makers("plain", "postgres")` restricts it to the
+makers that it names, and over in-memory SQLite `makers.IN_MEMORY` alone runs. A test that uses
+no database of the host, directly or through another fixture, says nothing of makers and runs
+under the first one alone. Sessions and connections that a test leaves open fail it.
 """
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from threading import enumerate as running_threads
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from sqlalchemy import create_engine, event, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.routing import Mount
 from zndraw_auth import AuthSettings, Base, create_engine_for_url
 from zndraw_auth import User as UserRow
 from zndraw_auth.users import get_jwt_strategy
@@ -68,17 +69,34 @@ AUTH_SETTINGS = AuthSettings(
 )
 #: what takes longest begins first, so that no core is idle at the end
 LONGEST = (
-    "test_replicas",
     "test_client",
-    "test_attacks",
-    "test_lifecycle",
-    "test_end_to_end",
+    "test_replicas",
     "test_history",
     "test_docs",
-    "test_access",
+    "test_lifecycle",
+    "test_sweeper",
+    "test_claims",
+    "test_internal",
     "test_bad_input",
-    "test_upgrade",
+    "test_jobs",
+    "test_reports",
+    "test_relay",
+    "test_attacks",
+    "test_batches",
 )
+
+
+class Compiled(dict[Any, Any]):
+    """What SQLAlchemy has compiled, for all engines: its keys begin with an engine's dialect."""
+
+    def get(self, key: tuple[Any, ...], default: Any = None) -> Any:
+        return super().get((key[0].name, *key[1:]), default)
+
+    def __setitem__(self, key: tuple[Any, ...], compiled: Any) -> None:
+        super().__setitem__((key[0].name, *key[1:]), compiled)
+
+
+COMPILED = Compiled()
 #: by argon2 as it is, made cheap
 HASHED_PASSWORD = PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),)).hash(
     PASSWORD
@@ -102,8 +120,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--maker",
         choices=makers.MAKERS,
-        default="plain",
-        help="the session maker that the host sets (default: plain)",
+        action="append",
+        help="a session maker that the host sets; several may be given (default: all that pay)",
     )
     parser.addoption("--renew", action="store_true", help="write docs/statements.md anew")
     parser.addoption(
@@ -121,15 +139,27 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    maker = config.option.maker
+def chosen_makers(config: pytest.Config) -> Sequence[str]:
+    return config.option.maker or makers.DEFAULT
 
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "maker" in metafunc.fixturenames:
+        chosen = chosen_makers(metafunc.config)
+        metafunc.parametrize("maker", chosen, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_needless(item: pytest.Item) -> bool:
+        assert isinstance(item, pytest.Function)
+        if not hasattr(item, "callspec") or "maker" not in item.callspec.params:
+            return "plain" not in chosen_makers(config)
+        maker = item.callspec.params["maker"]
         if maker == "locked-memory" and item.path.stem not in makers.IN_MEMORY:
             return True
-        if mark := item.get_closest_marker("makers"):
-            return maker not in mark.args
-        return maker != "plain" and "session_maker" not in item.fixturenames
+        mark = item.get_closest_marker("makers")
+        named = mark.args if mark else makers.MAKERS
+        return maker not in (named if "database_url" in item.fixturenames else named[:1])
 
     needless = {item for item in items if is_needless(item)}
     config.hook.pytest_deselected(items=[*needless])
@@ -142,8 +172,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def maker(pytestconfig: pytest.Config) -> str:
-    return pytestconfig.option.maker
+def maker(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -217,6 +247,7 @@ async def engine(maker: str, database_url: str) -> AsyncIterator[AsyncEngine]:
     """Yield the engine of a database whose tables are empty, but for the users."""
     before = running_threads()
     engine = create_engine_for_url(database_url)
+    engine.sync_engine.update_execution_options(compiled_cache=COMPILED)
     if maker == "postgres":
         tables = ", ".join(f'"{t.name}"' for t in Base.metadata.sorted_tables)
         async with engine.begin() as connection:
@@ -233,7 +264,7 @@ async def engine(maker: str, database_url: str) -> AsyncIterator[AsyncEngine]:
     await engine.dispose()
     # SQLite's driver has a thread for each connection: where one was cut off, by the end of a
     # sweeper or of a request, it still wants to tell the event loop, and may find it closed
-    with anyio.move_on_after(2):
+    with anyio.fail_after(60):
         while any("_connection_worker" in t.name for t in {*running_threads()}.difference(before)):
             await anyio.sleep(0.001)
 
@@ -273,18 +304,31 @@ class RecordingManager(socketio.AsyncManager):
         await super().emit(event, data, namespace, room=room, **kwargs)
 
 
+@pytest.fixture(scope="session")
+def first_app() -> FastAPI:
+    return host.create_app()
+
+
 @pytest.fixture
-def app(session_maker: makers.SessionMaker) -> FastAPI:
-    """Return the host of `docs/host.py`, over the session maker under test.
+def app(session_maker: makers.SessionMaker, first_app: FastAPI) -> Iterator[FastAPI]:
+    """Yield the host of `docs/host.py`, over the session maker under test.
 
     Its lifespan doesn't run: nothing sweeps but what a test sweeps.
     """
     app = host.create_app()
+    # FastAPI takes an app's routes apart at their first request, which takes longer than many
+    # a test: here it does so once. They look for overrides where they were taken apart
+    app.router.routes[:] = [
+        own if isinstance(own, Mount) else first
+        for own, first in zip(app.routes, first_app.routes, strict=True)
+    ]
+    app.dependency_overrides = first_app.dependency_overrides
     app.state.session_maker = session_maker
     app.state.auth_settings = AUTH_SETTINGS
     app.state.tsio.manager = RecordingManager()
     app.state.tsio.manager.set_server(app.state.tsio)
-    return app
+    yield app
+    app.dependency_overrides.clear()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ it is next about to tell of a commit; ``/harm/clock?seconds=N`` moves its clock.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -62,7 +63,9 @@ def create_app() -> FastAPI:
 
     @app.get("/inside")
     async def inside() -> dict[str, int]:
+        gc.collect()
         return {
+            "objects": len(gc.get_objects()),
             "tasks": len(asyncio.all_tasks()),
             "connections": app.state.engine.pool.checkedout(),
         }

@@ -1,11 +1,10 @@
-"""The session makers that a host may set; the gates run the suite over four of them.
+"""The session makers that a host may set; by default the suite runs over four of them.
 
 =============  ==================================================================
 plain          ``async_sessionmaker(engine)`` on a SQLite file, exactly so
 locked         the same with SQLModel's sessions, wrapped in one ``asyncio.Lock``
 strict         as ``locked``; fails the test when a session is held while
-               anything but the database is awaited (see ``strict.py``). The
-               gates run it in the place of ``locked``
+               anything but the database is awaited (see ``strict.py``)
 locked-memory  as ``locked``, over in-memory SQLite on one shared connection: the
                tests of each noun, since all else is as with a file
 postgres       ``async_sessionmaker(engine)`` on a private PostgreSQL
@@ -28,6 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
 MAKERS = ("plain", "locked", "strict", "locked-memory", "postgres")
+#: `strict` is `locked`, and more
+DEFAULT = ("plain", "strict", "locked-memory", "postgres")
 #: what runs over in-memory SQLite. Nothing there may cut off a statement: SQLAlchemy then
 #: throws the connection away, and the database with it
 IN_MEMORY = (
