@@ -212,6 +212,8 @@ async def users(app: FastAPI, client, admin, register, session_maker) -> dict[st
     return users
 
 
+# who is let in is no question of the database
+@pytest.mark.makers("plain")
 async def test_the_table_is_what_the_routes_answer(users):
     observed: Table = {}
     scenes = 0
@@ -257,6 +259,7 @@ ASKS = {
 }
 
 
+@pytest.mark.makers("plain")
 async def test_the_host_is_told_what_it_is_asked_for(app, ada, bob, admin):
     """Each route asks for its own action; refused, it is refused."""
     scene = Scene("lab", {"owner": ada, "submitter": bob})

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import httpx
 import psutil
-import pytest
 from processes import hosting
 
 log = logging.getLogger(__name__)
@@ -254,6 +253,10 @@ REQUESTS = {
 }  # fmt: skip
 
 
+#: on a busy machine an attack may last
+KEEPING = {"ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "600"}
+
+
 class Bystander:
     """Another connection: how long the host computed while one request waited."""
 
@@ -308,7 +311,6 @@ async def send(client: httpx.AsyncClient, asked: Request) -> httpx.Response:
     return await client.request(asked.method, asked.path, content=content, headers=headers)
 
 
-@pytest.mark.timeout(400)
 async def test_nobody_waits_for_what_another_sends(tmp_path: Path):
     """An attack is refused or taken as any other request; nobody else notices it."""
     attacks = dict(REQUESTS)
@@ -318,11 +320,7 @@ async def test_nobody_waits_for_what_another_sends(tmp_path: Path):
         path, payload = (f"/rooms/lab/tasks/lab:modifiers:J{n}", {"payload": sent.payload})
         attacks[name] = Request("POST", path, payload, answered=sent.answered)
     noticed: list[str] = []
-    many = {
-        "ZNDRAW_JOBLIB_MAX_TASKS_PER_USER": "100000",
-        "ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "600",
-    }
-    async with hosting(tmp_path, **many) as host, host.client() as ada, host.client() as bob:
+    async with hosting(tmp_path, **KEEPING) as host, host.client() as ada, host.client() as bob:
         bystander = Bystander(bob, host.process.popen.pid)
         await ada.put(JOBS, json={**NEW, "name": "Attacked"})
         for name, asked in attacks.items():
@@ -347,12 +345,10 @@ PAIRS = '{"payload":{"a":[[]' + ",[1,2]" * 170_000 + "]}}"
 SENT = {"Content-Type": "application/json"}
 
 
-@pytest.mark.timeout(400)
 async def test_nobody_waits_for_many_large_tasks(tmp_path: Path):
     """What names many tasks at once is answered in a size that nobody notices."""
     noticed: list[str] = []
-    keeping = {"ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "600"}
-    async with hosting(tmp_path, **keeping) as host, host.client() as ada, host.client() as bob:
+    async with hosting(tmp_path, **KEEPING) as host, host.client() as ada, host.client() as bob:
         bystander = Bystander(bob, host.process.popen.pid)
         job = (await ada.put(JOBS, json={**NEW, "name": "Attacked"})).json()
         worker = job["worker_id"]
@@ -376,6 +372,10 @@ async def test_nobody_waits_for_many_large_tasks(tmp_path: Path):
             async with bystander.watching():
                 answer = await send(ada, asked)
             assert answer.status_code == asked.answered, answer.text[:300]
+            if name == "a query":
+                tasks = answer.json()["tasks"]
+                assert len(tasks) == 12
+                assert 1 <= sum(not task["abridged"] for task in tasks) <= 2
             if asked.path == "/tasks/claim":
                 # a part of them, and all that it brings is whole
                 tasks = answer.json()["tasks"]

@@ -24,6 +24,8 @@ from zndraw_joblib.lifecycle import parse_json
 
 # what matters here is what a database takes, and not how sessions are made
 pytestmark = pytest.mark.makers("plain", "postgres")
+#: what is refused before any database sees it
+NO_DATABASE = pytest.mark.makers("plain")
 
 JSON = {"Content-Type": "application/json"}
 ID = "01900000-0000-7000-8000-000000000000"
@@ -285,6 +287,7 @@ NO_TIMES = [-1, -1e-300, 1e300, 1e10, 2**63 - 1, "1", "NaN", "inf", True, [], {}
 NO_COUNTS = [-1, 1.5, 2**31, 2**53, 2**63 - 1, "1", True, [], {}, "\uff11"]
 
 
+@NO_DATABASE
 async def test_no_registrations(ada, scene):
     for field, values in (
         ("max_attempts", [*NO_COUNTS, 0, 101, None]),
@@ -299,6 +302,7 @@ async def test_no_registrations(ada, scene):
             await scene.refuses(await register(ada, name, **{field: value}), 422)
 
 
+@NO_DATABASE
 async def test_no_submissions(ada, scene):
     for field, values in (
         ("payload", [None, [], "x", 1, True]),
@@ -310,6 +314,7 @@ async def test_no_submissions(ada, scene):
             await scene.refuses(answer, 422)
 
 
+@NO_DATABASE
 async def test_no_reports(ada, scene):
     for field, values in (
         ("status", ["done", "", "RUNNING", None, 1, [], {}]),
@@ -325,6 +330,7 @@ async def test_no_reports(ada, scene):
     await scene.refuses(answer, 422)
 
 
+@NO_DATABASE
 async def test_no_claims_and_heartbeats(ada, scene):
     for value in [*NO_COUNTS, 0, 33, None]:
         body = {"worker_id": scene.worker, "max_tasks": value}
@@ -352,6 +358,7 @@ async def test_no_claims_and_heartbeats(ada, scene):
         await scene.refuses(answer, 422)
 
 
+@NO_DATABASE
 async def test_no_idempotency_keys(ada, scene):
     for key in (b"", b"k" * 256, b"a\tb", b"a\x01b", b"a\x7fb", b"\x80", b"\x85"):
         headers = [(b"idempotency-key", key)]
@@ -363,6 +370,7 @@ async def test_no_idempotency_keys(ada, scene):
             await scene.refuses(answer, 422)
 
 
+@NO_DATABASE
 async def test_no_bodies(ada, scene):
     for content, headers, status in (
         (b"", JSON, 422),
@@ -384,6 +392,7 @@ async def test_no_bodies(ada, scene):
             await scene.refuses(answer, status)
 
 
+@NO_DATABASE
 @pytest.mark.parametrize("length_is_said", [True, False])
 async def test_a_body_above_the_limit_is_not_read_to_its_end(app, ada, scene, length_is_said):
     app.state.joblib_settings.max_payload_bytes = 1000
@@ -407,6 +416,7 @@ async def test_a_body_above_the_limit_is_not_read_to_its_end(app, ada, scene, le
     await scene.go_on()
 
 
+@NO_DATABASE
 async def test_a_schema_cannot_make_a_payload_cost_for_ever(ada, scene):
     """Each of them doubles what is to be looked at, over and over."""
 

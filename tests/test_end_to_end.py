@@ -167,10 +167,10 @@ async def test_replicas_may_start_together_on_an_empty_database(
         assert users == [2] * 4
 
 
-async def test_processes_that_are_forked_from_one_app_hear_each_other(
+async def test_a_process_draws_its_identity_after_it_was_forked(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Socket.IO drops what was emitted under its own identity."""
+    """Socket.IO drops what was emitted under its own identity: of others it has to hear."""
     monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path}/host.db")
     monkeypatch.setenv("REDIS_URL", redis_url)
     app = host.create_app()

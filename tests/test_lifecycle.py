@@ -767,9 +767,9 @@ def full_name(job: str) -> str:
     return f"lab:modifiers:{job}"
 
 
-@pytest.mark.makers("plain", "postgres")
-@pytest.mark.timeout(600)
+@pytest.mark.makers("plain", "strict", "postgres")
 async def test_walks(
+    maker: str,
     app: FastAPI,
     ada: User,
     bob: User,
@@ -781,7 +781,7 @@ async def test_walks(
     monkeypatch.setattr(ConjectureRunner, "generate_mutations_from", lambda self, data: None)
     host = Host(app, {"ada": ada, "bob": bob, "admin": admin}, events)
     walks = settings(
-        max_examples=WALKS or 15,
+        max_examples=WALKS or (15 if maker == "plain" else 4),
         stateful_step_count=40,
         derandomize=not WALKS,
         print_blob=bool(WALKS),
@@ -790,9 +790,6 @@ async def test_walks(
         database=None,
         deadline=None,
     )
-
-    # FastAPI takes every dependency apart again at each request while one is overridden
-    app.dependency_overrides.clear()
 
     class HostedWalk(Walk):
         pass

@@ -1,4 +1,4 @@
-"""What is handed out: the wheel, the sdist, and what importing them costs."""
+"""What is handed out, the wheel and the sdist, and that what the gates install is locked."""
 
 import re
 import subprocess

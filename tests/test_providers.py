@@ -421,7 +421,7 @@ async def provider_process(
                 process.kill()
 
 
-@pytest.mark.makers("plain", "postgres")
+@pytest.mark.makers("plain")
 async def test_a_process_is_killed_in_the_middle_of_a_read(ada, bob, server, session_maker):
     path = "/rooms/lab/providers/lab:numbers:slow"
     answers = []

@@ -4,7 +4,9 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import host
 from processes import ready, starting
+from sqlalchemy import NullPool, text
 
 
 async def test_processes_may_start_together_on_an_empty_file(tmp_path: Path):
@@ -17,3 +19,12 @@ async def test_processes_may_start_together_on_an_empty_file(tmp_path: Path):
         # the administrator, and whom @internal tasks report as
         assert connection.execute("SELECT count(*) FROM user").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+async def test_connections_wait_for_no_disk_and_are_kept(tmp_path: Path):
+    engine = host.open_database(f"sqlite+aiosqlite:///{tmp_path / 'host.db'}")
+    async with engine.connect() as connection:
+        normal = 1
+        assert await connection.scalar(text("PRAGMA synchronous")) == normal
+    assert not isinstance(engine.pool, NullPool)
+    await engine.dispose()

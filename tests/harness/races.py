@@ -38,14 +38,14 @@ async def meet_before_writes(
     """Stop requests before their first write until all are there, and let them write.
 
     For SQLite. They write in the order given, and each stops once more, as the one
-    writer, until the next one has tried. Nothing has to be held.
+    writer, until the next one has tried.
 
     Parameters
     ----------
     engine : AsyncEngine
         What they write with.
     hold : Hold
-        Not needed.
+        Ignored: SQLite has no locks on rows. It is there to be called as `steps.meet` is.
     *requests : callable
         Send a request each.
     """
