@@ -217,6 +217,8 @@ def create_app() -> FastAPI:
         state.redis = Redis.from_pool(pool)
         state.result_backend = joblib.RedisResults(state.redis)
         state.wakeups = joblib.RedisWakeups(state.redis)
+    elif database_url.startswith("postgresql"):
+        state.wakeups = joblib.PgWakeups(state.engine)
     state.tsio = socket_server(app, state.redis_url)
     # beneath whichever path the app itself is served
     app.mount("/socket.io", socketio.ASGIApp(state.tsio, socketio_path=None))

@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 FLOORS = [
     ["lifecycle", "settings", "exceptions"],
     ["schemas", "validation"],
-    ["telemetry", "events", "waiting", "results"],
+    ["telemetry", "events", "waiting", "wakeups", "results"],
     ["database", "models", "paging", "migration"],
     [
         "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims", "heartbeats",

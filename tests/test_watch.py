@@ -15,7 +15,7 @@ from sqlalchemy import event, insert, select, update
 from steps import at_once, claim, execute, offer, problem, report, submit
 from test_waiting import NEVER, until_waited_for, wait_for, waiters
 
-from zndraw_joblib import RedisWakeups
+from zndraw_joblib import PgWakeups, RedisWakeups
 from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.events import job_key, task_key
 from zndraw_joblib.models import Job, Task, TaskStatus, Worker, WorkerJobLink, now
@@ -272,17 +272,19 @@ async def test_how_many_may_wait(app, ada, bob):
 
 
 @pytest.fixture
-async def elsewhere(app, redis_url):
-    """Another process of the host, as far as Redis knows."""
+async def elsewhere(app, maker, engine, redis_url):
+    """Another process of the host, as far as Redis or PostgreSQL knows."""
     async with Redis.from_url(redis_url) as ours, Redis.from_url(redis_url) as theirs:
-        app.state.wakeups = RedisWakeups(ours)
-        yield RedisWakeups(theirs)
+        over_redis = RedisWakeups(ours), RedisWakeups(theirs)
+        over_postgres = maker == "postgres" and (PgWakeups(engine), PgWakeups(engine))
+        app.state.wakeups, there = over_postgres or over_redis
+        yield there
         runtime_of(app).subscriptions.miss()
         await until(lambda: runtime_of(app).subscriptions.poller.done())
 
 
-@pytest.mark.makers("plain")
-async def test_other_processes_wake_over_redis(app, ada, session_maker, elsewhere):
+@pytest.mark.makers("plain", "postgres")
+async def test_other_processes_wake_over_redis_or_postgresql(app, ada, session_maker, elsewhere):
     app.state.joblib_settings.recheck_seconds = NEVER
     worker, other = await offer(ada), await offer(ada)
     task = await submit(ada)
@@ -323,5 +325,5 @@ async def test_a_redis_that_is_away_costs_no_answer(app, ada, caplog, tmp_path):
             await until(lambda: told)
         await report(ada, told[0]["task"], "cancelled")
         await until(lambda: runtime_of(app).subscriptions.poller.done())
-        await until(lambda: app.state.wakeups._teller.done())
+        await until(lambda: app.state.wakeups._sender._task.done())
     assert "wake-ups are not received" in caplog.text

@@ -39,7 +39,7 @@ from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
 from zndraw_joblib.schemas import MAX_PAGE
 from zndraw_joblib.settings import JobLibSettings, settings_of
-from zndraw_joblib.waiting import wakeups_of
+from zndraw_joblib.wakeups import wakeups_of
 from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
 
 # Longest `Prefer` that is read, in characters.

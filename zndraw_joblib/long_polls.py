@@ -26,7 +26,8 @@ from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, in_states, queued
 from zndraw_joblib.tasks import ahead
-from zndraw_joblib.waiting import Subscription, Subscriptions, Waiter, Waiters, Wakeups
+from zndraw_joblib.waiting import Subscription, Subscriptions, Waiter, Waiters
+from zndraw_joblib.wakeups import Wakeups
 
 T = TypeVar("T")
 

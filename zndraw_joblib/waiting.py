@@ -1,34 +1,18 @@
-"""Waiting requests, and what wakes them: here, and over Redis in other processes.
+"""Waiting requests, and what wakes them here; :mod:`zndraw_joblib.wakeups` does elsewhere.
 
 Nothing is lost if a notification is: what is waited for is also polled in the database, every
 ``recheck_seconds`` (:mod:`zndraw_joblib.long_polls`).
 """
 
 import asyncio
-import json
-import logging
-import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from uuid import UUID, uuid4
+from typing import Any, NamedTuple
+from uuid import UUID
 
 import anyio
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-log = logging.getLogger(__name__)
-
-_CHANNEL = "zndraw-joblib:wake-ups"
-# Longest time that Redis may take for one step.
-_PATIENCE_SECONDS = 2.0
-# Pause after which a silent connection has to show that it lives.
-_PING_SECONDS = 2.0
-# Notifications beyond are dropped: the other processes poll anyway.
-_MAX_UNSENT = 100_000
 
 #: What an ASGI server tells of a request.
 Receive = Callable[[], Awaitable[Any]]
@@ -222,112 +206,3 @@ class Subscriptions:
         """Have the poller look at once."""
         self.missed = True
         self.changed.set()
-
-
-class Wakeups(Protocol):
-    """What a host can put in the place of Redis; nothing depends on its reliability."""
-
-    def tell(self, ended: Sequence[str], queued: Sequence[str]) -> None:
-        """Take notifications for the other processes, and return at once.
-
-        Parameters
-        ----------
-        ended : sequence of str
-            Keys; whoever waits for one is woken.
-        queued : sequence of str
-            Keys; as often as one is there, one request is woken.
-        """
-        ...
-
-    async def listen(self, waiters: Waiters, missed: Callable[[], None]) -> None:
-        """Hand what other processes tell to ``waiters``, until cancelled or cut off.
-
-        Parameters
-        ----------
-        waiters : Waiters
-            Who waits in this process.
-        missed : callable
-            To be called when notifications may have been missed: once it listens.
-        """
-        ...
-
-
-def wakeups_of(app: Any) -> Wakeups | None:
-    """Return the ``state.wakeups`` of a host.
-
-    Without them this process learns what others did by its polls, every ``recheck_seconds``.
-    """
-    wakeups: Wakeups | None = getattr(app.state, "wakeups", None)
-    return wakeups
-
-
-class RedisWakeups:
-    """Notifications over Redis: one connection a process, while somebody waits.
-
-    Parameters
-    ----------
-    redis : redis.asyncio.Redis
-        The host's.
-    """
-
-    def __init__(self, redis: "Redis") -> None:
-        self._redis = redis
-        self._drawn = uuid4().hex
-        self._ended: list[str] = []
-        self._queued: list[str] = []
-        self._teller: asyncio.Task[None] | None = None
-
-    @property
-    def _me(self) -> str:
-        # a server that loads the app and forks then has many processes with what was drawn
-        return f"{self._drawn}-{os.getpid()}"
-
-    def tell(self, ended: Sequence[str], queued: Sequence[str]) -> None:
-        """Send notifications as soon as Redis takes them, all that came in as one."""
-        if len(self._ended) + len(self._queued) < _MAX_UNSENT:
-            self._ended += ended
-            self._queued += queued
-        loop, teller = asyncio.get_running_loop(), self._teller
-        if teller is None or teller.done() or teller.get_loop() is not loop:
-            self._teller = loop.create_task(self._tell())
-
-    async def _tell(self) -> None:
-        while self._ended or self._queued:
-            message = json.dumps([self._me, self._ended, self._queued])
-            self._ended, self._queued = [], []
-            try:
-                with anyio.fail_after(_PATIENCE_SECONDS):
-                    await self._redis.publish(_CHANNEL, message)
-            except Exception as exc:
-                log.warning("wake-ups were not sent: %r", exc)
-
-    async def listen(self, waiters: Waiters, missed: Callable[[], None]) -> None:
-        """Hand what other processes tell to ``waiters``, until cancelled or cut off.
-
-        Raises
-        ------
-        Exception
-            What redis-py raises, or TimeoutError, when Redis is not there.
-        """
-        async with self._redis.pubsub() as pubsub:
-            with anyio.fail_after(_PATIENCE_SECONDS):
-                await pubsub.subscribe(_CHANNEL)
-            unanswered = False
-            while True:
-                message = await pubsub.get_message(timeout=_PING_SECONDS)
-                if message is None:
-                    if unanswered:
-                        raise TimeoutError("Redis is silent")
-                    unanswered = True
-                    with anyio.fail_after(_PATIENCE_SECONDS):
-                        await pubsub.ping()
-                    continue
-                unanswered = False
-                if message["type"] == "subscribe":
-                    # what came before, the first time or after a gap, was missed
-                    missed()
-                elif message["type"] == "message":
-                    sender, ended, queued = json.loads(message["data"])
-                    # this process woke its own before it sent it to the others
-                    if sender != self._me:
-                        waiters.notify(ended, queued)

@@ -69,7 +69,8 @@ def _count_connections(engine: AsyncEngine) -> set[int]:
     """Return a set that holds the connections that are checked out."""
     out: set[int] = set()
     event.listen(engine.sync_engine, "checkout", lambda dbapi, record, proxy: out.add(id(record)))
-    event.listen(engine.sync_engine, "checkin", lambda dbapi, record: out.discard(id(record)))
+    for left in ("checkin", "detach"):
+        event.listen(engine.sync_engine, left, lambda dbapi, record: out.discard(id(record)))
     return out
 
 
