@@ -117,6 +117,8 @@ async def test_a_lost_answer_loses_no_task(ada, events):
     assert await ask(other, "k") == ids(tasks[2:4]), "a key is one worker's"
     assert await ask(worker, "l") == ids(tasks[4:])
     assert await ask(worker, "k") == first, "though the queue is empty"
+    await report(ada, tasks[0], "completed")
+    assert await ask(worker, "k") == first[1:], "what has ended is not handed out"
     told = [(e.data["id"], e.data["status"]) for e in events]
     assert len(told) == len(set(told)), "each change is told once"
 

@@ -426,7 +426,7 @@ async def test_a_sweeper_that_cannot_begin_says_why(session_maker, monkeypatch, 
 async def test_after_a_sleep_workers_may_speak_first(ada, session_maker, caplog):
     """Host and workers slept together, for longer than a worker may be silent."""
     worker = await offer(ada)
-    settings = JobLibSettings(sweeper_interval_seconds=0.2, worker_timeout_seconds=1.2)
+    settings = JobLibSettings(sweeper_interval_seconds=0.1, worker_timeout_seconds=1.6)
     began = anyio.Event()
 
     def opening():
@@ -437,8 +437,10 @@ async def test_after_a_sleep_workers_may_speak_first(ada, session_maker, caplog)
         async with anyio.create_task_group() as group:
             group.start_soon(run_sweeper, opening, settings)
             await began.wait()
-            await anyio.sleep(0.1)
-            time.sleep(2.5)  # noqa: ASYNC251 - nothing of this process goes on
+            await anyio.sleep(0.05)
+            time.sleep(1.9)  # noqa: ASYNC251 - nothing of this process goes on
+            # longer than a sweeper pauses
+            await anyio.sleep(0.35)
             assert (await ada.patch(f"/workers/{worker}")).status_code == 200
             # who stays silent goes all the same
             while (await ada.get("/workers")).json()["total"]:

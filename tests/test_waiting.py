@@ -371,6 +371,8 @@ async def test_processes_that_are_forked_from_one_app_wake_each_other(redis_url)
         fork = multiprocessing.get_context("fork")
         listened, listens = fork.Event(), anyio.Event()
         other = fork.Process(target=tell_from_a_fork, args=(wakeups, listened))
+        # it forks in the middle of things
+        wakeups.tell(["before"], [])
         with warnings.catch_warnings(action="ignore"):
             # of threads, which the other process has no use for
             other.start()

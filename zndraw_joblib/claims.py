@@ -192,8 +192,6 @@ def claiming(limit: int, keyed: bool, start: bool, named: bool) -> ReturningUpda
                 TASK.c.attempt: TASK.c.attempt + 1,
                 TASK.c.claimed_at: now(),
                 TASK.c.claim_key: sa.bindparam("key"),
-                TASK.c.progress: None,
-                TASK.c.progress_message: None,
             }
         )
         .returning(*_CLAIMED, workers.heartbeat_due(_WORKER))

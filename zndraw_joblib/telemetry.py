@@ -72,7 +72,7 @@ def happening(task: Any) -> str:
     if task.status is TaskStatus.FAILED and task.error_type == ErrorType.WORKER_LOST:
         return "lost"
     going_on = task.status in (TaskStatus.CLAIMED, TaskStatus.RUNNING)
-    # a claim forgets both
+    # what waits for a claim has neither
     if going_on and (task.progress, task.progress_message) != (None, None):
         return "progressed"
     return "started" if task.status is TaskStatus.RUNNING else str(task.status.value)

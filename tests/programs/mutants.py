@@ -59,7 +59,7 @@ TESTS = {
     "routes_tasks": "tasks batches waiting access limits pages claims reports",
     "submissions": "limits turns tasks batches reports positions access races",
     "sweeper": "mixed_sweeps sweeper purge internal access providers watch",
-    "tasks": "tasks pages turns reports positions access purge batches waiting",
+    "tasks": "tasks pages turns reports positions purge batches internal mixed_sweeps access waiting",
     "telemetry": "telemetry client",
     "testing": "testing examples",
     "validation": "validation bad_input jobs",
