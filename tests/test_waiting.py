@@ -354,8 +354,8 @@ async def test_who_may_not_claim_does_not_wait_either(ada, bob):
 
 async def tell(wakeups, key):
     wakeups.tell([key], [])
-    assert wakeups._teller is not None
-    await wakeups._teller
+    assert wakeups._sender._task is not None
+    await wakeups._sender._task
 
 
 def tell_from_a_fork(wakeups, listened):

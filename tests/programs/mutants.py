@@ -64,7 +64,7 @@ TESTS = {
     "testing": "testing examples",
     "validation": "validation bad_input jobs",
     "waiting": "waiting watch delivery",
-    "wakeups": "watch",
+    "wakeups": "waiting watch",
     "workers": "workers limits access sweeper jobs providers claims races",
     "client_claims": "client client_alone",
     "client_hands": "client client_alone",
