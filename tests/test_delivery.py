@@ -18,8 +18,10 @@ from steps import JOB, at_once, claim, offer, report, submit
 
 from zndraw_joblib import JobLibSettings, get_joblib_settings, get_tsio
 from zndraw_joblib.database import execute
-from zndraw_joblib.delivery import runtime_of
+from zndraw_joblib.delivery import Delivery, Transports, runtime_of
+from zndraw_joblib.events import Outbox
 from zndraw_joblib.models import Job
+from zndraw_joblib.waiting import Waiters
 
 HANG = 30
 
@@ -104,6 +106,27 @@ async def test_events_leave_in_the_order_of_commits(app, ada):
     for task in tasks:
         told = [status for task_id, status in tsio.told if task_id == task["id"]]
         assert told == ["pending", "claimed", "running", "completed"]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_what_queues_up_leaves_and_waits_for_a_server_that_hangs_once(hangs):
+    asked = []
+
+    class Server:
+        async def emit(self, event: str, data: Any, *, room: str) -> None:
+            asked.append(room)
+            if hangs:
+                await anyio.sleep_forever()
+
+    transports = Transports(JobLibSettings(dispatch_timeout_seconds=0.1), Server())
+    delivery = Delivery(Waiters())
+    for room in "abc":
+        outbox = Outbox()
+        outbox.jobs_changed([room])
+        left = delivery.publish(outbox, transports)
+    with anyio.fail_after(HANG):
+        await left
+    assert asked == ["room:a", "room:b", "room:c"][: 1 if hangs else None]
 
 
 @pytest.mark.makers("plain")

@@ -349,6 +349,35 @@ async def test_who_may_not_claim_does_not_wait_either(ada, bob):
     problem(answer, 403, "forbidden")
 
 
+REQUEST, GONE = {"type": "http.request"}, {"type": "http.disconnect"}
+MORE = {**REQUEST, "more_body": True}
+
+
+@pytest.mark.parametrize(
+    ("messages", "stays", "asked"),
+    [
+        ([REQUEST, GONE], False, 2),
+        ([MORE, MORE, REQUEST, GONE], False, 4),
+        # what a middleware plays back never ends
+        ([REQUEST] * 9, True, 2),
+        ([MORE, *[REQUEST] * 9], True, 3),
+        # it can't be asked
+        ([], True, 1),
+    ],
+)
+async def test_who_hung_up_is_told_from_a_body_that_never_ends(messages, stays, asked):
+    count, left = 0, iter(messages)
+
+    async def receive():
+        nonlocal count
+        count += 1
+        return next(left)
+
+    with Waiters().waiting_for([]) as waiter:
+        assert await waiter.wait(0.05, receive) is stays
+    assert count == asked
+
+
 # --- between processes ---
 
 

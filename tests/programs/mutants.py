@@ -38,7 +38,7 @@ TESTS = {
     "attempts": "mixed_sweeps internal reports sweeper batches races",
     "claims": "claims turns batches workers watch races",
     "database": "tasks sweeper plans",
-    "delivery": "delivery internal tasks waiting faults",
+    "delivery": "delivery internal tasks waiting telemetry faults",
     "dependencies": "access jobs providers pages limits waiting bad_input deprecated",
     "doctor": "doctor",
     "events": "claims internal delivery reports relay watch providers telemetry",
