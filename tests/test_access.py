@@ -287,6 +287,9 @@ async def test_the_host_is_told_what_it_is_asked_for(app, ada, bob, admin):
             assert set(asked) == {("lab", action)}, route
             assert answer.is_success == (refuses is None), (route, answer.text)
             assert answer.is_success or answer.status_code in (403, 404)
+            if answer.status_code == 403:
+                why = "not open" if action.kind == "read" else f"not {action.kind}"
+                assert why in answer.json()["detail"]
 
 
 async def test_a_room_that_is_archived_takes_nothing(app, ada, bob, admin, session_maker):
