@@ -36,11 +36,14 @@ FLOORS = [
 CLIENT = [
     "extension",
     "provider",
+    "execution",
     "client_transport",
     "client_user",
     "client_worker",
     "client_claims",
+    "client_isolation",
     "client_hands",
+    "client_shutdown",
     "client",
 ]
 MAX_FUNCTION_LINES = 70

@@ -315,7 +315,11 @@ async def test_a_worker_tells_the_same_lines(
             return str(manager.worker_id), ids
 
     worker, ids = await asyncio.to_thread(work)
-    of_worker = [r for r in caplog.records if r.name.startswith("zndraw_joblib.client")]
+    of_worker = [
+        r
+        for r in caplog.records
+        if r.name.startswith(("zndraw_joblib.client", "zndraw_joblib.execution"))
+    ]
     told = [r for r in of_worker if hasattr(r, "event")]
     by_task = {id: [r.event for r in told if r.task_id == id] for id in ids}
     assert list(by_task.values()) == [

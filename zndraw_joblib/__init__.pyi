@@ -1,6 +1,4 @@
-from zndraw_joblib.client import ClaimedTask as ClaimedTask
 from zndraw_joblib.client import JobManager as JobManager
-from zndraw_joblib.client import TaskCancelled as TaskCancelled
 from zndraw_joblib.client import TaskFailed as TaskFailed
 from zndraw_joblib.dependencies import get_joblib_settings as get_joblib_settings
 from zndraw_joblib.dependencies import get_result_backend as get_result_backend
@@ -39,7 +37,9 @@ from zndraw_joblib.exceptions import TaskNotFound as TaskNotFound
 from zndraw_joblib.exceptions import WorkerNotFound as WorkerNotFound
 from zndraw_joblib.exceptions import problem_exception_handler as problem_exception_handler
 from zndraw_joblib.extension import Category as Category
+from zndraw_joblib.extension import ClaimedTask as ClaimedTask
 from zndraw_joblib.extension import Extension as Extension
+from zndraw_joblib.extension import TaskCancelled as TaskCancelled
 from zndraw_joblib.jobs import queue_stats as queue_stats
 from zndraw_joblib.lifecycle import TaskStatus as TaskStatus
 from zndraw_joblib.models import Job as Job

@@ -28,7 +28,7 @@ NO_KEY = ""
 def failed(
     error: str | sa.ColumnElement[Any] | None,
     entry: str | sa.ColumnElement[Any],
-    error_type: ErrorType,
+    error_type: str | sa.ColumnElement[Any],
     longest_backoff: float | sa.ColumnElement[float],
     retryable: sa.ColumnElement[bool],
 ) -> dict[Any, Any]:
@@ -63,7 +63,7 @@ def failed(
         TASK.c.completed_at: sa.case((~again, now())),
         TASK.c.failed_attempts: TASK.c.failed_attempts + 1,
         TASK.c.error: error,
-        TASK.c.error_type: error_type.value,
+        TASK.c.error_type: error_type,
         TASK.c.errors: sa.func.coalesce(TASK.c.errors + "\n", "") + line,
     }
 
@@ -89,7 +89,8 @@ async def fail(
         The tasks, waiting for their next attempt or failed.
     """
     longest_backoff = settings.retry_delay_max_seconds
-    values = failed(error, error_entry(error, error_type), error_type, longest_backoff, sa.true())
+    entry = error_entry(error, error_type)
+    values = failed(error, entry, error_type.value, longest_backoff, sa.true())
     ending = sa.update(TASK).where(rechecked(held()), chosen).values(values)
     return await change(session, ending.returning(*BRIEF), settings)
 
@@ -116,7 +117,8 @@ def _losing(limit: int, longest_backoff: float) -> ReturningUpdate[Any]:
         .with_for_update()
     )
     error, error_type = lifecycle.WORKER_LOST_ERROR, ErrorType.WORKER_LOST
-    values = failed(error, error_entry(error, error_type), error_type, longest_backoff, sa.true())
+    entry = error_entry(error, error_type)
+    values = failed(error, entry, error_type.value, longest_backoff, sa.true())
     lost = sa.update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs))
     return lost.values(values).returning(*BRIEF)
 

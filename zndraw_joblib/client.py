@@ -11,11 +11,13 @@ from typing import Any, Self, TypeVar, overload
 from uuid import UUID
 
 from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
-from zndraw_joblib.client_hands import Hands, Readers, Shutdown, run_extension
+from zndraw_joblib.client_hands import Hands, Readers, executor_of
+from zndraw_joblib.client_shutdown import Shutdown
 from zndraw_joblib.client_transport import Api, Transport
 from zndraw_joblib.client_user import HostApi, Submissions, TaskFailed
 from zndraw_joblib.client_worker import Life, Offered, Registrations, Socket
 from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
+from zndraw_joblib.execution import Execute, Threads, run_extension
 from zndraw_joblib.extension import Category, ClaimedTask, Extension, TaskCancelled, category_of
 from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus
 from zndraw_joblib.provider import Provider
@@ -54,9 +56,16 @@ class JobManager:
     max_startup_retries : int
         How often a request is repeated as long as the host never answered.
     concurrency : int
-        How many tasks are executed side by side, in threads.
+        How many tasks are executed side by side.
     grace_seconds : float
         How long running tasks may go on when the worker is to leave.
+    isolate : bool
+        Execute tasks in child processes, which last, each beside the others: a crash ends
+        its task alone. Without ``execute``, each task's extension is run.
+    setup : callable, optional
+        Called once in each child; a dict that it returns is added to ``run_kwargs``.
+    kill_after : float
+        Seconds until a task that is to stop, and doesn't, is ended with its child.
 
     Examples
     --------
@@ -70,18 +79,20 @@ class JobManager:
         api: Api,
         tsio: Any = None,
         *,
-        execute: Callable[[ClaimedTask[Any]], Any] | None = None,
+        execute: Execute | None = None,
         heartbeat_interval: float = 30.0,
         polling_interval: float = 2.0,
         max_unreachable_seconds: float = 120.0,
         max_startup_retries: int = 5,
         concurrency: int = 1,
         grace_seconds: float = 30.0,
+        isolate: bool = False,
+        setup: Callable[[], Any] | None = None,
+        kill_after: float = 10.0,
     ) -> None:
         self.api = api
         self.polling_interval = polling_interval
         self.concurrency = concurrency
-        self._execute = execute
         self._life = life = Life(lambda exc: self._shutdown.give_up(exc))
         self._held = HeldTasks()
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
@@ -91,6 +102,7 @@ class JobManager:
         self._heartbeat = Heartbeat(self._claims, heartbeat_interval)
         self._readers = Readers(self._transport, self._registrations, life)
         self._shutdown = Shutdown(self._claims, self._heartbeat, self._readers, grace_seconds)
+        self._executor = executor_of(life, execute, isolate, setup, kill_after)
         self._listen_to(Socket(tsio))
 
     @classmethod
@@ -106,7 +118,7 @@ class JobManager:
         """Return a manager for the host at ``url``, with a Socket.IO connection of its own.
 
         That is opened at the first registration, if python-socketio's ``client`` extra is
-        installed.
+        installed. Options are those of `JobManager`.
 
         Parameters
         ----------
@@ -114,14 +126,9 @@ class JobManager:
             Where the host is, with the path that it is served below, if any.
         token : str, optional
             A bearer token; else ``user`` and ``password`` log in, whenever it is needed.
-        **options
-            As for `JobManager`.
 
-        Raises
-        ------
-        ValueError
-            When the address or the token can't be one, or there is neither a token nor a
-            user; when proxy or certificates that the environment names can't be used.
+        A ValueError when the address or the token can't be one, or there is neither a token
+        nor a user; when proxy or certificates that the environment names can't be used.
         """
         api = HostApi(url, token=token, user=user, password=password)
         manager = cls(api, **options)
@@ -214,9 +221,11 @@ class JobManager:
             return partial(self.register, room=room, run_kwargs=run_kwargs, policy=policy)
         name = FullName.of(room, category_of(extension_class), extension_class.__name__)
         options = (policy or JobPolicy()).model_dump(exclude_unset=True)
-        self._registrations.add(Offered("jobs", extension_class, name, run_kwargs or {}, options))
-        if self._execute is not None:
-            self._serve(self._execute)
+        job = Offered("jobs", extension_class, name, run_kwargs or {}, options)
+        if self._executor is not None:
+            self._executor.check(job)
+        self._registrations.add(job)
+        self._serve()
         return extension_class
 
     def register_provider(
@@ -224,16 +233,8 @@ class JobManager:
     ) -> UUID:
         """Offer data that is read on demand, and return the provider's id.
 
-        Requests for it come over Socket.IO. Room and errors are as for `register`.
-
-        Parameters
-        ----------
-        cls : type of Provider
-            Its fields are the parameters of a request.
-        name : str
-            What it is called.
-        handler : object
-            Given to ``cls.read`` with each request.
+        Its fields are the parameters of a request, which comes over Socket.IO, and ``handler``
+        is given to ``cls.read`` with each. Room and errors are as for `register`.
         """
         full_name = FullName.of(room, category_of(cls), name)
         options = {"content_type": cls.content_type}
@@ -284,10 +285,7 @@ class JobManager:
     def complete(self, task: ClaimedTask[Any], result: Any = None) -> None:
         """Report that a task succeeded; Pydantic models and NumPy's arrays become JSON.
 
-        Raises
-        ------
-        ValueError
-            When the task is not this worker's any more, or the result can't be kept.
+        A ValueError when it is not this worker's any more, or the result can't be kept.
         """
         self._claims.report_or_raise(task, TaskStatus.COMPLETED, result=result)
 
@@ -405,14 +403,14 @@ class JobManager:
 
     # --- threads, Socket.IO, and the end ---
 
-    def _serve(self, execute: Callable[[ClaimedTask[Any]], Any]) -> None:
+    def _serve(self) -> None:
         with self._registrations.lock:
-            if self._shutdown.hands is None and not self._life.stopping.is_set():
-                self._heartbeat.start()
-                self._socket.open()
-                self._shutdown.hands = Hands(
-                    self._claims, self._heartbeat, execute, self.concurrency, self.polling_interval
-                )
+            if self._executor is None or self._shutdown.hands or self._life.stopping.is_set():
+                return
+            self._heartbeat.start()
+            self._socket.open()
+            options = (self.concurrency, self.polling_interval)
+            self._shutdown.hands = Hands(self._claims, self._heartbeat, self._executor, *options)
 
     def _listen_to(self, socket: Socket) -> None:
         self._socket = self._own_socket = socket
@@ -428,11 +426,13 @@ class JobManager:
 
         Raises
         ------
-        ConnectionError, PermissionError
-            When the host was away for ``max_unreachable_seconds``; when it refuses who asks.
+        ConnectionError, PermissionError, RuntimeError
+            When the host was away for ``max_unreachable_seconds``; when it refuses who asks;
+            when a child process for tasks could not begin.
         """
-        if self._execute is None and len(self):
-            self._serve(run_extension)
+        if len(self):
+            self._executor = self._executor or Threads(run_extension)
+            self._serve()
         self._shutdown.wait()
 
     def disconnect(self) -> None:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import BaseModel, Field
@@ -24,6 +24,7 @@ from zndraw_joblib.client_transport import (
 )
 from zndraw_joblib.client_worker import Life, Registrations
 from zndraw_joblib.exceptions import describe, storable
+from zndraw_joblib.execution import Report, report_of
 from zndraw_joblib.extension import ClaimedTask, as_json
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
 from zndraw_joblib.telemetry import SafeLogger
@@ -37,8 +38,6 @@ PAUSE_AFTER_ERROR_SECONDS = 5.0
 BUSY_BEAT_SECONDS = 0.5
 
 log = SafeLogger(logging.getLogger(__name__))
-
-Report = dict[str, Any]
 
 
 class TaskOffer(BaseModel):
@@ -57,31 +56,17 @@ class TaskOffer(BaseModel):
     traceparent: str | None = None
 
 
+class Unread(NamedTuple):
+    """A job's class, and a task's parameters in JSON, which are read in another process."""
+
+    cls: type[BaseModel]
+    payload: str
+
+
 def read_offers(body: dict[str, Any]) -> list[TaskOffer]:
     """Return the tasks of a claim's answer; raise whatever if it isn't one."""
     tasks = body.get("tasks") or [body["task"]]
     return [TaskOffer.model_validate(task) for task in tasks if task]
-
-
-def report_of(
-    task: TaskOffer | ClaimedTask[Any],
-    status: TaskStatus,
-    *,
-    error: str | None = None,
-    retryable: bool = True,
-    result: Any = None,
-) -> Report:
-    """Return what is to be reported of a task."""
-    report = {
-        "id": task.task_id,
-        "attempt": task.attempt,
-        "status": status.value,
-        "error": None if error is None else storable(error),
-        "retryable": None if retryable else False,
-        "result": result,
-    }
-    # what is not asked for is left out: an older host does not know it
-    return {word: value for word, value in report.items() if value is not None}
 
 
 def failure_of(report: Report, error: str) -> Report:
@@ -182,15 +167,21 @@ class Claims:
             if task is not None or not offers:
                 return task, waited
 
-    def accept(self, offer: TaskOffer) -> ClaimedTask[Any] | None:
-        """Hold a task, or fail it when it is nothing that this worker runs."""
+    def accept(self, offer: TaskOffer, *, read: bool = True) -> ClaimedTask[Any] | None:
+        """Hold a task, or fail it when it is nothing that this worker runs.
+
+        Unless ``read``, its extension is `Unread`.
+        """
         job = self.registrations.jobs.get(offer.job_name)
         if job is None:
             self._refuse(offer, f"this worker does not serve {offer.job_name}")
             return None
         try:
             # as JSON, which it was: to strict fields that is another thing than Python
-            extension = job.cls.model_validate_json(json.dumps(offer.payload))
+            payload = json.dumps(offer.payload)
+            extension: Any = Unread(job.cls, payload)
+            if read:
+                extension = job.cls.model_validate_json(payload)
         except BaseException as exc:
             # whatever a validator does, even SystemExit, ends this task alone
             self._refuse(offer, describe(exc))

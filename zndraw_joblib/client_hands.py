@@ -1,34 +1,24 @@
-"""The threads of a worker's process, and its end: all of them die with it."""
+"""The threads that execute a worker's tasks, and those that read from its providers."""
 
-import inspect
 import json
 import logging
-import os
-import signal
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from zndraw_joblib import provider, telemetry
-from zndraw_joblib.client_claims import (
-    LAST_RETRIES,
-    Claims,
-    Heartbeat,
-    Report,
-    TaskOffer,
-    report_of,
-)
+from zndraw_joblib.client_claims import Claims, Heartbeat, TaskOffer
 from zndraw_joblib.client_transport import SlowDown, Transport, Unreachable, path
-from zndraw_joblib.client_user import HostApi
 from zndraw_joblib.client_worker import Life, Offered, Pool, Registrations
 from zndraw_joblib.exceptions import describe
-from zndraw_joblib.extension import ClaimedTask, TaskCancelled, as_json
-from zndraw_joblib.lifecycle import TaskStatus, WorkerState
+from zndraw_joblib.execution import Execute, Executor, Report, Threads, report_of, run_extension
+from zndraw_joblib.extension import ClaimedTask
+from zndraw_joblib.lifecycle import TaskStatus
 
 # a larger report goes by itself: a host takes 32 of them, and a mebibyte
 BATCHED_REPORT_BYTES = 8 * 1024
@@ -37,13 +27,30 @@ MOMENT_SECONDS = 0.002
 # how long a claim may still be answered when the worker leaves; what it brings later
 # can't be handed back, and ends with the worker
 LAST_CLAIM_SECONDS = 1.0
-LAST_THREAD_SECONDS = 2.0
-LAST_REQUEST_SECONDS = 5.0
-AT_ONCE_SECONDS = 1.0
+# how long code may go on after its attempt has ended, until the log says so
+STUCK_SECONDS = 10.0
 PROVIDER_THREADS = 4
 ANSWER_RETRIES = 3
 
 log = telemetry.SafeLogger(logging.getLogger(__name__))
+
+
+def executor_of(
+    life: Life,
+    execute: Execute | None,
+    isolate: bool,
+    setup: Callable[[], Any] | None,
+    kill_after: float,
+) -> Executor | None:
+    """Return what executes tasks, if the program doesn't do that by itself."""
+    if isolate:
+        # no other worker loads multiprocessing
+        from zndraw_joblib.client_isolation import Processes
+
+        return Processes(life, execute or run_extension, setup, kill_after)
+    if setup is not None:
+        raise ValueError("setup is called in child processes: it needs isolate=True")
+    return None if execute is None else Threads(execute)
 
 
 @dataclass
@@ -62,11 +69,15 @@ class Hands:
 
     claims: Claims
     heartbeat: Heartbeat
-    execute: Callable[[ClaimedTask[Any]], Any]
+    executor: Executor
     concurrency: int
     polling_interval: float
-    #: tasks that were claimed and whose end was not reported yet
+    #: hands that can take tasks, and those that have one whose end was not reported yet
+    _open: int = 0
     _busy: int = 0
+    #: tasks whose code runs, and those of them that are over: when that was noticed
+    _running: set[ClaimedTask[Any]] = field(default_factory=set)
+    _over: dict[ClaimedTask[Any], float] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _ended: deque[Ended] = field(default_factory=deque)
     _reporting: threading.Lock = field(default_factory=threading.Lock)
@@ -74,6 +85,7 @@ class Hands:
     def __post_init__(self) -> None:
         self._life = self.claims.life
         self._pool = Pool(self._life, self.concurrency, "task")
+        self.executor.start(self)
         self._claimer = self._life.start("claim", self._claim_all)
 
     @property
@@ -81,6 +93,16 @@ class Hands:
         """Whether tasks run from their claim on."""
         # with one hand the worker asks once more before it begins: a cancel may have come
         return self.concurrency > 1
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Have one of the threads make a call."""
+        self._pool.submit(call)
+
+    def open(self, number: int) -> None:
+        """Let so many hands more, or less, take tasks."""
+        with self._changed:
+            self._open += number
+            self._changed.notify_all()
 
     def finish(self, deadline: float) -> bool:
         """Let tasks at hand end, until `time.monotonic` says so; return whether they did."""
@@ -95,12 +117,14 @@ class Hands:
         """Let the threads end."""
         self._free(0)
         self._pool.close()
+        self.executor.close()
 
     # --- claiming ---
 
     def _claim_all(self) -> None:
         try:
             while not self._life.stopping.is_set():
+                self._warn_of_stuck()
                 self._claim()
         except BaseException as exc:
             self._life.give_up(exc)
@@ -112,7 +136,7 @@ class Hands:
         # before what ends the loop is read: who sets that, wakes it afterwards
         self._life.wake.clear()
         stop = self._life.stopping
-        if stop.is_set():
+        if stop.is_set() or not free:
             return
         try:
             if not self.heartbeat.draining:
@@ -141,9 +165,23 @@ class Hands:
     def _wait_for_free_hands(self) -> int:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._busy < self.concurrency or self._life.stopping.is_set()
+                lambda: self._busy < self._open or self._life.stopping.is_set(), STUCK_SECONDS
             )
-            return self.concurrency - self._busy
+            return max(0, self._open - self._busy)
+
+    def _warn_of_stuck(self) -> None:
+        now = time.monotonic()
+        over = [task for task in self._running.copy() if task.ended]
+        self._over = {task: self._over.get(task, now) for task in over}
+        for task in over:
+            if now - self._over[task] >= STUCK_SECONDS:
+                self._over[task] = math.inf
+                log.warning(
+                    "task %s of %s is over, and its code still runs: until it returns, its"
+                    " hand takes no other (isolate=True would end it)",
+                    task.task_id,
+                    task.job_name,
+                )
 
     def _hand_back_unread(self, limit: int) -> None:
         """Hand back what the last claim brought, if its answer got lost."""
@@ -164,7 +202,9 @@ class Hands:
         try:
             if self._life.stopping.is_set():
                 self.claims.hand_back(offer)
-            elif (task := self.claims.accept(offer)) is not None:
+            elif (
+                task := self.claims.accept(offer, read=self.executor.reads_parameters)
+            ) is not None:
                 self.heartbeat.hurry()
                 report = self._perform(task, offer.status == TaskStatus.RUNNING)
         except BaseException as exc:
@@ -187,22 +227,12 @@ class Hands:
             self.claims.note("lost", task)
             return None
         self.claims.note("started", task)
-        report: Report | None
+        self._running.add(task)
         try:
-            with telemetry.continuing({"traceparent": task.traceparent or ""}):
-                result = as_json(self.execute(task))
-        except TaskCancelled:
-            # the host knows what it has ended; a task that ends itself has to say so
-            report = None if task.ended else report_of(task, TaskStatus.CANCELLED)
-            self.claims.note("cancelled", task)
-        except BaseException as exc:
-            # SystemExit and the like end the task, not the thread
-            report = report_of(task, TaskStatus.FAILED, error=describe(exc))
-            self.claims.note("failed", task)
-            log.exception("task %s of %s failed", task.task_id, task.job_name)
-        else:
-            report = report_of(task, TaskStatus.COMPLETED, result=result)
-            self.claims.note("completed", task)
+            report = self.executor.perform(task)
+        finally:
+            self._running.discard(task)
+        self.claims.note(report["status"] if report else TaskStatus.CANCELLED.value, task)
         return report
 
     # --- reporting ---
@@ -304,147 +334,3 @@ class Readers:
             log.warning("could not answer a reader of %s: %s", offered.name, exc)
             return ""
         return answer.reason if answer.problem else ""
-
-
-@dataclass
-class Shutdown:
-    """The end of a worker, which happens once, whoever begins it.
-
-    Running tasks may go on for ``grace_seconds``; ``own_api`` is closed with the worker.
-    """
-
-    claims: Claims
-    heartbeat: Heartbeat
-    readers: Readers
-    grace_seconds: float
-    hands: Hands | None = None
-    own_api: HostApi | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _done: threading.Event = field(default_factory=threading.Event)
-    _failure: BaseException | None = None
-    _signals: int = 0
-
-    def begin(self) -> None:
-        """End the worker, and return when all is done."""
-        life = self.claims.life
-        if life.is_forked:
-            # the worker is not this process's own to end
-            return
-        if threading.current_thread() in life.threads:
-            # a task or provider wants it: it has to go on before this can be done
-            _in_thread(self.begin)
-            return
-        with self._lock:
-            first = not life.stopping.is_set()
-            life.stopping.set()
-        if not first:
-            self._wait_until_done()
-            return
-        try:
-            self._leave(life)
-        except BaseException:
-            self._leave_at_once()
-            raise
-        finally:
-            self._done.set()
-
-    def give_up(self, exc: BaseException) -> None:
-        """End the worker, which can't go on."""
-        with self._lock:
-            if self.claims.life.stopping.is_set():
-                return
-            self._failure = self._failure or exc
-        log.error("giving up: %s", exc)
-        _in_thread(self.begin)
-
-    def wait(self) -> None:
-        """Return when the worker has ended; raise if it gave up."""
-        in_main = threading.current_thread() is threading.main_thread()
-        with self._signals_handled() if in_main else nullcontext():
-            self._wait_until_done()
-        if self._failure is not None:
-            refused = isinstance(self._failure, PermissionError)
-            kind = PermissionError if refused else ConnectionError
-            raise kind(f"the worker gave up: {self._failure}") from None
-
-    def _leave(self, life: Life) -> None:
-        life.wake.set()
-        if self.hands is not None and self._failure is None:
-            self._finish_tasks(self.hands)
-        life.aborting.set()
-        self.claims.held.end_all()
-        registrations = self.claims.registrations
-        # the lock: a registration under way is to be over
-        with registrations.lock:
-            for part in (self.heartbeat, self.hands, self.readers):
-                if part is not None:
-                    part.close()
-            retries = 0 if self._failure else LAST_RETRIES
-            registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
-        deadline = time.monotonic() + LAST_THREAD_SECONDS
-        for thread in life.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if self.own_api is not None:
-            registrations.socket.close()
-            self.own_api.close()
-
-    def _finish_tasks(self, hands: Hands) -> None:
-        """Take no more tasks, and let those at hand end."""
-        deadline = time.monotonic() + self.grace_seconds
-        try:
-            # a claim that waits at the host gets nothing after this
-            self.claims.transport.exchange(
-                "patch",
-                path("workers", self.claims.registrations.worker_id),
-                read=dict,
-                json={"state": WorkerState.DRAINING.value},
-                timeout=LAST_REQUEST_SECONDS,
-            )
-        except Exception as exc:
-            log.warning("could not announce the end: %s", exc)
-        if not hands.finish(deadline):
-            log.warning("tasks still run after %s s of grace", self.grace_seconds)
-
-    def _leave_at_once(self) -> None:
-        self.claims.life.aborting.set()
-        self.claims.held.end_all()
-        self.claims.registrations.delete_worker(retries=0, timeout=AT_ONCE_SECONDS)
-        self._done.set()
-
-    def _wait_until_done(self) -> None:
-        # in turns: on Windows Ctrl-C does not interrupt a wait
-        while not self._done.wait(1.0):
-            pass
-
-    @contextmanager
-    def _signals_handled(self) -> Iterator[None]:
-        earlier = {
-            signum: signal.signal(signum, self._on_signal)
-            for signum in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for signum, handler in earlier.items():
-                signal.signal(signum, handler or signal.SIG_DFL)
-
-    def _on_signal(self, signum: int, frame: object) -> None:
-        if self.claims.life.is_forked:
-            # a fork of this process, made by a task, has inherited the handler
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-            return
-        # in a thread: the main one may hold the very lock that is needed
-        self._signals += 1
-        _in_thread(self.begin if self._signals == 1 else self._leave_at_once)
-
-
-def _in_thread(call: Callable[[], None]) -> None:
-    threading.Thread(target=call, name="zndraw-end", daemon=True).start()
-
-
-def run_extension(task: ClaimedTask[Any]) -> Any:
-    """Run a task's extension, given ``task`` if it asks for it by this name."""
-    run = task.extension.run
-    asked = {"task": task} if "task" in inspect.signature(run).parameters else {}
-    return run(None, **asked, **task.run_kwargs)

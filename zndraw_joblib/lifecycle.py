@@ -41,6 +41,8 @@ class ErrorType(StrEnum):
     """The broker did not take the message of an ``@internal`` task."""
     USER_ERROR = "user_error"
     """Its holder reported the failure."""
+    CRASHED = "crashed"
+    """The process that ran it died: ``error`` has the signal or the exit code."""
 
 
 class WorkerState(StrEnum):

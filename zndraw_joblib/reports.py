@@ -15,15 +15,7 @@ from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, 
 from zndraw_joblib.database import execute, now
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
-from zndraw_joblib.lifecycle import (
-    HELD,
-    REPORTABLE,
-    TERMINAL,
-    ErrorType,
-    TaskStatus,
-    equal_json,
-    uncollected,
-)
+from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, TaskStatus, equal_json, uncollected
 from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
@@ -69,7 +61,7 @@ def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
         return failed(
             error,
             _each("entry", sa.String(), count),
-            ErrorType.USER_ERROR,
+            _each("error_type", TASK.c.error_type.type, count),
             sa.bindparam("longest_backoff", type_=sa.Float()),
             # a comparison, since a lone parameter is no condition everywhere
             _each("retryable", sa.Boolean(), count).is_(sa.true()),
@@ -147,9 +139,10 @@ async def _move(
             f"task_{n}": task_id,
             f"attempt_{n}": report.attempt,
             f"error_{n}": report.error,
+            f"error_type_{n}": report.error_type.value,
             f"result_{n}": report.result,
             f"retryable_{n}": report.retryable,
-            f"entry_{n}": error_entry(report.error, ErrorType.USER_ERROR),
+            f"entry_{n}": error_entry(report.error, report.error_type),
         }
     moving = _moving(status, caller.is_superuser, count, key is not None)
     return await change(session, moving, settings, names)

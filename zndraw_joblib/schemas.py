@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
 
 from pydantic import (
@@ -352,6 +352,8 @@ class TaskUpdateRequest(_Model):
     status: TaskStatus
     error: ErrorText | None = None
     attempt: Attempt | None = None
+    error_type: Literal[ErrorType.USER_ERROR, ErrorType.CRASHED] = ErrorType.USER_ERROR
+    """Of a failure: whether the process that ran the task died."""
     retryable: bool = Field(default=True, strict=True)
     result: Json = None
 

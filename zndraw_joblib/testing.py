@@ -28,10 +28,10 @@ from zndraw_auth.users import get_jwt_strategy
 
 from zndraw_joblib import models, sweeper
 from zndraw_joblib.client import ClaimedTask, JobManager, TaskCancelled
-from zndraw_joblib.client_hands import run_extension
 from zndraw_joblib.database import UtcDateTime, execute
 from zndraw_joblib.delivery import SessionMaker
 from zndraw_joblib.exceptions import ProblemException, describe, problem_exception_handler
+from zndraw_joblib.execution import run_extension
 from zndraw_joblib.extension import Extension
 from zndraw_joblib.routes import router
 from zndraw_joblib.settings import settings_of

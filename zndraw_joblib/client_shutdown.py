@@ -1,0 +1,161 @@
+"""The end of a worker."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+from zndraw_joblib.client_claims import LAST_RETRIES, Claims, Heartbeat
+from zndraw_joblib.client_hands import Hands, Readers
+from zndraw_joblib.client_transport import path
+from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_worker import Life
+from zndraw_joblib.lifecycle import WorkerState
+from zndraw_joblib.telemetry import SafeLogger
+
+LAST_THREAD_SECONDS = 2.0
+LAST_REQUEST_SECONDS = 5.0
+AT_ONCE_SECONDS = 1.0
+
+log = SafeLogger(logging.getLogger(__name__))
+
+
+@dataclass
+class Shutdown:
+    """The end of a worker, which happens once, whoever begins it.
+
+    Running tasks may go on for ``grace_seconds``; ``own_api`` is closed with the worker.
+    """
+
+    claims: Claims
+    heartbeat: Heartbeat
+    readers: Readers
+    grace_seconds: float
+    hands: Hands | None = None
+    own_api: HostApi | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _failure: BaseException | None = None
+    _signals: int = 0
+
+    def begin(self) -> None:
+        """End the worker, and return when all is done."""
+        life = self.claims.life
+        if life.is_forked:
+            # the worker is not this process's own to end
+            return
+        if threading.current_thread() in life.threads:
+            # a task or provider wants it: it has to go on before this can be done
+            _in_thread(self.begin)
+            return
+        with self._lock:
+            first = not life.stopping.is_set()
+            life.stopping.set()
+        if not first:
+            self._wait_until_done()
+            return
+        try:
+            self._leave(life)
+        except BaseException:
+            self._leave_at_once()
+            raise
+        finally:
+            self._done.set()
+
+    def give_up(self, exc: BaseException) -> None:
+        """End the worker, which can't go on."""
+        with self._lock:
+            if self.claims.life.stopping.is_set():
+                return
+            self._failure = self._failure or exc
+        log.error("giving up: %s", exc)
+        _in_thread(self.begin)
+
+    def wait(self) -> None:
+        """Return when the worker has ended; raise if it gave up."""
+        in_main = threading.current_thread() is threading.main_thread()
+        with self._signals_handled() if in_main else nullcontext():
+            self._wait_until_done()
+        if self._failure is not None:
+            kinds = (PermissionError, RuntimeError)
+            kind = next((k for k in kinds if isinstance(self._failure, k)), ConnectionError)
+            raise kind(f"the worker gave up: {self._failure}") from None
+
+    def _leave(self, life: Life) -> None:
+        life.wake.set()
+        if self.hands is not None and self._failure is None:
+            self._finish_tasks(self.hands)
+        life.aborting.set()
+        self.claims.held.end_all()
+        registrations = self.claims.registrations
+        # the lock: a registration under way is to be over
+        with registrations.lock:
+            for part in (self.heartbeat, self.hands, self.readers):
+                if part is not None:
+                    part.close()
+            retries = 0 if self._failure else LAST_RETRIES
+            registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
+        deadline = time.monotonic() + LAST_THREAD_SECONDS
+        for thread in life.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self.own_api is not None:
+            registrations.socket.close()
+            self.own_api.close()
+
+    def _finish_tasks(self, hands: Hands) -> None:
+        """Take no more tasks, and let those at hand end."""
+        deadline = time.monotonic() + self.grace_seconds
+        try:
+            # a claim that waits at the host gets nothing after this
+            self.claims.transport.exchange(
+                "patch",
+                path("workers", self.claims.registrations.worker_id),
+                read=dict,
+                json={"state": WorkerState.DRAINING.value},
+                timeout=LAST_REQUEST_SECONDS,
+            )
+        except Exception as exc:
+            log.warning("could not announce the end: %s", exc)
+        if not hands.finish(deadline):
+            log.warning("tasks still run after %s s of grace", self.grace_seconds)
+
+    def _leave_at_once(self) -> None:
+        self.claims.life.aborting.set()
+        self.claims.held.end_all()
+        self.claims.registrations.delete_worker(retries=0, timeout=AT_ONCE_SECONDS)
+        self._done.set()
+
+    def _wait_until_done(self) -> None:
+        # in turns: on Windows Ctrl-C does not interrupt a wait
+        while not self._done.wait(1.0):
+            pass
+
+    @contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        earlier = {
+            signum: signal.signal(signum, self._on_signal)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for signum, handler in earlier.items():
+                signal.signal(signum, handler or signal.SIG_DFL)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self.claims.life.is_forked:
+            # a fork of this process, made by a task, has inherited the handler
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        # in a thread: the main one may hold the very lock that is needed
+        self._signals += 1
+        _in_thread(self.begin if self._signals == 1 else self._leave_at_once)
+
+
+def _in_thread(call: Callable[[], None]) -> None:
+    threading.Thread(target=call, name="zndraw-end", daemon=True).start()

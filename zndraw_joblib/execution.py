@@ -1,0 +1,125 @@
+"""How one task is executed, in a thread or in a child process, and what is reported of it.
+
+A child process loads this, what it stands on, and what its tasks need.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from zndraw_joblib.exceptions import describe, storable
+from zndraw_joblib.extension import ClaimedTask, TaskCancelled, as_json
+from zndraw_joblib.lifecycle import ErrorType, TaskStatus
+from zndraw_joblib.telemetry import SafeLogger, continuing
+
+log = SafeLogger(logging.getLogger(__name__))
+
+Report = dict[str, Any]
+Execute = Callable[[ClaimedTask[Any]], Any]
+
+
+class _Attempt(Protocol):
+    """A task as it was handed out, or as it is run."""
+
+    task_id: str
+    attempt: int | None
+
+
+def run_extension(task: ClaimedTask[Any]) -> Any:
+    """Run a task's extension, given ``task`` if it asks for it by this name."""
+    run = task.extension.run
+    asked = {"task": task} if "task" in inspect.signature(run).parameters else {}
+    return run(None, **asked, **task.run_kwargs)
+
+
+def perform(execute: Execute, task: ClaimedTask[Any]) -> Report | None:
+    """Execute a task, and return what is to be reported of its end."""
+    try:
+        with continuing({"traceparent": task.traceparent or ""}):
+            result = as_json(execute(task))
+    except TaskCancelled:
+        # the host knows what it has ended; a task that ends itself has to say so
+        return None if task.ended else report_of(task, TaskStatus.CANCELLED)
+    except BaseException as exc:
+        # SystemExit and the like end the task, not the thread
+        log.exception("task %s of %s failed", task.task_id, task.job_name)
+        return report_of(task, TaskStatus.FAILED, error=describe(exc))
+    return report_of(task, TaskStatus.COMPLETED, result=result)
+
+
+def report_of(
+    task: _Attempt,
+    status: TaskStatus,
+    *,
+    error: str | None = None,
+    retryable: bool = True,
+    error_type: ErrorType | None = None,
+    result: Any = None,
+) -> Report:
+    """Return what is to be reported of a task."""
+    report = {
+        "id": task.task_id,
+        "attempt": task.attempt,
+        "status": status.value,
+        "error": None if error is None else storable(error),
+        "error_type": error_type,
+        "retryable": None if retryable else False,
+        "result": result,
+    }
+    # what is not asked for is left out: an older host does not know it
+    return {word: value for word, value in report.items() if value is not None}
+
+
+class Hands(Protocol):
+    """What takes tasks to have them executed, ``concurrency`` of them side by side."""
+
+    concurrency: int
+
+    def open(self, number: int) -> None:
+        """Let so many hands more, or less, take tasks."""
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Have one of the threads make a call."""
+
+
+class Executor(Protocol):
+    """Where tasks are executed."""
+
+    #: whether parameters are read before, in a thread of the worker
+    reads_parameters: bool
+
+    def check(self, offered: Any) -> None:
+        """Raise ValueError when a job's tasks can't be executed."""
+
+    def start(self, hands: "Hands") -> None:
+        """Open hands as soon as tasks can be executed."""
+
+    def perform(self, task: ClaimedTask[Any]) -> Report | None:
+        """Execute a task, and return what is to be reported of its end; never raise."""
+
+    def close(self) -> None:
+        """Let what was started end."""
+
+
+@dataclass
+class Threads:
+    """Executes tasks in the threads of the hands."""
+
+    execute: Execute
+    reads_parameters: bool = True
+
+    def check(self, offered: Any) -> None:
+        """Take any job."""
+
+    def start(self, hands: "Hands") -> None:
+        """Open all hands."""
+        hands.open(hands.concurrency)
+
+    def perform(self, task: ClaimedTask[Any]) -> Report | None:
+        """Execute a task."""
+        return perform(self.execute, task)
+
+    def close(self) -> None:
+        """Do nothing: threads end with the process."""
