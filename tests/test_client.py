@@ -968,7 +968,7 @@ async def test_what_progress_is_drawn_on_decides_nothing(
     ended = await run_sync(lambda: manager.wait_all(ids, HANG, progress=True))
     assert [str(task.id) for task in ended] == ids
     if stream == "open":
-        assert drawn.getvalue().endswith("2 of 2 tasks\n")
+        assert "2/2" in drawn.getvalue()
 
 
 async def test_one_report_among_many_is_refused(

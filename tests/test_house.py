@@ -38,6 +38,7 @@ CLIENT = [
     "provider",
     "execution",
     "client_transport",
+    "client_handles",
     "client_user",
     "client_worker",
     "client_claims",

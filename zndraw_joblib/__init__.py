@@ -6,7 +6,7 @@ from typing import Any
 # Names are handed on when they are first asked for: a worker's process imports the
 # client and must load neither the web framework nor the database toolkit for it.
 _NAMES = {
-    "client": "JobManager TaskFailed",
+    "client": "JobManager TaskFailed TaskHandle as_completed gather",
     "dependencies": "get_joblib_settings get_result_backend get_room_access get_tsio request_hash"
     " validate_room_id verify_writable_room",
     "doctor": "check_host",

@@ -1,5 +1,8 @@
 from zndraw_joblib.client import JobManager as JobManager
 from zndraw_joblib.client import TaskFailed as TaskFailed
+from zndraw_joblib.client import TaskHandle as TaskHandle
+from zndraw_joblib.client import as_completed as as_completed
+from zndraw_joblib.client import gather as gather
 from zndraw_joblib.dependencies import get_joblib_settings as get_joblib_settings
 from zndraw_joblib.dependencies import get_result_backend as get_result_backend
 from zndraw_joblib.dependencies import get_room_access as get_room_access

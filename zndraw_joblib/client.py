@@ -4,26 +4,29 @@
 """
 
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 from uuid import UUID
 
 from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
+from zndraw_joblib.client_handles import Listing, TaskFailed, TaskHandle, View, as_completed, gather
 from zndraw_joblib.client_hands import Hands, Readers, executor_of
 from zndraw_joblib.client_shutdown import Shutdown
 from zndraw_joblib.client_transport import Api, Transport
-from zndraw_joblib.client_user import HostApi, Submissions, TaskFailed
+from zndraw_joblib.client_user import HostApi, Submissions, Submitting
 from zndraw_joblib.client_worker import Life, Offered, Registrations, Socket
 from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
 from zndraw_joblib.execution import Execute, Threads, run_extension
 from zndraw_joblib.extension import Category, ClaimedTask, Extension, TaskCancelled, category_of
 from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus
 from zndraw_joblib.provider import Provider
-from zndraw_joblib.schemas import JobPolicy, TaskResponse
+from zndraw_joblib.schemas import JobPolicy, JobSummary, TaskResponse, WorkerSummary
 
-__all__ = ["Category", "ClaimedTask", "Extension", "JobManager", "TaskCancelled", "TaskFailed"]
+__all__ = [
+    "Category", "ClaimedTask", "Extension", "JobManager", "TaskCancelled", "TaskFailed",
+    "TaskHandle", "as_completed", "gather",
+]  # fmt: skip
 
 E = TypeVar("E", bound=type[Extension])
 Kwargs = dict[str, Any] | None
@@ -96,7 +99,8 @@ class JobManager:
         self._life = life = Life(lambda exc: self._shutdown.give_up(exc))
         self._held = HeldTasks()
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
-        self._submissions = Submissions(self._transport, polling_interval)
+        self._view = View(self._transport, polling_interval)
+        self._submissions = Submissions(self._transport, self._view)
         self._registrations = Registrations(self._transport, life, self._held.end_all)
         self._claims = Claims(self._transport, self._registrations, life, self._held)
         self._heartbeat = Heartbeat(self._claims, heartbeat_interval)
@@ -268,15 +272,7 @@ class JobManager:
 
         ``stop_event`` ends it too; it is looked at every ``polling_interval`` seconds.
         """
-        stop = stop_event or threading.Event()
-        wait = min(int(polling_interval), self._transport.longest_wait)
-        while not stop.is_set() and not self._life.stopping.is_set():
-            self._life.wake.clear()
-            task, waited = self._claims.claim_one(wait)
-            if task is not None:
-                yield task
-            elif not waited:
-                self._life.wake.wait(polling_interval)
+        return self._claims.listen(polling_interval, stop_event or threading.Event())
 
     def start(self, task: ClaimedTask[Any]) -> None:
         """Report that a task runs; ValueError when it is not this worker's any more."""
@@ -319,87 +315,88 @@ class JobManager:
 
     def submit(
         self,
-        extension: Extension,
-        room: str,
-        *,
-        job_room: str = GLOBAL_ROOM,
-        priority: int = 0,
-        delay_seconds: float = 0,
-        idempotency_key: str | None = None,
-    ) -> str:
-        """Submit a task, and return its id.
+        extension: Extension | str,
+        parameters: dict[str, Any] | str | None = None,
+        room: str | None = None,
+        **how: Unpack[Submitting],
+    ) -> TaskHandle:
+        """Submit a task, and return its id, which is a handle of it as well.
+
+        ``submit(Rotate(angle=90), room)``, or by the full name of the job, without its class:
+        ``submit("lab:modifiers:Rotate", {"angle": 90}, room)``.
 
         Parameters
         ----------
-        extension : Extension
-            The job, with the parameters of this task.
-        room, job_room : str
-            The room to submit it in, and the one that the job is registered in.
+        job_room : str, optional
+            Where an extension's job is registered; by default it is looked for in the room,
+            and then among the jobs for all rooms.
         priority : int
             Tasks of a higher one are claimed first.
         delay_seconds : float
             How long no worker gets it.
         idempotency_key : str, optional
-            A second submission under the same key makes no second task. By default one
-            is drawn, so that a submission whose answer got lost can be repeated.
+            A second submission under the same key makes no second task.
 
         Raises
         ------
-        KeyError
-            When the room sees no such job.
-        ValueError
-            When the host refuses the parameters, or the worker would read others.
+        KeyError, ValueError, TypeError
+            When the room sees no such job; when the host refuses the parameters, or the
+            worker would read others; when there is no object, or no room.
         """
-        key = idempotency_key or uuid.uuid4().hex
-        options = {"priority": priority, "delay_seconds": delay_seconds}
-        return self._submissions.submit([extension], room, job_room, key, options)[0]
+        return self._submissions.submit(extension, parameters, room, how)
 
     def submit_many(
-        self,
-        extensions: Iterable[Extension],
-        room: str,
-        *,
-        job_room: str = GLOBAL_ROOM,
-        priority: int = 0,
-        delay_seconds: float = 0,
-        idempotency_key: str | None = None,
-    ) -> list[str]:
+        self, extensions: Iterable[Extension], room: str, **how: Unpack[Submitting]
+    ) -> Listing[TaskHandle]:
         """Submit any number of tasks, and return their ids in the order of the extensions.
 
-        Up to a thousand go into one request, best of one class after another. Arguments
-        and errors are those of `submit`, for all of them: those in one request are all
-        refused, and earlier requests stand.
+        Up to a thousand of one class go into one request. Arguments and errors are those of
+        `submit`: those in one request are all refused, and earlier requests stand.
         """
-        key = idempotency_key or uuid.uuid4().hex
-        options = {"priority": priority, "delay_seconds": delay_seconds}
-        return self._submissions.submit(extensions, room, job_room, key, options)
+        return self._submissions.submit_many(extensions, room, how)
 
     def wait_for(self, task_id: str, timeout: float | None = None) -> TaskResponse:
         """Wait until a task is completed, and return it: its ``result`` among the rest.
 
-        ``timeout`` is in seconds; by default there is no limit.
-
-        Raises
-        ------
-        TaskFailed, TimeoutError, KeyError
-            When it ended as failed or cancelled, or not in time; when there is none.
+        Timeout and errors are those of `TaskHandle.result`.
         """
-        return self._submissions.wait_for(task_id, timeout)
+        return self._view.wait_for(task_id, timeout)
 
     def wait_all(
         self, task_ids: Iterable[str], timeout: float | None = None, *, progress: bool = False
     ) -> list[TaskResponse]:
         """Wait until all of these tasks have ended, well or not; return them in this order.
 
-        ``timeout`` is in seconds, for all of them together; by default there is no limit.
-        With ``progress``, the standard error stream shows how many have ended.
-
-        Raises
-        ------
-        TimeoutError, KeyError
-            As for `wait_for`.
+        ``timeout`` is in seconds, for all of them together. With ``progress``, a bar shows
+        how far they are. A TimeoutError or KeyError as for `wait_for`.
         """
-        return self._submissions.wait_all(list(task_ids), timeout, progress)
+        return self._view.wait_all(task_ids, timeout, progress)
+
+    def task(self, task_id: str | UUID) -> TaskHandle:
+        """Return a handle of a task by its id; the host is not asked for it."""
+        return self._view.task(task_id)
+
+    def tasks(
+        self, room: str, *, status: str | None = None, job: str | None = None, limit: int = 50
+    ) -> Listing[TaskResponse]:
+        """Return the latest tasks of a room, of one ``status`` or job, by its full name."""
+        return self._view.tasks(room, status, job, limit)
+
+    def jobs(self, room: str) -> Listing[JobSummary]:
+        """Return the jobs that a room sees."""
+        return self._view.jobs(room)
+
+    def workers(self, room: str) -> Listing[WorkerSummary]:
+        """Return the workers of the jobs that a room sees."""
+        return self._view.workers(room)
+
+    def read(self, provider: str, /, **params: Any) -> Any:
+        """Return the data of a provider, by its full name: JSON unpacked, all else as bytes.
+
+        A KeyError when there is no such provider, a ValueError when it fails, and a
+        ProviderTimeoutError when it does not answer.
+        """
+        return self._view.read(provider, params)
 
     # --- threads, Socket.IO, and the end ---
 
@@ -413,7 +410,7 @@ class JobManager:
             self._shutdown.hands = Hands(self._claims, self._heartbeat, self._executor, *options)
 
     def _listen_to(self, socket: Socket) -> None:
-        self._socket = self._own_socket = socket
+        self._socket = socket
         self._registrations.listen_to(socket)
         socket.on(TaskStatusEvent.event_name, self._held.on_status)
         socket.on(ProviderRequest.event_name, self._readers.request)
@@ -427,9 +424,11 @@ class JobManager:
         Raises
         ------
         ConnectionError, PermissionError, RuntimeError
-            When the host was away for ``max_unreachable_seconds``; when it refuses who asks;
-            when a child process for tasks could not begin.
+            When the host was away for ``max_unreachable_seconds``, when it refuses who asks;
+            when a child process for tasks could not begin, or nothing was registered.
         """
+        if self.worker_id is None and not self._life.stopping.is_set():
+            raise RuntimeError("nothing is offered: register a job or a provider before wait()")
         if len(self):
             self._executor = self._executor or Threads(run_extension)
             self._serve()

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -166,6 +167,17 @@ class Claims:
             task = self.accept(offers[0]) if offers else None
             if task is not None or not offers:
                 return task, waited
+
+    def listen(self, polling_interval: float, stop: threading.Event) -> Iterator[ClaimedTask[Any]]:
+        """Yield tasks to run, until the worker ends or ``stop`` is set."""
+        wait = min(int(polling_interval), self.transport.longest_wait)
+        while not stop.is_set() and not self.life.stopping.is_set():
+            self.life.wake.clear()
+            task, waited = self.claim_one(wait)
+            if task is not None:
+                yield task
+            elif not waited:
+                self.life.wake.wait(polling_interval)
 
     def accept(self, offer: TaskOffer, *, read: bool = True) -> ClaimedTask[Any] | None:
         """Hold a task, or fail it when it is nothing that this worker runs.

@@ -22,11 +22,19 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, Field
 
-from zndraw_joblib.exceptions import PROBLEM_JSON, InternalJobNotConfigured, InvalidRequest, Problem
+from zndraw_joblib import exceptions
+from zndraw_joblib.exceptions import PROBLEM_JSON, InvalidRequest, Problem
 from zndraw_joblib.telemetry import SafeLogger
 
 PREFIX = "/v1/joblib"
 PROBLEMS = "/v1/problems/"
+#: What a host says of its own jobs and of providers, with whatever status: it will not pass.
+OF_OTHERS = (
+    exceptions.InternalJobNotConfigured,
+    exceptions.InternalProviderNotConfigured,
+    exceptions.ProviderExecutionFailed,
+    exceptions.ProviderTimeout,
+)
 #: What FastAPI answers where there is no such route.
 NO_ROUTE = {"detail": "Not Found"}
 FIRST_DELAY_SECONDS = 0.25
@@ -60,13 +68,7 @@ log = SafeLogger(logging.getLogger(__name__))
 
 
 class Unreachable(ConnectionError):
-    """No answer came that is recognizably the host's.
-
-    Attributes
-    ----------
-    retry_after : float
-        Seconds after which to ask again, at the earliest.
-    """
+    """No answer came that is recognizably the host's; ask again after so many seconds."""
 
     def __init__(self, message: str, retry_after: float = 0) -> None:
         super().__init__(message)
@@ -285,7 +287,11 @@ class Transport:
         since = 0.0
         for attempt in itertools.count():
             try:
-                return self.exchange(method, path, **options)
+                answer = self.exchange(method, path, **options)
+                if self._warned_at > since > 0:
+                    log.warning("host back after %.0f s", time.monotonic() - since)
+                    self._warned_at = -math.inf
+                return answer
             except (Unreachable, LoginRefused) as exc:
                 if isinstance(exc, LoginRefused) and not self.reached:
                     # never taken yet: a typing error is likelier than a restart
@@ -368,7 +374,10 @@ def judge(response: Any, read: Callable[[Any], Any] | None, url: str) -> Answer:
                 f"{url}: what came can't be read as the host's answer ({why})"
             ) from None
     if status == 401 and isinstance(body, dict):
-        raise LoginRefused(f"{url}: the host refuses this login (401)")
+        raise LoginRefused(
+            f"{url}: the host refuses this login (401): the token may have expired; connect"
+            " with another one, or with user and password, by which it is renewed"
+        )
     if status == 429:
         raise SlowDown(f"{url}: asks for fewer requests (429)", _retry_after(response))
     if isinstance(body, dict):
@@ -394,7 +403,7 @@ def _is_verdict(response: Any, body: dict[str, Any]) -> bool:
         response.headers.get("content-type", "").startswith(PROBLEM_JSON)
         and kind.startswith(PROBLEMS)
         and body.get("status") == response.status_code
-        and (response.status_code < 500 or kind == InternalJobNotConfigured.type_uri())
+        and (response.status_code < 500 or any(kind == p.type_uri() for p in OF_OTHERS))
     )
 
 

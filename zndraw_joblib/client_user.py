@@ -1,39 +1,34 @@
-"""A user of a host: who asks, and what they submit and wait for. It needs no worker."""
+"""A user of a host: who asks, and what they submit. It needs no worker."""
 
 import json
-import math
 import os
 import ssl
-import sys
 import threading
-import time
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from importlib import import_module
 from ipaddress import ip_address, ip_network
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypedDict
 from urllib.request import getproxies, proxy_bypass
-from uuid import UUID
 
 import httpx
+from pydantic import BaseModel
 
 from zndraw_joblib import telemetry
+from zndraw_joblib.client_handles import Listing, TaskHandle, View
 from zndraw_joblib.client_transport import (
     CONNECT_SECONDS,
-    Answer,
     LoginRefused,
     Transport,
-    Unreachable,
     json_of,
     judge,
     path,
-    prefer,
 )
-from zndraw_joblib.extension import Extension, category_of, parameters_of
-from zndraw_joblib.lifecycle import TERMINAL, FullName, TaskStatus, check_room
-from zndraw_joblib.schemas import TaskQueryResponse, TaskResponse
+from zndraw_joblib.exceptions import JobNotFound
+from zndraw_joblib.extension import Extension, as_json, category_of, check_parameters, parameters_of
+from zndraw_joblib.lifecycle import FullName, check_room, split_full_name, visible_rooms
 
 #: Where programs say whom to trust; the first that is set counts.
 TRUST_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
@@ -41,21 +36,6 @@ TRUST_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL
 BATCH_BYTES = 512 * 1024
 # of the question how much the host takes at once
 LIMITS_RETRIES = 5
-BAR_WIDTH = 40
-
-
-class TaskFailed(Exception):
-    """A task that was waited for ended as failed or cancelled.
-
-    Attributes
-    ----------
-    task : TaskResponse
-        The task, ``task.error`` and ``task.errors`` among the rest.
-    """
-
-    def __init__(self, task: TaskResponse) -> None:
-        super().__init__(f"task {task.id} {task.status.value}: {task.error}")
-        self.task = task
 
 
 class HostApi:
@@ -194,7 +174,10 @@ class HostApi:
         url = f"{self.base_url}/auth/jwt/login"
         response = http.post(url, data=self._credentials)
         if response.status_code in (400, 401, 403, 422) and json_of(response):
-            raise LoginRefused(f"{self.base_url} refuses this user and password")
+            raise LoginRefused(
+                f"{self.base_url} refuses this user and password: the user is to be the"
+                " address that was registered there"
+            )
         return str(judge(response, lambda body: body["access_token"], url).value)
 
     def _forget_refused_token(self, response: httpx.Response) -> None:
@@ -215,7 +198,8 @@ def _check_url(given: str) -> str:
         raise ValueError("credentials don't belong into the address: give user and password")
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(
-            f"{given!r} is not the address of a host: it has to begin with http:// or https://"
+            f"{given!r} is not the address of a host: it has to begin with http:// or"
+            " https://, as http://127.0.0.1:8000 does"
         )
     return str(url.copy_with(query=None, fragment=None)).rstrip("/")
 
@@ -236,32 +220,72 @@ def proxy_for(url: httpx.URL) -> str | None:
     return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
-class Submissions:
-    """Tasks that are submitted and waited for."""
+class Submitting(TypedDict, total=False):
+    """What may be said of a submission beside the room."""
 
-    def __init__(self, transport: Transport, polling_interval: float) -> None:
+    job_room: str | None
+    priority: int
+    delay_seconds: float
+    idempotency_key: str | None
+
+
+class Submissions:
+    """How tasks get to a host."""
+
+    def __init__(self, transport: Transport, view: View) -> None:
         self._transport = transport
-        self._polling_interval = polling_interval
+        self._view = view
 
     def submit(
-        self,
-        extensions: Iterable[Extension],
-        room: str,
-        job_room: str,
-        key: str,
-        options: dict[str, Any],
-    ) -> list[str]:
+        self, job: Any, parameters: dict[str, Any] | str | None, room: str | None, how: Submitting
+    ) -> TaskHandle:
+        """Submit one task, of an extension or of a job by its name."""
+        if room is None and isinstance(parameters, str):
+            # the second of two arguments
+            parameters, room = None, parameters
+        if room is None:
+            raise TypeError("the room is missing: submit(Rotate(angle=90), 'lab') has one")
+        if not isinstance(job, str):
+            if parameters is not None:
+                raise TypeError("the parameters are those of the object: give the room alone")
+            return self.submit_many([job], room, how)[0]
+        if not isinstance(parameters, dict | None):
+            raise TypeError(f"the parameters of {job!r} are to be a dict")
+        return self._submit_named(job, parameters or {}, room, how)
+
+    def submit_many(
+        self, extensions: Iterable[Extension], room: str, how: Submitting
+    ) -> Listing[TaskHandle]:
         """Submit tasks, as many of one job as the host takes in one request."""
+        job_room = how.get("job_room")
+        rooms = (job_room,) if job_room else visible_rooms(room)
+        return self._send(((_jobs(e, rooms), parameters_of(e)) for e in extensions), room, how)
+
+    def _submit_named(
+        self, name: str, parameters: dict[str, Any], room: str, how: Submitting
+    ) -> TaskHandle:
+        job = self._view.job(room, name)
+        schema = job.schema_
+        if "properties" in schema and "additionalProperties" not in schema:
+            check_parameters(name, parameters, schema["properties"])
+        task = (split_full_name(job.full_name),), as_json(parameters, "payload")
+        return self._send([task], room, how)[0]
+
+    def _send(
+        self, tasks: Iterable[tuple[tuple[FullName, ...], Any]], room: str, how: Submitting
+    ) -> Listing[TaskHandle]:
+        """Submit payloads, each to the first of some jobs that is there."""
+        key = how.get("idempotency_key") or uuid.uuid4().hex
         # what is not asked for is left out: an older host does not know it
-        options = {word: value for word, value in options.items() if value}
-        bodies = ((_job(e, job_room), _body(e, options)) for e in extensions)
-        ids: list[str] = []
+        options = {word: how[word] for word in ("priority", "delay_seconds") if how.get(word)}
+        bodies = ((jobs, _encoded({"payload": payload, **options})) for jobs, payload in tasks)
+        handles: Listing[TaskHandle] = Listing()
         number = 0
-        for job, alike in groupby(bodies, key=itemgetter(0)):
+        for jobs, alike in groupby(bodies, key=itemgetter(0)):
             for batch in self._batches(body for _, body in alike):
-                ids += self._submit(room, job, batch, f"{key}-{number}" if number else key)
+                handles += self._submit(room, jobs, batch, f"{key}-{number}" if number else key)
                 number += 1
-        return ids
+        return handles
 
     def _batches(self, bodies: Iterable[bytes]) -> Iterator[list[bytes]]:
         batch: list[bytes] = []
@@ -279,136 +303,47 @@ class Submissions:
             size += len(body) + 1
         yield batch
 
-    def _submit(self, room: str, job: FullName, bodies: list[bytes], key: str) -> list[str]:
-        def read(answer: dict[str, Any]) -> list[str]:
-            ids = [answer["id"]] if len(bodies) == 1 else answer["ids"]
+    def _submit(
+        self, room: str, jobs: tuple[FullName, ...], bodies: list[bytes], key: str
+    ) -> list[TaskHandle]:
+        def read(answer: dict[str, Any]) -> list[TaskHandle]:
+            ids = [answer["id"]] if alone else answer["ids"]
             if len(ids) != len(bodies):
                 raise ValueError("it is about other tasks")
-            return [str(task_id) for task_id in ids]
+            return [self._view.task(task_id) for task_id in ids]
 
         headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
         if trace := telemetry.carried():
             headers["traceparent"] = trace
         alone = len(bodies) == 1
-        answer = self._transport.send(
-            "post",
-            path("rooms", check_room(room), "tasks" if alone else "batches", job),
-            read=read,
-            content=bodies[0] if alone else b'{"tasks":[%s]}' % b",".join(bodies),
-            headers=headers,
+        for job in jobs:
+            answer = self._transport.send(
+                "post",
+                path("rooms", check_room(room), "tasks" if alone else "batches", job),
+                read=read,
+                content=bodies[0] if alone else b'{"tasks":[%s]}' % b",".join(bodies),
+                headers=headers,
+            )
+            if not answer.is_problem(JobNotFound):
+                handles: list[TaskHandle] = self._transport.value(answer)
+                return handles
+        sought = job if len(jobs) == 1 else f"{job.category}:{job.name}"
+        raise self._view.not_found("jobs", room, str(sought))
+
+
+def _jobs(extension: Any, rooms: Iterable[str]) -> tuple[FullName, ...]:
+    """Return what an extension's job may be called."""
+    cls = type(extension)
+    if isinstance(extension, type):
+        name = extension.__name__
+        raise TypeError(f"{name} is a class: submit an object of it, {name}(...)")
+    if not isinstance(extension, BaseModel):
+        raise TypeError(
+            f"a {cls.__name__} doesn't say of which job: submit an extension,"
+            " or submit('room:category:name', {...}, room)"
         )
-        ids: list[str] = self._transport.value(answer)
-        return ids
-
-    def wait_for(self, task_id: str, timeout: float | None) -> TaskResponse:
-        """Wait until a task is completed; raise TaskFailed if it is not."""
-        with _until(timeout) as deadline:
-            task = self._wait_for(task_id, deadline)
-        if task.status != TaskStatus.COMPLETED:
-            raise TaskFailed(task)
-        return task
-
-    def wait_all(self, ids: list[str], timeout: float | None, progress: bool) -> list[TaskResponse]:
-        """Wait until all of these tasks have ended."""
-        # as the host writes them
-        ids = [str(UUID(task_id)) for task_id in ids]
-        # duplicates apart, in their order
-        left = list(dict.fromkeys(ids))
-        total = len(left)
-        ended: dict[str, TaskResponse] = {}
-        with _until(timeout) as deadline:
-            while left:
-                ended |= self._ended_of(left, deadline)
-                left = [task_id for task_id in left if task_id not in ended]
-                if progress:
-                    _show(len(ended), total)
-        return [ended[task_id] for task_id in ids]
-
-    def _ended_of(self, ids: list[str], deadline: float) -> dict[str, TaskResponse]:
-        """Return those of the first tasks that have ended, after a wait for all of these."""
-        page = 1
-        if len(ids) > 1:
-            page = self._transport.limits().max_page
-        if page == 1:
-            return {ids[0]: self._wait_for(ids[0], deadline)}
-        read, asked = TaskQueryResponse.model_validate, {"ids": ids[:page]}
-        answer = self._ask("post", path("tasks", "query"), deadline, read=read, json=asked)
-        found: TaskQueryResponse = answer.value
-        if found.missing:
-            raise KeyError(f"there is no task {found.missing[0]}")
-        ended = {
-            # what is too large for one answer to many has to be asked for by itself
-            str(task.id): self._wait_for(str(task.id), deadline) if task.abridged else task
-            for task in found.tasks
-            if task.status in TERMINAL
-        }
-        for task in found.tasks:
-            if task.status not in TERMINAL:
-                self._pause(task, answer, deadline)
-                break
-        return ended
-
-    def _wait_for(self, task_id: str, deadline: float) -> TaskResponse:
-        read = TaskResponse.model_validate
-        while True:
-            answer = self._ask("get", path("tasks", task_id), deadline, read=read)
-            task: TaskResponse = answer.value
-            if task.status in TERMINAL:
-                return task
-            self._pause(task, answer, deadline)
-
-    def _ask(self, method: str, path: str, deadline: float, **content: Any) -> Answer:
-        """Ask for what is to be waited for, and let the host wait."""
-        wait = int(min(max(0.0, deadline - time.monotonic()), self._transport.longest_wait))
-        answer = self._transport.send(
-            method,
-            path,
-            headers=prefer(wait),
-            timeout=wait + CONNECT_SECONDS,
-            patience=self._patience(deadline),
-            **content,
-        )
-        self._transport.value(answer)
-        return answer
-
-    def _patience(self, deadline: float) -> float:
-        return min(max(0.0, deadline - time.monotonic()), self._transport.patience)
-
-    def _pause(self, task: TaskResponse, answer: Answer, deadline: float) -> None:
-        """Wait until it is worth to ask again for a task that goes on."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"task {task.id} is still {task.status.value}")
-        if not answer.waited:
-            # less than a second is left, or the host does not wait
-            time.sleep(min(left, self._polling_interval))
+    return tuple(FullName.of(room, category_of(extension), cls.__name__) for room in rooms)
 
 
-def _show(ended: int, total: int) -> None:
-    bar = "#" * (BAR_WIDTH * ended // total)
-    # a service's process may have no stream to draw on
-    with suppress(Exception):
-        end = "\n" if ended == total else ""
-        sys.stderr.write(f"\r[{bar:<{BAR_WIDTH}}] {ended} of {total} tasks{end}")
-        sys.stderr.flush()
-
-
-def _job(extension: Extension, job_room: str) -> FullName:
-    return FullName.of(job_room, category_of(extension), type(extension).__name__)
-
-
-def _body(extension: Extension, options: dict[str, Any]) -> bytes:
-    body = {"payload": parameters_of(extension), **options}
+def _encoded(body: dict[str, Any]) -> bytes:
     return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
-
-
-@contextmanager
-def _until(timeout: float | None) -> Iterator[float]:
-    """Yield when to give up, by `time.monotonic`; a host away by then is a TimeoutError."""
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    try:
-        yield deadline
-    except Unreachable as exc:
-        if time.monotonic() < deadline:
-            raise
-        raise TimeoutError(str(exc)) from None

@@ -6,12 +6,13 @@ import numbers
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pydantic_core
-from pydantic import AliasChoices, BaseModel
+from pydantic import AliasChoices, AliasPath, BaseModel
 from pydantic.fields import FieldInfo
 
 from zndraw_joblib.lifecycle import UNPRINTABLE
@@ -36,6 +37,9 @@ class Category(StrEnum):
 class Extension(BaseModel, ABC):
     """A job: its fields are the parameters, its JSON schema is the job's schema.
 
+    A parameter that it doesn't have is refused, unless its ``model_config`` says what becomes
+    of ``extra`` ones; in what comes over the wire it is left out.
+
     Attributes
     ----------
     category : Category
@@ -56,6 +60,16 @@ class Extension(BaseModel, ABC):
     @abstractmethod
     def run(self, vis: Any, **kwargs: Any) -> Any:
         """Do the work on ``vis``; ``kwargs`` are those given at registration."""
+
+    def __init__(self, **parameters: Any) -> None:
+        cls = type(self)
+        if "extra" not in cls.model_config:
+            fields = cls.model_fields.items()
+            check_parameters(cls.__name__, parameters, {n for f in fields for n in _names(*f)})
+        super().__init__(**parameters)
+
+    # what is validated doesn't come this way: another release of the class may have sent it
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class TaskCancelled(Exception):
@@ -203,6 +217,39 @@ def schema_of(cls: type[BaseModel]) -> dict[str, Any]:
 
 
 # --- parameters ---
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return which of the names may be meant, as the end of a message, or what there is."""
+    known = sorted(names)
+    close = [one for one in known if name.lower() in one.lower()]
+    if close := close or get_close_matches(name, known, cutoff=0.5):
+        return f"did you mean {' or '.join(map(repr, close[:3]))}?"
+    return f"there is {', '.join(map(repr, known[:10]))}" if known else "there is none"
+
+
+def check_parameters(job: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a parameter that a job doesn't have.
+
+    Raises
+    ------
+    ValueError
+        When there is one; the message names the one that may be meant.
+    """
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{job} has no parameter {name!r}; {nearest(name, known)}")
+
+
+def _names(name: str, field: FieldInfo) -> Iterator[str]:
+    """Yield the names under which a class takes a field's value."""
+    yield name
+    alias = field.validation_alias
+    for one in alias.choices if isinstance(alias, AliasChoices) else [alias]:
+        # of a path into the values, the first part
+        first = one.path[0] if isinstance(one, AliasPath) else one
+        if isinstance(first, str):
+            yield first
 
 
 def parameters_of(extension: BaseModel) -> dict[str, Any]:

@@ -1,0 +1,449 @@
+"""What a user sees of a host: tasks, to wait for and to steer, jobs, workers and data."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from html import escape
+from importlib import import_module
+from typing import Any, Self, TypeVar
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from zndraw_joblib.client_transport import (
+    CONNECT_SECONDS,
+    Answer,
+    Transport,
+    Unreachable,
+    path,
+    prefer,
+)
+from zndraw_joblib.exceptions import (
+    InvalidTaskTransition,
+    JobNotFound,
+    ProviderNotFound,
+    ProviderTimeout,
+    ProviderTimeoutError,
+    shortened,
+)
+from zndraw_joblib.extension import nearest
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, check_room, split_full_name
+from zndraw_joblib.schemas import JobResponse, JobSummary, TaskResponse, WorkerSummary
+
+#: Entries of a page, which every host allows.
+PAGE = 500
+# how often running tasks are asked how far they are
+LIVE_SECONDS = 1
+BAR_WIDTH = 40
+# what a notebook shows of a list
+SHOWN_ROWS = 50
+TASK_COLUMNS = "id job_name status progress progress_message queue_position created_at error"
+
+T = TypeVar("T")
+
+
+class TaskFailed(Exception):
+    """A task that was waited for ended as failed or cancelled.
+
+    Attributes
+    ----------
+    task : TaskResponse
+        The task, ``task.error`` and ``task.errors`` among the rest.
+    """
+
+    def __init__(self, task: TaskResponse) -> None:
+        super().__init__(f"task {task.id} {task.status.value}: {task.error}")
+        self.task = task
+
+
+class ShownTask(TaskResponse):
+    """A task as the host had it when it was asked, to be shown by a notebook."""
+
+    def _repr_html_(self) -> str:
+        return _table([name, value] for name, value in self if value not in (None, [], {}))
+
+
+class Listing(list[T]):
+    """A list that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        rows: list[Any] = self[:SHOWN_ROWS]
+        if rows and isinstance(rows[0], TaskHandle):
+            try:
+                rows = rows[0].view.look(rows)
+            except (OSError, LookupError, ValueError) as exc:
+                return _table([["id"], *([handle] for handle in rows), [exc]])
+        if not rows:
+            return "<p>nothing</p>"
+        columns = TASK_COLUMNS.split()
+        if not isinstance(rows[0], TaskResponse):
+            columns = list(type(rows[0]).model_fields)
+        table = _table([columns, *([getattr(row, name) for name in columns] for row in rows)])
+        more = len(self) - len(rows)
+        return f"{table}<p>and {more} more</p>" if more else table
+
+
+class TaskHandle(str):
+    """The id of a task, by which it is watched, waited for, cancelled and tried again.
+
+    What it tells it asks the host for, until the task has ended. A pickled one is the id
+    alone.
+    """
+
+    view: "View"
+    _ended: TaskResponse | None
+
+    def __new__(cls, task_id: str, view: "View") -> Self:
+        handle = super().__new__(cls, task_id)
+        handle.view, handle._ended = view, None
+        return handle
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+    @property
+    def status(self) -> TaskStatus:
+        """What state the task is in."""
+        return (self._ended or self.refresh()).status
+
+    @property
+    def progress(self) -> float | None:
+        """How far it is, from 0 to 1, if its worker tells."""
+        return (self._ended or self.refresh()).progress
+
+    def refresh(self) -> TaskResponse:
+        """Ask the host, and return all that it tells of the task."""
+        return self.keep(self.view.read_task(self))
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait until the task is completed, and return its result.
+
+        ``timeout`` is in seconds; by default there is no limit.
+
+        Raises
+        ------
+        TaskFailed, TimeoutError, KeyError
+            When it ended as failed or cancelled, or not in time; when there is none.
+        """
+        if self._ended is None:
+            for task in self.view.ends([self], timeout):
+                self.keep(task)
+        return completed(self._ended or self.refresh()).result
+
+    def cancel(self) -> bool:
+        """Cancel the task, and return whether it is: not if it had ended before.
+
+        A PermissionError when it is another user's.
+        """
+        return self.keep(self.view.cancel(self)).status == TaskStatus.CANCELLED
+
+    def retry(self) -> Self:
+        """Set the task going again, which has ended; its result is gone then.
+
+        A ValueError when it has not ended, a PermissionError when it is another user's.
+        """
+        self.keep(self.view.retry(self))
+        return self
+
+    def keep(self, task: TaskResponse) -> TaskResponse:
+        """Remember how the task has ended, if it has."""
+        self._ended = task if task.status in TERMINAL else None
+        return task
+
+    def _repr_html_(self) -> str:
+        return Listing([self])._repr_html_()
+
+
+def completed(task: TaskResponse) -> TaskResponse:
+    """Return a task that has ended; raise TaskFailed unless it is completed."""
+    if task.status != TaskStatus.COMPLETED:
+        raise TaskFailed(task)
+    return task
+
+
+def as_completed(
+    handles: Iterable[TaskHandle], timeout: float | None = None, *, progress: bool = False
+) -> Iterator[TaskHandle]:
+    """Yield handles of one manager as their tasks end, well or not.
+
+    Parameters
+    ----------
+    handles : iterable of TaskHandle
+        What `JobManager.submit` and `JobManager.submit_many` returned.
+    timeout : float, optional
+        Seconds, for all of them together; by default there is no limit.
+    progress : bool
+        Whether a bar shows how far they are.
+
+    Raises
+    ------
+    TimeoutError, KeyError
+        When not all have ended in time; when there is no such task.
+    """
+    by_id = {str(handle): handle for handle in handles}
+    for handle in list(by_id.values())[:1]:
+        for task in handle.view.ends(list(by_id), timeout, live=True, bar=progress):
+            by_id[str(task.id)].keep(task)
+            yield by_id[str(task.id)]
+
+
+def gather(
+    handles: Iterable[TaskHandle], timeout: float | None = None, *, progress: bool = False
+) -> list[Any]:
+    """Return the results of tasks of one manager, in the order of their handles.
+
+    Parameters are those of `as_completed`.
+
+    Raises
+    ------
+    TaskFailed
+        When all have ended, and one of them as failed or cancelled.
+    TimeoutError, KeyError
+        As for `as_completed`.
+    """
+    handles = list(handles)
+    if not handles:
+        return []
+    ended = handles[0].view.wait_all(handles, timeout, progress)
+    return [completed(task).result for task in ended]
+
+
+class View:
+    """What a host tells a user, and does with their tasks."""
+
+    def __init__(self, transport: Transport, polling_interval: float) -> None:
+        self._transport = transport
+        self._polling_interval = polling_interval
+
+    # --- one task ---
+
+    def task(self, task_id: str | UUID) -> TaskHandle:
+        """Return a handle of a task; the host is not asked for it."""
+        try:
+            return TaskHandle(str(UUID(str(task_id))), self)
+        except ValueError:
+            raise ValueError(f"{task_id!r} is not the id of a task") from None
+
+    def read_task(self, task_id: str) -> TaskResponse:
+        """Return a task as it is now."""
+        return self._value("get", path("tasks", task_id), _read_task)
+
+    def cancel(self, task_id: str) -> TaskResponse:
+        """Cancel a task, if it has not ended, and return it."""
+        body = {"status": TaskStatus.CANCELLED.value}
+        answer = self._transport.send("patch", path("tasks", task_id), read=_read_task, json=body)
+        if answer.is_problem(InvalidTaskTransition):
+            return self.read_task(task_id)
+        task: TaskResponse = self._transport.value(answer)
+        return task
+
+    def retry(self, task_id: str) -> TaskResponse:
+        """Set a task that has ended going again, and return it."""
+        return self._value("post", path("tasks", task_id, "retry"), _read_task)
+
+    # --- lists ---
+
+    def look(self, ids: list[TaskHandle]) -> list[TaskResponse]:
+        """Return some tasks as they are now; a host that is away is not waited for."""
+        asked = {"ids": ids}
+        return self._value("post", path("tasks", "query"), _read_tasks, json=asked, retries=0)
+
+    def tasks(
+        self, room: str, status: str | None, job: str | None, limit: int
+    ) -> Listing[TaskResponse]:
+        """Return the latest tasks of a room."""
+        of_job = ["jobs", job] if job else []
+        where = path("rooms", check_room(room), *of_job, "tasks")
+        asked = {"status": status} if status else {}
+        return self._list(ShownTask, where, limit, **asked)
+
+    def jobs(self, room: str) -> Listing[JobSummary]:
+        """Return the jobs that a room sees."""
+        return self._list(JobSummary, path("rooms", check_room(room), "jobs"))
+
+    def job(self, room: str, name: str) -> JobResponse:
+        """Return a job that a room sees; raise a KeyError that says what it sees."""
+        where = path("rooms", check_room(room), "jobs", name or "-")
+        answer = self._transport.send("get", where, read=JobResponse.model_validate)
+        if answer.is_problem(JobNotFound):
+            raise self.not_found("jobs", room, name)
+        job: JobResponse = self._transport.value(answer)
+        return job
+
+    def workers(self, room: str) -> Listing[WorkerSummary]:
+        """Return the workers of the jobs that a room sees."""
+        return self._list(WorkerSummary, path("rooms", check_room(room), "workers"))
+
+    def _list(
+        self, kind: type[BaseModel], where: str, most: float = math.inf, **asked: Any
+    ) -> Listing[Any]:
+        found: Listing[Any] = Listing()
+        while len(found) < most:
+            limit = int(min(PAGE, most - len(found)))
+            params = {**asked, "limit": limit, "offset": len(found)}
+            page = self._value("get", where, lambda body: body["items"], params=params)
+            found += map(kind.model_validate, page)
+            if len(page) < limit:
+                break
+        return found
+
+    def not_found(self, kind: str, room: str, name: str) -> KeyError:
+        """Return the error for a job or provider that is not there: it says what is."""
+        where, what = path("rooms", room, kind), kind.removesuffix("s")
+        names: list[str] = []
+        with suppress(OSError, LookupError, ValueError):
+            names = self._value("get", where, _full_names, params={"limit": PAGE}, retries=0)
+        return KeyError(
+            f"{what} not found: room {room!r} sees no {what} {name!r}; {nearest(name, names)}"
+        )
+
+    def read(self, provider: str, params: dict[str, Any]) -> Any:
+        """Return what a provider has for these parameters: JSON unpacked, else bytes."""
+        room = split_full_name(provider).room
+        wait = self._transport.longest_wait
+        answer = self._transport.send(
+            "get",
+            path("rooms", room, "providers", provider),
+            read=lambda body: body,
+            params=params,
+            headers=prefer(wait),
+            timeout=wait + CONNECT_SECONDS,
+        )
+        if answer.is_problem(ProviderNotFound):
+            raise self.not_found("providers", room, provider)
+        if answer.is_problem(ProviderTimeout):
+            raise ProviderTimeoutError(answer.reason)
+        self._transport.value(answer)
+        is_json = "json" in answer.response.headers.get("content-type", "")
+        return answer.value if is_json else answer.response.content
+
+    def _value(self, method: str, where: str, read: Callable[[Any], T], **content: Any) -> T:
+        answer = self._transport.send(method, where, read=read, **content)
+        value: T = self._transport.value(answer)
+        return value
+
+    # --- waiting ---
+
+    def wait_for(self, task_id: str, timeout: float | None) -> TaskResponse:
+        """Wait until a task is completed; raise TaskFailed if it ends otherwise."""
+        (task,) = self.ends([task_id], timeout)
+        return completed(task)
+
+    def wait_all(
+        self, ids: Iterable[str], timeout: float | None, progress: bool
+    ) -> list[TaskResponse]:
+        """Wait until all of these tasks have ended."""
+        tasks = [self.task(task_id) for task_id in ids]
+        ended = {str(t.id): t for t in self.ends(tasks, timeout, live=progress, bar=progress)}
+        return [ended[task] for task in tasks]
+
+    def ends(
+        self, ids: Iterable[str], timeout: float | None, *, live: bool = False, bar: bool = False
+    ) -> Iterator[TaskResponse]:
+        """Yield tasks as they end.
+
+        The host answers when all that it is asked for have ended; with ``live``, it is
+        asked every second.
+        """
+        # duplicates apart, in their order
+        left = list(dict.fromkeys(str(self.task(task_id)) for task_id in ids))
+        total = len(left)
+        most = LIVE_SECONDS if live else self._transport.longest_wait
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        with _progress_bar(total if bar else 0) as show:
+            while left:
+                try:
+                    tasks, answer = self._ask_for(left, deadline, most)
+                except Unreachable as exc:
+                    if time.monotonic() < deadline:
+                        raise
+                    raise TimeoutError(str(exc)) from None
+                ended = {str(task.id): task for task in tasks if task.status in TERMINAL}
+                going = [task for task in tasks if task.status not in TERMINAL]
+                left = [task_id for task_id in left if task_id not in ended]
+                show(total - len(left), sum(task.progress or 0 for task in going))
+                yield from ended.values()
+                if going:
+                    self._pause(going[0], answer, deadline)
+
+    def _ask_for(
+        self, ids: list[str], deadline: float, most: int
+    ) -> tuple[list[TaskResponse], Answer]:
+        """Return the first of these tasks, after a wait for all that are asked for."""
+        page = self._transport.limits().max_page if len(ids) > 1 else 1
+        left = max(0.0, deadline - time.monotonic())
+        wait = int(min(left, most))
+        options: dict[str, Any] = {"headers": prefer(wait), "timeout": wait + CONNECT_SECONDS}
+        options["patience"] = min(left, self._transport.patience)
+        if page == 1:
+            answer = self._transport.send("get", path("tasks", ids[0]), read=_read_task, **options)
+            return [self._transport.value(answer)], answer
+        body = {"ids": ids[:page]}
+        answer = self._transport.send(
+            "post", path("tasks", "query"), read=_read_tasks, json=body, **options
+        )
+        tasks: list[TaskResponse] = self._transport.value(answer)
+        if len(tasks) < len(body["ids"]):
+            missing = set(body["ids"]) - {str(task.id) for task in tasks}
+            raise KeyError(f"there is no task {missing.pop()}")
+        # what is too large for one answer to many has to be asked for by itself
+        whole = [
+            self.read_task(str(task.id)) if task.abridged and task.status in TERMINAL else task
+            for task in tasks
+        ]
+        return whole, answer
+
+    def _pause(self, task: TaskResponse, answer: Answer, deadline: float) -> None:
+        """Wait until it is worth to ask again for a task that goes on."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"task {task.id} is still {task.status.value}")
+        if not answer.waited:
+            # less than a second is left, or the host does not wait
+            time.sleep(min(left, self._polling_interval))
+
+
+def _full_names(page: Any) -> list[str]:
+    return [item["full_name"] for item in page["items"]]
+
+
+def _read_task(body: Any) -> TaskResponse:
+    return ShownTask.model_validate(body)
+
+
+def _read_tasks(body: Any) -> list[TaskResponse]:
+    return [_read_task(task) for task in body["tasks"]]
+
+
+def _table(rows: Iterable[Iterable[Any]]) -> str:
+    lines = ("".join(f"<td>{escape(shortened(str(cell)))}</td>" for cell in row) for row in rows)
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
+@contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[int, float], None]]:
+    """Yield what shows how many have ended, and the fractions of others; tqdm, if there is."""
+    bar: Any = None
+    with suppress(Exception):
+        # one that is missing or closed would raise while tqdm holds its lock, for ever
+        sys.stderr.write("")
+        bar = import_module("tqdm.auto").tqdm(total=total, unit="task") if total else None
+
+    def show(ended: int, fractions: float) -> None:
+        with suppress(Exception):
+            if bar is not None:
+                bar.update(round(ended + fractions, 2) - bar.n)
+            elif total:
+                drawn = "#" * int(BAR_WIDTH * (ended + fractions) / total)
+                end = "\n" if ended == total else ""
+                sys.stderr.write(f"\r[{drawn:<{BAR_WIDTH}}] {ended} of {total} tasks{end}")
+                sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        with suppress(Exception):
+            if bar is not None:
+                bar.close()
