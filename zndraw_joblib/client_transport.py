@@ -207,7 +207,7 @@ class Transport:
             except (OSError, LookupError, ValueError) as exc:
                 # the request that is limited finds out whether the host is there
                 log.debug("the host's limits are not known: %s", exc)
-                seconds = LONGEST_DELAY_SECONDS
+                seconds = FIRST_DELAY_SECONDS
             self._limits_until = time.monotonic() + seconds
         return self._limits
 
