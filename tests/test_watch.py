@@ -17,7 +17,7 @@ from test_waiting import NEVER, until_waited_for, wait_for, waiters
 
 from zndraw_joblib import PgWakeups, RedisWakeups
 from zndraw_joblib.delivery import runtime_of
-from zndraw_joblib.events import job_key, task_key
+from zndraw_joblib.events import job_key, provider_key, task_key
 from zndraw_joblib.models import Job, Task, TaskStatus, Worker, WorkerJobLink, now
 from zndraw_joblib.waiting import Waiters
 
@@ -310,7 +310,9 @@ async def test_other_processes_wake_over_redis_or_postgresql(app, ada, session_m
             group.start_soon(elsewhere.listen, theirs, lambda: heard.append("listens"))
             await until(lambda: heard)
             with theirs.waiting_for([job_key("lab:modifiers:Scale")]) as waiter:
-                app.state.wakeups.tell([], [job_key("lab:modifiers:Scale")])
+                # more than PostgreSQL takes in one message
+                others = [provider_key("n" * 1000 + str(n)) for n in range(20)]
+                app.state.wakeups.tell(others, [job_key("lab:modifiers:Scale")])
                 assert await waiter.wait(HANG)
                 assert waiter.turns
             group.cancel_scope.cancel()
