@@ -78,6 +78,6 @@ from zndraw_joblib.sweeper import run_sweeper as run_sweeper
 from zndraw_joblib.wakeups import PgWakeups as PgWakeups
 from zndraw_joblib.wakeups import RedisWakeups as RedisWakeups
 from zndraw_joblib.wakeups import Wakeups as Wakeups
+from zndraw_joblib.workers import Action as Action
 
 __all__: list[str]
-from zndraw_joblib.workers import Action as Action
