@@ -410,7 +410,7 @@ class JobManager:
             self._shutdown.hands = Hands(self._claims, self._heartbeat, self._executor, *options)
 
     def _listen_to(self, socket: Socket) -> None:
-        self._socket = socket
+        self._socket = self._own_socket = socket
         self._registrations.listen_to(socket)
         socket.on(TaskStatusEvent.event_name, self._held.on_status)
         socket.on(ProviderRequest.event_name, self._readers.request)
