@@ -37,7 +37,7 @@ from zndraw_joblib.client import (
     TaskCancelled,
     TaskFailed,
 )
-from zndraw_joblib.client_user import HostApi, proxy_for
+from zndraw_joblib.client_api import HostApi, proxy_for
 from zndraw_joblib.models import WorkerJobLink
 from zndraw_joblib.provider import Provider
 from zndraw_joblib.schemas import JobPolicy, TaskResponse
@@ -797,7 +797,7 @@ FORK = """
 import os, sys
 sys.path.insert(0, sys.argv[3])
 from zndraw_joblib.client import JobManager
-from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_api import HostApi
 from end_to_end_worker import Wait
 
 class Kept:

@@ -197,7 +197,7 @@ def test_what_a_room_has(host: Host, ada: JobManager):
 
 
 def test_long_lists_come_page_by_page(host: Host, ada: JobManager, monkeypatch: Any):
-    monkeypatch.setattr("zndraw_joblib.client_handles.PAGE", 2)
+    monkeypatch.setattr("zndraw_joblib.client_user.PAGE", 2)
     ids = ada.submit_many([Square(number=n) for n in range(5)], "lab")
     assert [str(task.id) for task in ada.tasks("lab")] == ids[::-1]
     assert [str(task.id) for task in ada.tasks("lab", limit=3)] == ids[:1:-1]

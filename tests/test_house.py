@@ -37,6 +37,7 @@ CLIENT = [
     "extension",
     "provider",
     "execution",
+    "client_api",
     "client_transport",
     "client_handles",
     "client_user",

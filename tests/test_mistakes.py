@@ -13,7 +13,7 @@ from zndraw_auth import User
 from zndraw_auth.users import get_jwt_strategy
 
 from zndraw_joblib import Category, Extension, JobManager, Provider
-from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_api import HostApi
 
 
 class Rotate(Extension):

@@ -12,7 +12,7 @@ from zndraw_socketio import AsyncServerWrapper, get_event_name, wrap
 
 import zndraw_joblib as joblib
 from zndraw_joblib.client import Category, Extension, JobManager
-from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_api import HostApi
 from zndraw_joblib.events import FrozenEvent, jobs_channel, providers_channel, room_channel
 
 pytestmark = pytest.mark.makers("plain")

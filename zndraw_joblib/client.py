@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any, Self, TypeVar, Unpack, overload
 from uuid import UUID
 
+from zndraw_joblib.client_api import Api, HostApi
 from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
 from zndraw_joblib.client_handles import Listing, TaskFailed, TaskHandle, View, as_completed, gather
 from zndraw_joblib.client_hands import Hands, Readers, executor_of
 from zndraw_joblib.client_shutdown import Shutdown
-from zndraw_joblib.client_transport import Api, Transport
-from zndraw_joblib.client_user import HostApi, Submissions, Submitting
+from zndraw_joblib.client_transport import Transport
+from zndraw_joblib.client_user import Rooms, Submissions, Submitting
 from zndraw_joblib.client_worker import Life, Offered, Registrations, Socket
 from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
 from zndraw_joblib.execution import Execute, Threads, run_extension
@@ -99,15 +100,19 @@ class JobManager:
         self._life = life = Life(lambda exc: self._shutdown.give_up(exc))
         self._held = HeldTasks()
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
+        self._rooms = Rooms(self._transport)
         self._view = View(self._transport, polling_interval)
-        self._submissions = Submissions(self._transport, self._view)
+        self._submissions = Submissions(self._transport, self._rooms, self._view)
         self._registrations = Registrations(self._transport, life, self._held.end_all)
         self._claims = Claims(self._transport, self._registrations, life, self._held)
         self._heartbeat = Heartbeat(self._claims, heartbeat_interval)
         self._readers = Readers(self._transport, self._registrations, life)
         self._shutdown = Shutdown(self._claims, self._heartbeat, self._readers, grace_seconds)
         self._executor = executor_of(life, execute, isolate, setup, kill_after)
-        self._listen_to(Socket(tsio))
+        self._socket = self._own_socket = tsio if isinstance(tsio, Socket) else Socket(tsio)
+        self._registrations.listen_to(self._socket)
+        self._socket.on(TaskStatusEvent.event_name, self._held.on_status)
+        self._socket.on(ProviderRequest.event_name, self._readers.request)
 
     @classmethod
     def connect(
@@ -131,13 +136,15 @@ class JobManager:
         token : str, optional
             A bearer token; else ``user`` and ``password`` log in, whenever it is needed.
 
-        A ValueError when the address or the token can't be one, or there is neither a token
-        nor a user; when proxy or certificates that the environment names can't be used.
+        Raises
+        ------
+        ValueError
+            When the address can't be one, or there is neither a token nor a user; when
+            proxy or certificates that the environment names can't be used.
         """
         api = HostApi(url, token=token, user=user, password=password)
-        manager = cls(api, **options)
+        manager = cls(api, Socket(api=api), **options)
         manager._shutdown.own_api = api
-        manager._listen_to(Socket(api=api))
         return manager
 
     # --- what is offered ---
@@ -380,15 +387,15 @@ class JobManager:
         self, room: str, *, status: str | None = None, job: str | None = None, limit: int = 50
     ) -> Listing[TaskResponse]:
         """Return the latest tasks of a room, of one ``status`` or job, by its full name."""
-        return self._view.tasks(room, status, job, limit)
+        return self._rooms.tasks(room, status, job, limit)
 
     def jobs(self, room: str) -> Listing[JobSummary]:
         """Return the jobs that a room sees."""
-        return self._view.jobs(room)
+        return self._rooms.jobs(room)
 
     def workers(self, room: str) -> Listing[WorkerSummary]:
         """Return the workers of the jobs that a room sees."""
-        return self._view.workers(room)
+        return self._rooms.workers(room)
 
     def read(self, provider: str, /, **params: Any) -> Any:
         """Return the data of a provider, by its full name: JSON unpacked, all else as bytes.
@@ -396,7 +403,7 @@ class JobManager:
         A KeyError when there is no such provider, a ValueError when it fails, and a
         ProviderTimeoutError when it does not answer.
         """
-        return self._view.read(provider, params)
+        return self._rooms.read(provider, params)
 
     # --- threads, Socket.IO, and the end ---
 
@@ -408,12 +415,6 @@ class JobManager:
             self._socket.open()
             options = (self.concurrency, self.polling_interval)
             self._shutdown.hands = Hands(self._claims, self._heartbeat, self._executor, *options)
-
-    def _listen_to(self, socket: Socket) -> None:
-        self._socket = self._own_socket = socket
-        self._registrations.listen_to(socket)
-        socket.on(TaskStatusEvent.event_name, self._held.on_status)
-        socket.on(ProviderRequest.event_name, self._readers.request)
 
     def wait(self) -> None:
         """Serve until `disconnect`, or in the main thread until SIGINT or SIGTERM.

@@ -13,16 +13,8 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field
 
-from zndraw_joblib.client_transport import (
-    CONNECT_SECONDS,
-    FIRST_DELAY_SECONDS,
-    Answer,
-    SlowDown,
-    Transport,
-    Unreachable,
-    path,
-    prefer,
-)
+from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, SlowDown, Unreachable
+from zndraw_joblib.client_transport import FIRST_DELAY_SECONDS, Transport, path, prefer
 from zndraw_joblib.client_worker import Life, Registrations
 from zndraw_joblib.exceptions import describe, storable
 from zndraw_joblib.execution import Report, report_of

@@ -1,4 +1,4 @@
-"""What a user sees of a host: tasks, to wait for and to steer, jobs, workers and data."""
+"""Tasks as a user sees them: to wait for, to cancel and to try again."""
 
 import math
 import sys
@@ -10,30 +10,12 @@ from importlib import import_module
 from typing import Any, Self, TypeVar
 from uuid import UUID
 
-from pydantic import BaseModel
+from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, Unreachable
+from zndraw_joblib.client_transport import Transport, path, prefer
+from zndraw_joblib.exceptions import InvalidTaskTransition, shortened
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
+from zndraw_joblib.schemas import TaskResponse
 
-from zndraw_joblib.client_transport import (
-    CONNECT_SECONDS,
-    Answer,
-    Transport,
-    Unreachable,
-    path,
-    prefer,
-)
-from zndraw_joblib.exceptions import (
-    InvalidTaskTransition,
-    JobNotFound,
-    ProviderNotFound,
-    ProviderTimeout,
-    ProviderTimeoutError,
-    shortened,
-)
-from zndraw_joblib.extension import nearest
-from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, check_room, split_full_name
-from zndraw_joblib.schemas import JobResponse, JobSummary, TaskResponse, WorkerSummary
-
-#: Entries of a page, which every host allows.
-PAGE = 500
 # how often running tasks are asked how far they are
 LIVE_SECONDS = 1
 BAR_WIDTH = 40
@@ -211,13 +193,11 @@ def gather(
 
 
 class View:
-    """What a host tells a user, and does with their tasks."""
+    """What a host tells a user of tasks, and does with them."""
 
     def __init__(self, transport: Transport, polling_interval: float) -> None:
         self._transport = transport
         self._polling_interval = polling_interval
-
-    # --- one task ---
 
     def task(self, task_id: str | UUID) -> TaskHandle:
         """Return a handle of a task; the host is not asked for it."""
@@ -228,7 +208,7 @@ class View:
 
     def read_task(self, task_id: str) -> TaskResponse:
         """Return a task as it is now."""
-        return self._value("get", path("tasks", task_id), _read_task)
+        return self._transport.ask("get", path("tasks", task_id), _read_task)
 
     def cancel(self, task_id: str) -> TaskResponse:
         """Cancel a task, if it has not ended, and return it."""
@@ -241,88 +221,14 @@ class View:
 
     def retry(self, task_id: str) -> TaskResponse:
         """Set a task that has ended going again, and return it."""
-        return self._value("post", path("tasks", task_id, "retry"), _read_task)
-
-    # --- lists ---
+        return self._transport.ask("post", path("tasks", task_id, "retry"), _read_task)
 
     def look(self, ids: list[TaskHandle]) -> list[TaskResponse]:
         """Return some tasks as they are now; a host that is away is not waited for."""
         asked = {"ids": ids}
-        return self._value("post", path("tasks", "query"), _read_tasks, json=asked, retries=0)
-
-    def tasks(
-        self, room: str, status: str | None, job: str | None, limit: int
-    ) -> Listing[TaskResponse]:
-        """Return the latest tasks of a room."""
-        of_job = ["jobs", job] if job else []
-        where = path("rooms", check_room(room), *of_job, "tasks")
-        asked = {"status": status} if status else {}
-        return self._list(ShownTask, where, limit, **asked)
-
-    def jobs(self, room: str) -> Listing[JobSummary]:
-        """Return the jobs that a room sees."""
-        return self._list(JobSummary, path("rooms", check_room(room), "jobs"))
-
-    def job(self, room: str, name: str) -> JobResponse:
-        """Return a job that a room sees; raise a KeyError that says what it sees."""
-        where = path("rooms", check_room(room), "jobs", name or "-")
-        answer = self._transport.send("get", where, read=JobResponse.model_validate)
-        if answer.is_problem(JobNotFound):
-            raise self.not_found("jobs", room, name)
-        job: JobResponse = self._transport.value(answer)
-        return job
-
-    def workers(self, room: str) -> Listing[WorkerSummary]:
-        """Return the workers of the jobs that a room sees."""
-        return self._list(WorkerSummary, path("rooms", check_room(room), "workers"))
-
-    def _list(
-        self, kind: type[BaseModel], where: str, most: float = math.inf, **asked: Any
-    ) -> Listing[Any]:
-        found: Listing[Any] = Listing()
-        while len(found) < most:
-            limit = int(min(PAGE, most - len(found)))
-            params = {**asked, "limit": limit, "offset": len(found)}
-            page = self._value("get", where, lambda body: body["items"], params=params)
-            found += map(kind.model_validate, page)
-            if len(page) < limit:
-                break
-        return found
-
-    def not_found(self, kind: str, room: str, name: str) -> KeyError:
-        """Return the error for a job or provider that is not there: it says what is."""
-        where, what = path("rooms", room, kind), kind.removesuffix("s")
-        names: list[str] = []
-        with suppress(OSError, LookupError, ValueError):
-            names = self._value("get", where, _full_names, params={"limit": PAGE}, retries=0)
-        return KeyError(
-            f"{what} not found: room {room!r} sees no {what} {name!r}; {nearest(name, names)}"
+        return self._transport.ask(
+            "post", path("tasks", "query"), _read_tasks, json=asked, retries=0
         )
-
-    def read(self, provider: str, params: dict[str, Any]) -> Any:
-        """Return what a provider has for these parameters: JSON unpacked, else bytes."""
-        room = split_full_name(provider).room
-        wait = self._transport.longest_wait
-        answer = self._transport.send(
-            "get",
-            path("rooms", room, "providers", provider),
-            read=lambda body: body,
-            params=params,
-            headers=prefer(wait),
-            timeout=wait + CONNECT_SECONDS,
-        )
-        if answer.is_problem(ProviderNotFound):
-            raise self.not_found("providers", room, provider)
-        if answer.is_problem(ProviderTimeout):
-            raise ProviderTimeoutError(answer.reason)
-        self._transport.value(answer)
-        is_json = "json" in answer.response.headers.get("content-type", "")
-        return answer.value if is_json else answer.response.content
-
-    def _value(self, method: str, where: str, read: Callable[[Any], T], **content: Any) -> T:
-        answer = self._transport.send(method, where, read=read, **content)
-        value: T = self._transport.value(answer)
-        return value
 
     # --- waiting ---
 
@@ -403,10 +309,6 @@ class View:
         if not answer.waited:
             # less than a second is left, or the host does not wait
             time.sleep(min(left, self._polling_interval))
-
-
-def _full_names(page: Any) -> list[str]:
-    return [item["full_name"] for item in page["items"]]
 
 
 def _read_task(body: Any) -> TaskResponse:

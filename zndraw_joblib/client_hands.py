@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 from zndraw_joblib import provider, telemetry
+from zndraw_joblib.client_api import SlowDown, Unreachable
 from zndraw_joblib.client_claims import Claims, Heartbeat, TaskOffer
-from zndraw_joblib.client_transport import SlowDown, Transport, Unreachable, path
+from zndraw_joblib.client_transport import Transport, path
 from zndraw_joblib.client_worker import Life, Offered, Pool, Registrations
 from zndraw_joblib.exceptions import describe
 from zndraw_joblib.execution import Execute, Executor, Report, Threads, report_of, run_extension

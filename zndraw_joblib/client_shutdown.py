@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
+from zndraw_joblib.client_api import HostApi
 from zndraw_joblib.client_claims import LAST_RETRIES, Claims, Heartbeat
 from zndraw_joblib.client_hands import Hands, Readers
 from zndraw_joblib.client_transport import path
-from zndraw_joblib.client_user import HostApi
 from zndraw_joblib.client_worker import Life
 from zndraw_joblib.lifecycle import WorkerState
 from zndraw_joblib.telemetry import SafeLogger

@@ -1,8 +1,4 @@
-"""How a host is asked, what counts as its answer, and what is asked again.
-
-Only what is recognizably the host's is taken for its verdict: a success that can be read,
-or a problem of its own (RFC 9457). All else comes from something in between.
-"""
+"""How a host is asked, what is asked again, and how much it takes at once."""
 
 import inspect
 import itertools
@@ -13,41 +9,33 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, Field
 
-from zndraw_joblib import exceptions
-from zndraw_joblib.exceptions import PROBLEM_JSON, InvalidRequest, Problem
+from zndraw_joblib.client_api import (
+    CONNECT_SECONDS,
+    NO_ROUTE,
+    Answer,
+    Api,
+    LoginRefused,
+    SlowDown,
+    Unreachable,
+    json_of,
+    judge,
+)
 from zndraw_joblib.telemetry import SafeLogger
 
 PREFIX = "/v1/joblib"
-PROBLEMS = "/v1/problems/"
-#: What a host says of its own jobs and of providers, with whatever status: it will not pass.
-OF_OTHERS = (
-    exceptions.InternalJobNotConfigured,
-    exceptions.InternalProviderNotConfigured,
-    exceptions.ProviderExecutionFailed,
-    exceptions.ProviderTimeout,
-)
-#: What FastAPI answers where there is no such route.
-NO_ROUTE = {"detail": "Not Found"}
 FIRST_DELAY_SECONDS = 0.25
 LONGEST_DELAY_SECONDS = 5.0
-# how long an answer may put off the next request
-LONGEST_RETRY_AFTER_SECONDS = 60.0
-CONNECT_SECONDS = 10.0
 # proxies commonly give up on an answer after 30 s, or after 60 s
 LONGEST_WAIT_SECONDS = 20
 # a client that can't be given a timeout gives up after 5 s, if it is like httpx
 LONGEST_WAIT_OF_OTHERS_SECONDS = 3
-# an answer that took less did not wait, whatever its headers say
-WAITED_SECONDS = 0.5
 # how long a host without limits is taken for one that is older than they are
 OLDER_SECONDS = 60.0
 # in characters: a shorter one is part of many words
@@ -64,74 +52,9 @@ HINTS = {
     "WRONG_VERSION_NUMBER": "that port speaks http, not https",
 }
 
+T = TypeVar("T")
+
 log = SafeLogger(logging.getLogger(__name__))
-
-
-class Unreachable(ConnectionError):
-    """No answer came that is recognizably the host's; ask again after so many seconds."""
-
-    def __init__(self, message: str, retry_after: float = 0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class SlowDown(Unreachable):
-    """The host is there, and asks for fewer requests (429)."""
-
-
-class LoginRefused(PermissionError):
-    """The host does not take this token, or this user and password (401)."""
-
-    retry_after = 0.0
-
-
-@dataclass
-class Answer:
-    """What the host answered: a value that was read, or a problem; and after how long."""
-
-    response: Any
-    value: Any = None
-    problem: dict[str, Any] | None = None
-    seconds: float = 0.0
-
-    def is_problem(self, problem: type[Problem]) -> bool:
-        """Return whether it is this kind of problem."""
-        return (self.problem or {}).get("type") == problem.type_uri()
-
-    @property
-    def status(self) -> int:
-        """The HTTP status."""
-        return int(self.response.status_code)
-
-    @property
-    def reason(self) -> str:
-        """What is wrong, in words."""
-        return str((self.problem or {}).get("detail", self.problem))[:1000]
-
-    @property
-    def waited(self) -> bool:
-        """Whether the host waited before it answered."""
-        # the clock as well: a host that says so and yet answers at once would be asked
-        # without a pause
-        return "preference-applied" in self.response.headers and self.seconds > WAITED_SECONDS
-
-
-class Api(Protocol):
-    """What a worker needs to know of its host."""
-
-    @property
-    def http(self) -> Any:
-        """An ``httpx.Client``, or anything with its methods."""
-
-    @property
-    def base_url(self) -> Any:
-        """Where the host is."""
-
-    def get_headers(self) -> dict[str, str]:
-        """Return the headers that say who asks; asked for with every request."""
-
-    def raise_for_status(self, response: Any) -> None:
-        """Raise KeyError, PermissionError or ValueError for a 4xx answer."""
 
 
 class Limits(BaseModel):
@@ -318,6 +241,11 @@ class Transport:
             raise ValueError(answer.reason)
         return answer.value
 
+    def ask(self, method: str, path: str, read: Callable[[Any], T], **options: Any) -> T:
+        """Send a request as `send` does, and return what was read; raise for a problem."""
+        value: T = self.value(self.send(method, path, read=read, **options))
+        return value
+
     def _own_client(self) -> Any:
         """Return the client, if it is this process's own.
 
@@ -359,81 +287,10 @@ class Transport:
             log.warning("host away for %.0f s, giving up at %.0f s: %s", away, patience, exc)
 
 
-def judge(response: Any, read: Callable[[Any], Any] | None, url: str) -> Answer:
-    """Return what an answer says; raise Unreachable or LoginRefused if it isn't the host's."""
-    status = int(response.status_code)
-    body = json_of(response)
-    if 200 <= status < 300:
-        try:
-            if read is None and status != 204:
-                raise ValueError(f"{status} instead of 204")
-            return Answer(response, None if read is None else read(body))
-        except Exception as exc:
-            why = f"{type(exc).__name__}: {exc}"[:200]
-            raise Unreachable(
-                f"{url}: what came can't be read as the host's answer ({why})"
-            ) from None
-    if status == 401 and isinstance(body, dict):
-        raise LoginRefused(
-            f"{url}: the host refuses this login (401): the token may have expired; connect"
-            " with another one, or with user and password, by which it is renewed"
-        )
-    if status == 429:
-        raise SlowDown(f"{url}: asks for fewer requests (429)", _retry_after(response))
-    if isinstance(body, dict):
-        if status == 422 and isinstance(body.get("detail"), list):
-            # FastAPI's own, of a host that has not registered the handler
-            return Answer(response, problem={**body, "type": InvalidRequest.type_uri()})
-        if _is_verdict(response, body):
-            return Answer(response, problem=body)
-    if 300 <= status < 400:
-        what = f"leads elsewhere ({status}), to {response.headers.get('location')}:"
-        what += " connect to the address that the host has there"
-    elif isinstance(body, dict) and "type" in body:
-        what = f"answered {status}: {body.get('detail')}"
-    else:
-        what = f"answered {status}, which isn't an answer of a host of zndraw-joblib"
-    raise Unreachable(f"{url} {what}", _retry_after(response))
-
-
-def _is_verdict(response: Any, body: dict[str, Any]) -> bool:
-    """Return whether this is a problem of the host's, and not one that will pass."""
-    kind = str(body.get("type"))
-    return (
-        response.headers.get("content-type", "").startswith(PROBLEM_JSON)
-        and kind.startswith(PROBLEMS)
-        and body.get("status") == response.status_code
-        and (response.status_code < 500 or any(kind == p.type_uri() for p in OF_OTHERS))
-    )
-
-
-def json_of(response: Any) -> Any:
-    """Return the JSON of an answer, or None if it is no JSON."""
-    if "json" not in response.headers.get("content-type", ""):
-        return None
-    try:
-        return response.json()
-    except (ValueError, RecursionError):
-        return None
-
-
 def backoff(attempt: int) -> float:
     """Return how many seconds to pause after a failure; half of it is drawn."""
     delay = min(FIRST_DELAY_SECONDS * 2.0 ** min(attempt, 10), LONGEST_DELAY_SECONDS)
     return delay * random.uniform(0.5, 1)
-
-
-def _retry_after(response: Any) -> float:
-    given = response.headers.get("retry-after", "")
-    try:
-        seconds = float(given)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(given).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    # one that is no number either
-    return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else 0.0
 
 
 def _explain(exc: Exception, secret: dict[str, str]) -> str:

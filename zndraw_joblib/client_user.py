@@ -1,223 +1,121 @@
-"""A user of a host: who asks, and what they submit. It needs no worker."""
+"""What a user sees in the rooms of a host, and what they submit. It needs no worker."""
 
 import json
-import os
-import ssl
-import threading
+import math
 import uuid
 from collections.abc import Iterable, Iterator
-from importlib import import_module
-from ipaddress import ip_address, ip_network
+from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, TypedDict
-from urllib.request import getproxies, proxy_bypass
 
-import httpx
 from pydantic import BaseModel
 
 from zndraw_joblib import telemetry
-from zndraw_joblib.client_handles import Listing, TaskHandle, View
-from zndraw_joblib.client_transport import (
-    CONNECT_SECONDS,
-    LoginRefused,
-    Transport,
-    json_of,
-    judge,
-    path,
+from zndraw_joblib.client_api import CONNECT_SECONDS
+from zndraw_joblib.client_handles import Listing, ShownTask, TaskHandle, View
+from zndraw_joblib.client_transport import Transport, path, prefer
+from zndraw_joblib.exceptions import (
+    JobNotFound,
+    ProviderNotFound,
+    ProviderTimeout,
+    ProviderTimeoutError,
 )
-from zndraw_joblib.exceptions import JobNotFound
-from zndraw_joblib.extension import Extension, as_json, category_of, check_parameters, parameters_of
+from zndraw_joblib.extension import (
+    Extension,
+    as_json,
+    category_of,
+    check_parameters,
+    nearest,
+    parameters_of,
+)
 from zndraw_joblib.lifecycle import FullName, check_room, split_full_name, visible_rooms
+from zndraw_joblib.schemas import JobResponse, JobSummary, TaskResponse, WorkerSummary
 
-#: Where programs say whom to trust; the first that is set counts.
-TRUST_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
+#: Entries of a page, which every host allows.
+PAGE = 500
 # proxies commonly take a mebibyte
 BATCH_BYTES = 512 * 1024
 # of the question how much the host takes at once
 LIMITS_RETRIES = 5
 
 
-class HostApi:
-    """A host, and a user of it: by a token, or by a name and a password.
+class Rooms:
+    """What rooms see: tasks, jobs, workers and data."""
 
-    HTTP and Socket.IO have one address, one token, one trust and one proxy.
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
-    Raises
-    ------
-    ValueError
-        When the address can't be one, when neither a token nor a user with a password
-        is given, or when the environment's proxy or certificates are no good.
-    """
+    def tasks(
+        self, room: str, status: str | None, job: str | None, limit: int
+    ) -> Listing[TaskResponse]:
+        """Return the latest tasks of a room."""
+        of_job = ["jobs", job] if job else []
+        where = path("rooms", check_room(room), *of_job, "tasks")
+        asked = {"status": status} if status else {}
+        return self._list(ShownTask, where, limit, **asked)
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        token: str | None = None,
-        user: str | None = None,
-        password: str | None = None,
-    ) -> None:
-        if token is None and (user is None or password is None):
-            raise ValueError("give a token, or a user and a password")
-        self.base_url = _check_url(base_url)
-        self._authority = next(((n, os.environ[n]) for n in TRUST_VARIABLES if os.getenv(n)), None)
-        self._proxy = proxy_for(httpx.URL(self.base_url))
-        self._credentials = None if user is None else {"username": user, "password": password}
-        self._token = token
-        self._open()
+    def jobs(self, room: str) -> Listing[JobSummary]:
+        """Return the jobs that a room sees."""
+        return self._list(JobSummary, path("rooms", check_room(room), "jobs"))
 
-    def _open(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        try:
-            self._http = httpx.Client(
-                timeout=CONNECT_SECONDS,
-                event_hooks={"response": [self._forget_refused_token]},
-                # both were read from the environment, for Socket.IO as well
-                trust_env=False,
-                verify=self._trust() or True,
-                proxy=self._proxy,
+    def job(self, room: str, name: str) -> JobResponse:
+        """Return a job that a room sees; raise a KeyError that says what it sees."""
+        where = path("rooms", check_room(room), "jobs", name or "-")
+        answer = self._transport.send("get", where, read=JobResponse.model_validate)
+        if answer.is_problem(JobNotFound):
+            raise self.not_found("jobs", room, name)
+        job: JobResponse = self._transport.value(answer)
+        return job
+
+    def workers(self, room: str) -> Listing[WorkerSummary]:
+        """Return the workers of the jobs that a room sees."""
+        return self._list(WorkerSummary, path("rooms", check_room(room), "workers"))
+
+    def _list(
+        self, kind: type[BaseModel], where: str, most: float = math.inf, **asked: Any
+    ) -> Listing[Any]:
+        found: Listing[Any] = Listing()
+        while len(found) < most:
+            limit = int(min(PAGE, most - len(found)))
+            params = {**asked, "limit": limit, "offset": len(found)}
+            page = self._transport.ask("get", where, lambda body: body["items"], params=params)
+            found += map(kind.model_validate, page)
+            if len(page) < limit:
+                break
+        return found
+
+    def not_found(self, kind: str, room: str, name: str) -> KeyError:
+        """Return the error for a job or provider that is not there: it says what is."""
+        where, what = path("rooms", room, kind), kind.removesuffix("s")
+        names: list[str] = []
+        with suppress(OSError, LookupError, ValueError):
+            names = self._transport.ask(
+                "get", where, _full_names, params={"limit": PAGE}, retries=0
             )
-        except (ValueError, ImportError, httpx.InvalidURL) as exc:
-            names = [name for name in os.environ if name.lower().endswith("_proxy")]
-            raise ValueError(
-                f"the proxy of the environment ({', '.join(names)}) can't be used: {exc}"
-            ) from None
-
-    @property
-    def http(self) -> httpx.Client:
-        """The client; in a fork of the process another one than in its parent."""
-        if os.getpid() != self._pid:
-            self._open()
-        return self._http
-
-    def socket_client(self) -> Any:
-        """Return a Socket.IO client that trusts whom HTTP trusts, by the same proxy."""
-        session = import_module("requests").session()
-        session.trust_env = False
-        options: dict[str, Any] = {}
-        if self._authority is not None:
-            session.verify = self._authority[1]
-            options["sslopt"] = {"context": self._trust()}
-        if self._proxy is not None:
-            session.proxies = {"http": self._proxy, "https": self._proxy}
-        # else the library would look at the environment by itself
-        options["http_no_proxy"] = ["*"] if self._proxy is None else ["-"]
-        return import_module("socketio").Client(
-            # signals are for the program to handle
-            handle_sigint=False,
-            http_session=session,
-            websocket_extra_options=options,
+        return KeyError(
+            f"{what} not found: room {room!r} sees no {what} {name!r}; {nearest(name, names)}"
         )
 
-    def get_headers(self) -> dict[str, str]:
-        """Return the ``Authorization`` header, after logging in if need be."""
-        return {"Authorization": f"Bearer {self.token()}"}
-
-    def token(self) -> str:
-        """Return a token that the host has not refused yet.
-
-        Raises
-        ------
-        PermissionError
-            When the host refuses user and password.
-        ConnectionError
-            When it can't be reached.
-        ValueError
-            When the token can't be one.
-        """
-        http = self.http
-        with self._lock:
-            if self._token is None:
-                self._token = self._log_in(http)
-            token = self._token
-        # the token itself is in no message
-        if not token:
-            raise ValueError("the token is empty")
-        if not (token.isascii() and token.isprintable()) or " " in token:
-            raise ValueError(
-                "the token has a blank, a line break or another character that no token"
-                " has: read from a file, it has to be stripped"
-            )
-        return token
-
-    def raise_for_status(self, response: Any) -> None:
-        """Raise KeyError (404), PermissionError (401, 403), ValueError, ConnectionError (5xx)."""
-        status = response.status_code
-        if status < 400:
-            return
-        problem = json_of(response)
-        detail = f"answered {status}"
-        if isinstance(problem, dict):
-            detail = str(problem.get("detail") or problem.get("title"))
-        kinds = {401: PermissionError, 403: PermissionError, 404: KeyError}
-        raise kinds.get(status, ValueError if status < 500 else ConnectionError)(detail)
-
-    def close(self) -> None:
-        """Close the connections to the host."""
-        self._http.close()
-
-    def _trust(self) -> ssl.SSLContext | None:
-        """Return what checks the host's certificate, if the environment says whom to trust."""
-        if self._authority is None:
-            return None
-        name, place = self._authority
-        try:
-            if os.path.isdir(place):
-                return ssl.create_default_context(capath=place)
-            return ssl.create_default_context(cafile=place)
-        except OSError as exc:
-            raise ValueError(f"{name}={place}: {exc}") from None
-
-    def _log_in(self, http: httpx.Client) -> str:
-        url = f"{self.base_url}/auth/jwt/login"
-        response = http.post(url, data=self._credentials)
-        if response.status_code in (400, 401, 403, 422) and json_of(response):
-            raise LoginRefused(
-                f"{self.base_url} refuses this user and password: the user is to be the"
-                " address that was registered there"
-            )
-        return str(judge(response, lambda body: body["access_token"], url).value)
-
-    def _forget_refused_token(self, response: httpx.Response) -> None:
-        if response.status_code != 401 or self._credentials is None:
-            return
-        with self._lock:
-            # another thread may have logged in since this request was sent
-            if response.request.headers.get("Authorization") == f"Bearer {self._token}":
-                self._token = None
-
-
-def _check_url(given: str) -> str:
-    try:
-        url = httpx.URL(given.strip())
-    except httpx.InvalidURL as exc:
-        raise ValueError(f"{given!r} is not an address: {exc}") from None
-    if url.userinfo:
-        raise ValueError("credentials don't belong into the address: give user and password")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(
-            f"{given!r} is not the address of a host: it has to begin with http:// or"
-            " https://, as http://127.0.0.1:8000 does"
+    def read(self, provider: str, params: dict[str, Any]) -> Any:
+        """Return what a provider has for these parameters: JSON unpacked, else bytes."""
+        room = split_full_name(provider).room
+        wait = self._transport.longest_wait
+        answer = self._transport.send(
+            "get",
+            path("rooms", room, "providers", provider),
+            read=lambda body: body,
+            params=params,
+            headers=prefer(wait),
+            timeout=wait + CONNECT_SECONDS,
         )
-    return str(url.copy_with(query=None, fragment=None)).rstrip("/")
-
-
-def proxy_for(url: httpx.URL) -> str | None:
-    """Return the proxy by which the environment wants this address reached, if any."""
-    proxies = getproxies()
-    for entry in proxies.get("no", "").split(","):
-        try:
-            if ip_address(url.host) in ip_network(entry.strip(" []"), strict=False):
-                return None
-        except ValueError:
-            # a name, for which the standard library looks
-            continue
-    if proxy_bypass(url.host):
-        return None
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+        if answer.is_problem(ProviderNotFound):
+            raise self.not_found("providers", room, provider)
+        if answer.is_problem(ProviderTimeout):
+            raise ProviderTimeoutError(answer.reason)
+        self._transport.value(answer)
+        is_json = "json" in answer.response.headers.get("content-type", "")
+        return answer.value if is_json else answer.response.content
 
 
 class Submitting(TypedDict, total=False):
@@ -232,8 +130,9 @@ class Submitting(TypedDict, total=False):
 class Submissions:
     """How tasks get to a host."""
 
-    def __init__(self, transport: Transport, view: View) -> None:
+    def __init__(self, transport: Transport, rooms: Rooms, view: View) -> None:
         self._transport = transport
+        self._rooms = rooms
         self._view = view
 
     def submit(
@@ -264,7 +163,7 @@ class Submissions:
     def _submit_named(
         self, name: str, parameters: dict[str, Any], room: str, how: Submitting
     ) -> TaskHandle:
-        job = self._view.job(room, name)
+        job = self._rooms.job(room, name)
         schema = job.schema_
         if "properties" in schema and "additionalProperties" not in schema:
             check_parameters(name, parameters, schema["properties"])
@@ -328,7 +227,7 @@ class Submissions:
                 handles: list[TaskHandle] = self._transport.value(answer)
                 return handles
         sought = job if len(jobs) == 1 else f"{job.category}:{job.name}"
-        raise self._view.not_found("jobs", room, str(sought))
+        raise self._rooms.not_found("jobs", room, str(sought))
 
 
 def _jobs(extension: Any, rooms: Iterable[str]) -> tuple[FullName, ...]:
@@ -347,3 +246,7 @@ def _jobs(extension: Any, rooms: Iterable[str]) -> tuple[FullName, ...]:
 
 def _encoded(body: dict[str, Any]) -> bytes:
     return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+
+
+def _full_names(page: Any) -> list[str]:
+    return [item["full_name"] for item in page["items"]]

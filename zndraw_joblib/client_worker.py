@@ -13,8 +13,8 @@ from uuid import UUID
 
 import httpx
 
-from zndraw_joblib.client_transport import CONNECT_SECONDS, Answer, Transport, path
-from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, HostApi
+from zndraw_joblib.client_transport import Transport, path
 from zndraw_joblib.events import (
     FrozenEvent,
     JoinJobRoom,

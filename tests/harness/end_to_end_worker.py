@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zndraw_joblib import Category, Extension, JobManager, Provider
-from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_api import HostApi
 
 
 class Wait(Extension):

@@ -12,7 +12,7 @@ import httpx
 import socketio
 
 from zndraw_joblib import Category, ClaimedTask, Extension, JobManager
-from zndraw_joblib.client_user import HostApi
+from zndraw_joblib.client_api import HostApi
 from zndraw_joblib.schemas import JobPolicy
 
 ROOM = "lab"

@@ -71,6 +71,7 @@ TESTS = {
     "client_isolation": "isolation",
     "client_shutdown": "client isolation",
     "execution": "client isolation",
+    "client_api": "client client_alone",
     "client_transport": "client client_alone",
     "client_user": "client client_alone",
     "client_worker": "client client_alone",
