@@ -184,6 +184,27 @@ class octets(FunctionElement[int]):  # noqa: N801
 written(octets, "octet_length({0})", sqlite="length(CAST({0} AS BLOB))")
 
 
+class elements(FunctionElement[str]):  # noqa: N801
+    """The members of a JSON list, given as text: rows of one column, ``value``."""
+
+    type = Text()
+    inherit_cache = True
+
+
+written(elements, "json_array_elements(CAST({0} AS JSON))", sqlite="json_each({0})")
+
+
+class member(FunctionElement[str]):  # noqa: N801
+    """A member of a JSON object, by its name, as text."""
+
+    type = Text()
+    inherit_cache = True
+
+
+# SQLite has ->> from 3.38 on
+written(member, "({0} ->> {1})", sqlite="json_extract({0}, '$.' || {1})")
+
+
 class one_of(FunctionElement[Any]):  # noqa: N801
     """Whether a column is one of what a subquery reads.
 

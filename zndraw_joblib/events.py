@@ -12,7 +12,7 @@ from uuid import UUID
 import anyio
 from pydantic import BaseModel, ConfigDict
 
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, FullName, TaskStatus, split_full_name
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, FullName, TaskStatus
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class Outbox:
             elif (
                 task.status is TaskStatus.PENDING
                 and task.available_at is None
-                and split_full_name(name).room != INTERNAL_ROOM
+                and name.partition(":")[0] != INTERNAL_ROOM
             ):
                 self.queued.append(job_key(name))
                 if name not in available:

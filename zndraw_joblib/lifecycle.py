@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -297,7 +296,6 @@ _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 # times as long to find none of these.
 _ALIKE = bytes.maketrans(b"123456789E", b"000000000e")
 _LARGE = (b"0" * 19, b"e000", b"e+000")
-_NUMBER = re.compile(rb"[-+.\deE]{5,}")
 _INTEGER = re.compile(rb"(?<![-+.\deE])-?\d{19,}+(?![.eE])")
 
 
@@ -322,12 +320,12 @@ def parse_json(body: bytes) -> Json:
     ):
         raise ValueError(f"lists and objects are limited to {MAX_CONTAINERS}")
     with uncollected():
-        value = pydantic_core.from_json(body, allow_inf_nan=False)
+        value = pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="keys")
     if b"\\u0000" in body and _NUL.search(body):
         raise ValueError("NUL characters can't be stored")
     alike = body.translate(_ALIKE)
     if any(large in alike for large in _LARGE):
-        _require_storable(_outside_strings(body))
+        _require_storable(value, _outside_strings(body))
     return value
 
 
@@ -370,9 +368,11 @@ def _outside_strings(body: bytes) -> bytes:
     return b" ".join(unescaped.split(b'"')[::2])
 
 
-def _require_storable(numbers: bytes) -> None:
+def _require_storable(value: Json, numbers: bytes) -> None:
     for digits in _INTEGER.findall(numbers):
         if len(digits) > 20 or not -MAX_INT - 1 <= int(digits) <= MAX_INT:
             raise ValueError("integers are limited to 64 bit")
-    if any(map(math.isinf, map(float, _NUMBER.findall(numbers)))):
+    # the parser makes Infinity of what overflows, which only one of these writes as null
+    written = (pydantic_core.to_json(value, inf_nan_mode=mode) for mode in ("constants", "null"))
+    if len(set(written)) > 1:
         raise ValueError("numbers are limited to the range of a double")

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    InstanceOf,
     StringConstraints,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -42,7 +43,8 @@ MAX_PAGE = 500
 MAX_SECONDS = 10 * 365 * 86400
 MIN_LIMIT = 0.1
 
-JsonObject = dict[str, Any]
+# what was parsed is not gone through again
+JsonObject = InstanceOf[dict[str, Any]]
 T = TypeVar("T")
 
 _Part = Field(

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
+from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib import exceptions, jobs, tasks, telemetry
-from zndraw_joblib.database import execute, now, number, returned, scalar
+from zndraw_joblib.database import elements, execute, member, now, number, returned, scalar
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, canonical
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
@@ -74,9 +75,14 @@ def _values(internal: bool) -> dict[Any, Any]:
         TASK.c.batch_index: _parameter("index", TASK.c.batch_index),
         TASK.c.traceparent: _parameter("trace", TASK.c.traceparent),
     }
+    return values | _times(internal, seconds)
+
+
+def _times(internal: bool, seconds: sa.ColumnElement[float]) -> dict[Any, Any]:
+    """Return whether a new task waits for its time, or for the broker's answer."""
     if internal:
-        return values | tasks.born_claimed(seconds) | {TASK.c.attempt: sa.literal(1)}
-    return values | {TASK.c.available_at: sa.case((seconds > 0, now(seconds)))}
+        return tasks.born_claimed(seconds) | {TASK.c.attempt: sa.literal(1)}
+    return {TASK.c.available_at: sa.case((seconds > 0, now(seconds)))}
 
 
 def _insert(values: dict[Any, Any], source: sa.Select[Any]) -> Any:
@@ -110,12 +116,51 @@ def _inserting(internal: bool, keyed: bool, position_max: int) -> Any:
     return _insert(values, source).returning(*shown, TASK.c.queue_order)
 
 
+# What the tasks of a batch have from its first one, and what each has of its own.
+_FIRST = TASK.alias("first")
+_SAME = (
+    TASK.c.job_id,
+    TASK.c.room_id,
+    TASK.c.created_by_id,
+    TASK.c.payload_checked,
+    TASK.c.job_name,
+    TASK.c.idempotency_key,
+    TASK.c.request_digest,
+    TASK.c.traceparent,
+    TASK.c.max_attempts,
+    TASK.c.created_at,
+)
+_OWN = {"new_id": TASK.c.id, "given": TASK.c.payload, "index": TASK.c.batch_index}
+
+
 @lru_cache(maxsize=2)
 def _inserting_others(internal: bool) -> Any:
-    """Return what inserts the other ones, beside the first, which holds the job."""
-    same = TASK.c.max_attempts, TASK.c.created_at
-    values = _values(internal) | {c: _parameter(f"first_{c.key}", c) for c in same}
-    return _insert(values, sa.select(*values.values()))
+    """Return what inserts the other ones, like the first, which holds the job."""
+    # one parameter: no number of tasks makes a large statement
+    others = elements(sa.bindparam("others", type_=sa.Text())).table_valued("value")
+
+    def own(name: str, type_: Any) -> sa.ColumnElement[Any]:
+        return sa.cast(member(others.c.value, sa.literal_column(f"'{name}'")), type_)
+
+    rank, seconds = own("rank", sa.BigInteger()), own("seconds", sa.Float())
+    # none sees the others of its statement, which come behind each other
+    before = sa.func.row_number().over(partition_by=rank, order_by=own("index", sa.Integer())) - 1
+    place = tasks.new_place(_FIRST.c.job_id, rank, _FIRST.c.created_by_id)
+    values = {
+        **{column: _FIRST.c[column.key] for column in _SAME},
+        **{column: own(name, column.type) for name, column in _OWN.items()},
+        **_times(internal, seconds),
+        TASK.c.priority: rank,
+        TASK.c.queue_order: place + before,
+    }
+    source = (
+        sa.select(*values.values())
+        .join_from(_FIRST, others, sa.true())
+        .where(_FIRST.c.id == _parameter("first", TASK.c.id))
+    )
+    # the broker gets the contents
+    shown = tasks.SHOWN if internal else tasks.BRIEF
+    return _insert(values, source).returning(*shown, TASK.c.queue_order)
 
 
 async def submit(
@@ -233,17 +278,17 @@ async def _insert_others(
     session: AsyncSession, target: jobs.Target, first: sa.Row[Any], others: Sequence[dict[str, Any]]
 ) -> list[Any]:
     """Insert the other tasks of a batch; return all of them."""
-    # one small statement many times: no number of tasks makes a large one
-    same = {"first_max_attempts": first.max_attempts, "first_created_at": first.created_at}
-    inserting = _inserting_others(target.internal)
-    await execute(session, inserting, [other | same for other in others])
-    # the broker gets the contents
-    shown = tasks.SHOWN if target.internal else tasks.BRIEF
-    batch = TASK.c.id.between(first.id, others[-1]["new_id"])
-    found = await execute(
-        session, sa.select(*shown, TASK.c.queue_order).where(batch).order_by(TASK.c.id)
-    )
-    return list(found.all())
+    told = [
+        {
+            "new_id": other["new_id"].hex,
+            "given": to_json(other["given"]).decode(),
+            **{name: other[name] for name in ("index", "rank", "seconds")},
+        }
+        for other in others
+    ]
+    values = {"first": first.id, "others": to_json(told).decode()}
+    inserted = await execute(session, _inserting_others(target.internal), values)
+    return [first, *sorted(inserted, key=lambda row: row.id)]
 
 
 async def _placed(
