@@ -32,6 +32,7 @@ from taskiq_redis import ListQueueBroker
 
 import zndraw_joblib
 from zndraw_joblib import JobManager
+from zndraw_joblib import __main__ as command
 from zndraw_joblib.lifecycle import TRANSITIONS, TaskStatus, Transition
 from zndraw_joblib.workers import Caller
 
@@ -415,6 +416,7 @@ def test_shell_blocks_name_what_there_is():
 def test_variables_that_are_named_are_settings():
     prefix = zndraw_joblib.JobLibSettings.model_config["env_prefix"]
     known = {f"{prefix}{n}".upper() for n in zndraw_joblib.JobLibSettings.model_fields}
+    known |= {command.URL, command.TOKEN, command.PASSWORD}
     programs = sorted(pages.DOCS.glob("*.py"))
     for page in (*pages.PAGES, *programs):
         named = set(re.findall(rf"\b{prefix}[A-Z_]*[A-Z]", page.read_text()))

@@ -47,6 +47,7 @@ CLIENT = [
     "client_hands",
     "client_shutdown",
     "client",
+    "__main__",
 ]
 MAX_FUNCTION_LINES = 70
 

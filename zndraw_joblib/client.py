@@ -416,11 +416,11 @@ class JobManager:
             options = (self.concurrency, self.polling_interval)
             self._shutdown.hands = Hands(self._claims, self._heartbeat, self._executor, *options)
 
-    def wait(self) -> None:
+    def wait(self) -> bool:
         """Serve until `disconnect`, or in the main thread until SIGINT or SIGTERM.
 
         The first signal lets running tasks finish, for at most ``grace_seconds``; a
-        second one doesn't.
+        second one doesn't. Return whether all of them had ended.
 
         Raises
         ------
@@ -433,7 +433,7 @@ class JobManager:
         if len(self):
             self._executor = self._executor or Threads(run_extension)
             self._serve()
-        self._shutdown.wait()
+        return self._shutdown.wait()
 
     def disconnect(self) -> None:
         """End the worker: let tasks finish, delete it, and end its threads.

@@ -95,6 +95,11 @@ class Hands:
         # with one hand the worker asks once more before it begins: a cancel may have come
         return self.concurrency > 1
 
+    @property
+    def busy(self) -> int:
+        """How many tasks are at hand."""
+        return self._busy
+
     def submit(self, call: Callable[[], None]) -> None:
         """Have one of the threads make a call."""
         self._pool.submit(call)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 from zndraw_joblib.client_api import HostApi
 from zndraw_joblib.client_claims import LAST_RETRIES, Claims, Heartbeat
@@ -40,6 +41,8 @@ class Shutdown:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: threading.Event = field(default_factory=threading.Event)
     _failure: BaseException | None = None
+    #: whether tasks were left that had not ended
+    _left: bool = False
     _signals: int = 0
 
     def begin(self) -> None:
@@ -75,8 +78,8 @@ class Shutdown:
         log.error("giving up: %s", exc)
         _in_thread(self.begin)
 
-    def wait(self) -> None:
-        """Return when the worker has ended; raise if it gave up."""
+    def wait(self) -> bool:
+        """Return when the worker has ended, whether its tasks had; raise if it gave up."""
         in_main = threading.current_thread() is threading.main_thread()
         with self._signals_handled() if in_main else nullcontext():
             self._wait_until_done()
@@ -84,6 +87,7 @@ class Shutdown:
             kinds = (PermissionError, RuntimeError)
             kind = next((k for k in kinds if isinstance(self._failure, k)), ConnectionError)
             raise kind(f"the worker gave up: {self._failure}") from None
+        return not self._left
 
     def _leave(self, life: Life) -> None:
         life.wake.set()
@@ -121,9 +125,11 @@ class Shutdown:
         except Exception as exc:
             log.warning("could not announce the end: %s", exc)
         if not hands.finish(deadline):
+            self._left = True
             log.warning("tasks still run after %s s of grace", self.grace_seconds)
 
     def _leave_at_once(self) -> None:
+        self._left = True
         self.claims.life.aborting.set()
         self.claims.held.end_all()
         self.claims.registrations.delete_worker(retries=0, timeout=AT_ONCE_SECONDS)
@@ -154,7 +160,15 @@ class Shutdown:
             return
         # in a thread: the main one may hold the very lock that is needed
         self._signals += 1
-        _in_thread(self.begin if self._signals == 1 else self._leave_at_once)
+        again = "Ctrl-C again" if signum == signal.SIGINT else "a second signal"
+        first = partial(self._begin_to_finish, again)
+        _in_thread(first if self._signals == 1 else self._leave_at_once)
+
+    def _begin_to_finish(self, again: str) -> None:
+        if self.hands is not None and (busy := self.hands.busy):
+            tasks, them = ("task", "it") if busy == 1 else ("tasks", "them")
+            log.warning("finishing %s %s, %s to stop %s now", busy, tasks, again, them)
+        self.begin()
 
 
 def _in_thread(call: Callable[[], None]) -> None:

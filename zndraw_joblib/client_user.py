@@ -8,19 +8,14 @@ from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, TypedDict
+from uuid import UUID
 
 from pydantic import BaseModel
 
-from zndraw_joblib import telemetry
+from zndraw_joblib import exceptions, schemas, telemetry
 from zndraw_joblib.client_api import CONNECT_SECONDS
 from zndraw_joblib.client_handles import Listing, ShownTask, TaskHandle, View
 from zndraw_joblib.client_transport import Transport, path, prefer
-from zndraw_joblib.exceptions import (
-    JobNotFound,
-    ProviderNotFound,
-    ProviderTimeout,
-    ProviderTimeoutError,
-)
 from zndraw_joblib.extension import (
     Extension,
     as_json,
@@ -29,8 +24,13 @@ from zndraw_joblib.extension import (
     nearest,
     parameters_of,
 )
-from zndraw_joblib.lifecycle import FullName, check_room, split_full_name, visible_rooms
-from zndraw_joblib.schemas import JobResponse, JobSummary, TaskResponse, WorkerSummary
+from zndraw_joblib.lifecycle import (
+    FullName,
+    WorkerState,
+    check_room,
+    split_full_name,
+    visible_rooms,
+)
 
 #: Entries of a page, which every host allows.
 PAGE = 500
@@ -48,29 +48,35 @@ class Rooms:
 
     def tasks(
         self, room: str, status: str | None, job: str | None, limit: int
-    ) -> Listing[TaskResponse]:
+    ) -> Listing[schemas.TaskResponse]:
         """Return the latest tasks of a room."""
         of_job = ["jobs", job] if job else []
         where = path("rooms", check_room(room), *of_job, "tasks")
         asked = {"status": status} if status else {}
         return self._list(ShownTask, where, limit, **asked)
 
-    def jobs(self, room: str) -> Listing[JobSummary]:
+    def jobs(self, room: str) -> Listing[schemas.JobSummary]:
         """Return the jobs that a room sees."""
-        return self._list(JobSummary, path("rooms", check_room(room), "jobs"))
+        return self._list(schemas.JobSummary, path("rooms", check_room(room), "jobs"))
 
-    def job(self, room: str, name: str) -> JobResponse:
+    def job(self, room: str, name: str) -> schemas.JobResponse:
         """Return a job that a room sees; raise a KeyError that says what it sees."""
         where = path("rooms", check_room(room), "jobs", name or "-")
-        answer = self._transport.send("get", where, read=JobResponse.model_validate)
-        if answer.is_problem(JobNotFound):
+        answer = self._transport.send("get", where, read=schemas.JobResponse.model_validate)
+        if answer.is_problem(exceptions.JobNotFound):
             raise self.not_found("jobs", room, name)
-        job: JobResponse = self._transport.value(answer)
+        job: schemas.JobResponse = self._transport.value(answer)
         return job
 
-    def workers(self, room: str) -> Listing[WorkerSummary]:
+    def workers(self, room: str) -> Listing[schemas.WorkerSummary]:
         """Return the workers of the jobs that a room sees."""
-        return self._list(WorkerSummary, path("rooms", check_room(room), "workers"))
+        return self._list(schemas.WorkerSummary, path("rooms", check_room(room), "workers"))
+
+    def drain(self, worker_id: str | UUID) -> schemas.WorkerResponse:
+        """Let a worker finish what it has, and give it nothing more."""
+        body = {"state": WorkerState.DRAINING.value}
+        read = schemas.WorkerResponse.model_validate
+        return self._transport.ask("patch", path("workers", worker_id), read, json=body)
 
     def _list(
         self, kind: type[BaseModel], where: str, most: float = math.inf, **asked: Any
@@ -109,10 +115,10 @@ class Rooms:
             headers=prefer(wait),
             timeout=wait + CONNECT_SECONDS,
         )
-        if answer.is_problem(ProviderNotFound):
+        if answer.is_problem(exceptions.ProviderNotFound):
             raise self.not_found("providers", room, provider)
-        if answer.is_problem(ProviderTimeout):
-            raise ProviderTimeoutError(answer.reason)
+        if answer.is_problem(exceptions.ProviderTimeout):
+            raise exceptions.ProviderTimeoutError(answer.reason)
         self._transport.value(answer)
         is_json = "json" in answer.response.headers.get("content-type", "")
         return answer.value if is_json else answer.response.content
@@ -223,7 +229,7 @@ class Submissions:
                 content=bodies[0] if alone else b'{"tasks":[%s]}' % b",".join(bodies),
                 headers=headers,
             )
-            if not answer.is_problem(JobNotFound):
+            if not answer.is_problem(exceptions.JobNotFound):
                 handles: list[TaskHandle] = self._transport.value(answer)
                 return handles
         sought = job if len(jobs) == 1 else f"{job.category}:{job.name}"

@@ -76,6 +76,7 @@ async def _settings(app: Any, processes: int) -> Findings:
         yield ERROR, f"The settings can't be read: {told or exc}.", advice
     known = [f"ZNDRAW_JOBLIB_{name.upper()}" for name in JobLibSettings.model_fields]
     known += [f"ZNDRAW_AUTH_{name.upper()}" for name in AuthSettings.model_fields]
+    known += [f"ZNDRAW_JOBLIB_{name}" for name in ("URL", "TOKEN", "PASSWORD")]
     for name in sorted({name.upper() for name in os.environ} - {*known}):
         if name.startswith(("ZNDRAW_JOBLIB_", "ZNDRAW_AUTH_")):
             near = difflib.get_close_matches(name, known, 1)
