@@ -24,8 +24,8 @@ FLOORS = [
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["database", "models", "paging", "migration"],
     [
-        "workers", "jobs", "tasks", "submissions", "attempts", "reports", "claims", "heartbeats",
-        "providers",
+        "workers", "jobs", "stats", "tasks", "submissions", "attempts", "reports", "operations",
+        "claims", "heartbeats", "providers",
     ],
     ["provider_reads", "delivery", "registry", "sweeper"],
     ["dependencies", "problem_route", "long_polls"],

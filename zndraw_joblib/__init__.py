@@ -12,13 +12,12 @@ _NAMES = {
     "doctor": "check_host",
     "events": "Emission FrozenEvent JobsInvalidate JoinJobRoom JoinProviderRoom LeaveJobRoom"
     " LeaveProviderRoom ProviderRequest ProviderResultReady ProvidersInvalidate"
-    " TaskAvailable TaskStatusEvent build_task_status_emission emit",
+    " TaskAvailable TaskStatusEvent TasksInvalidate build_task_status_emission emit",
     "exceptions": "Forbidden InternalJobNotConfigured InvalidCategory InvalidRoomId"
     " InvalidTaskTransition JobNotFound NoWorkersAvailable ProblemException"
     " ProviderNotFound ProviderTimeoutError SchemaConflict TaskNotFound WorkerNotFound"
     " problem_exception_handler",
     "extension": "Category ClaimedTask Extension TaskCancelled",
-    "jobs": "queue_stats",
     "lifecycle": "TaskStatus",
     "models": "Job ProviderRecord Task Worker WorkerJobLink",
     "provider": "Provider",
@@ -29,6 +28,7 @@ _NAMES = {
     "routes": "router",
     "schemas": "JobPolicy JobStats",
     "settings": "JobLibSettings",
+    "stats": "queue_stats",
     "sweeper": "cleanup_idle_jobs cleanup_overdue_attempts cleanup_stale_workers"
     " cleanup_stuck_internal_tasks cleanup_worker expel purge_jobs purge_tasks run_sweeper",
     "wakeups": "PgWakeups RedisWakeups Wakeups",

@@ -22,6 +22,7 @@ from zndraw_joblib.events import ProviderRequest as ProviderRequest
 from zndraw_joblib.events import ProviderResultReady as ProviderResultReady
 from zndraw_joblib.events import ProvidersInvalidate as ProvidersInvalidate
 from zndraw_joblib.events import TaskAvailable as TaskAvailable
+from zndraw_joblib.events import TasksInvalidate as TasksInvalidate
 from zndraw_joblib.events import TaskStatusEvent as TaskStatusEvent
 from zndraw_joblib.events import build_task_status_emission as build_task_status_emission
 from zndraw_joblib.events import emit as emit
@@ -43,7 +44,6 @@ from zndraw_joblib.extension import Category as Category
 from zndraw_joblib.extension import ClaimedTask as ClaimedTask
 from zndraw_joblib.extension import Extension as Extension
 from zndraw_joblib.extension import TaskCancelled as TaskCancelled
-from zndraw_joblib.jobs import queue_stats as queue_stats
 from zndraw_joblib.lifecycle import TaskStatus as TaskStatus
 from zndraw_joblib.models import Job as Job
 from zndraw_joblib.models import ProviderRecord as ProviderRecord
@@ -66,6 +66,7 @@ from zndraw_joblib.routes import router as router
 from zndraw_joblib.schemas import JobPolicy as JobPolicy
 from zndraw_joblib.schemas import JobStats as JobStats
 from zndraw_joblib.settings import JobLibSettings as JobLibSettings
+from zndraw_joblib.stats import queue_stats as queue_stats
 from zndraw_joblib.sweeper import cleanup_idle_jobs as cleanup_idle_jobs
 from zndraw_joblib.sweeper import cleanup_overdue_attempts as cleanup_overdue_attempts
 from zndraw_joblib.sweeper import cleanup_stale_workers as cleanup_stale_workers

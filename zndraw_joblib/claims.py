@@ -14,7 +14,7 @@ from zndraw_joblib import workers
 from zndraw_joblib.database import execute, now, number, one_of
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.models import JOB, LINK, TASK, WORKER, due, held, queued
+from zndraw_joblib.models import JOB, LINK, TASK, WORKER, due, held, paused, queued
 from zndraw_joblib.paging import size_of
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import SHOWN, ahead, of_job, place_again
@@ -27,14 +27,17 @@ MAX_BYTES = 1024 * 1024
 
 _WORKER: sa.ColumnElement[UUID] = sa.bindparam("worker", type_=WORKER.c.id.type)
 _FULL_NAME = JOB.c.room_id + ":" + JOB.c.category + ":" + JOB.c.name
+# read once for each statement, and not for each of a worker's jobs
+_PAUSED = sa.select(JOB.c.id).where(paused())
 
 
 def _served(link: Any, named: bool) -> sa.ColumnElement[bool]:
     """Return the condition for links to the jobs that a claim is for."""
+    served = sa.and_(link.worker_id == _WORKER, link.job_id.not_in(_PAUSED))
     if not named:
-        return sa.and_(link.worker_id == _WORKER)
+        return served
     names = _FULL_NAME.in_(sa.bindparam("jobs", expanding=True))
-    return sa.and_(link.worker_id == _WORKER, sa.exists().where(JOB.c.id == link.job_id, names))
+    return sa.and_(served, sa.exists().where(JOB.c.id == link.job_id, names))
 
 
 async def served(session: AsyncSession, worker_id: UUID) -> dict[UUID, str]:
@@ -127,7 +130,7 @@ def _some(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
     return sa.exists(
         sa.select(sa.literal_column("1"))
         .select_from(LINK)
-        .where(LINK.c.worker_id == _WORKER, condition)
+        .where(_served(LINK.c, named=False), condition)
     )
 
 

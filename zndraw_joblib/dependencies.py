@@ -81,7 +81,7 @@ async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
 
 
 async def _open_to_all(session: AsyncSession, caller: Caller, room_id: str, action: Action) -> bool:
-    return True
+    return action.kind != "operate" or caller.is_superuser
 
 
 async def get_room_access() -> RoomAccess:

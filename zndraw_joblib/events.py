@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -37,6 +37,10 @@ class JobsInvalidate(FrozenEvent):
 
 class ProvidersInvalidate(FrozenEvent):
     """The room's list of providers changed."""
+
+
+class TasksInvalidate(FrozenEvent):
+    """Tasks were deleted from the room's list."""
 
 
 class TaskAvailable(FrozenEvent):
@@ -351,6 +355,17 @@ class Outbox:
     def jobs_changed(self, rooms: Iterable[str]) -> None:
         """Tell rooms that their list of jobs, or of their workers, changed."""
         self.emissions += [Emission(JobsInvalidate(), room_channel(room)) for room in sorted(rooms)]
+
+    def job_resumed(self, full_name: str, waiting: Sequence[Any]) -> None:
+        """Tell the workers of a job of the tasks that waited, each with its id and room."""
+        self.queued += [job_key(full_name)] * len(waiting)
+        for task in waiting[:1]:
+            first = TaskAvailable(job_name=full_name, room_id=task.room_id, task_id=str(task.id))
+            self.emissions.append(Emission(first, jobs_channel(full_name)))
+
+    def tasks_deleted(self, room: str) -> None:
+        """Tell a room that its list of tasks is shorter."""
+        self.emissions.append(Emission(TasksInvalidate(), room_channel(room)))
 
     def providers_changed(self, rooms: Iterable[str]) -> None:
         """Tell rooms that their list of providers changed."""

@@ -1,7 +1,5 @@
-"""Jobs: registered by workers, seen by rooms, gone when nobody serves them; their figures."""
+"""Jobs: registered by workers, seen by rooms, gone when nobody serves them."""
 
-from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -28,18 +26,18 @@ from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import lifecycle, models
-from zndraw_joblib.database import execute, now, number, scalar, scalars, upsert
+from zndraw_joblib.database import execute, number, scalar, scalars, upsert
 from zndraw_joblib.exceptions import MAX_ERRORS, JobNotFound, NoWorkersAvailable, SchemaConflict
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, TaskStatus
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
 from zndraw_joblib.paging import Listing, Page, paginate
-from zndraw_joblib.schemas import JobPolicy, JobResponse, JobStats, JobSummary, JsonObject
-from zndraw_joblib.settings import JobLibSettings, get_settings
+from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject
+from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.validation import differences
 from zndraw_joblib.workers import Caller, check_length, check_quota
 
-_FULL_NAME = (JOB.c.room_id, JOB.c.category, JOB.c.name)
-_LIVE = JOB.c.deleted.is_(False)
+FULL_NAME = (JOB.c.room_id, JOB.c.category, JOB.c.name)
+LIVE = JOB.c.deleted.is_(False)
 _DELETED = JOB.c.deleted.is_(True)
 
 
@@ -61,7 +59,14 @@ def not_found(room: str, full_name: str) -> Exception:
     return JobNotFound.exception(f"job not found: room {room!r} sees no {full_name!r}")
 
 
-def _find(room: str, full_name: str) -> FullName:
+def find_name(room: str, full_name: str) -> FullName:
+    """Return the parts of a name that ``room`` may see.
+
+    Raises
+    ------
+    ProblemException
+        ``job-not-found``, also for a malformed name.
+    """
     try:
         name = lifecycle.split_full_name(full_name)
     except ValueError as exc:
@@ -71,15 +76,16 @@ def _find(room: str, full_name: str) -> FullName:
     return name
 
 
-def _named(name: FullName) -> ColumnElement[bool]:
-    return and_(*(column == part for column, part in zip(_FULL_NAME, name, strict=True)))
+def named(name: FullName) -> ColumnElement[bool]:
+    """Return the condition for the job of that name, which may be deleted."""
+    return and_(*(column == part for column, part in zip(FULL_NAME, name, strict=True)))
 
 
 _TARGET = select(JOB.c.id, cast(JOB.c.schema, Text).label("schema")).where(
     JOB.c.room_id == bindparam("room"),
     JOB.c.category == bindparam("category"),
     JOB.c.name == bindparam("name"),
-    _LIVE,
+    LIVE,
 )
 
 
@@ -91,7 +97,7 @@ async def require(session: AsyncSession, room: str, full_name: str) -> Target:
     ProblemException
         ``job-not-found``, also for a malformed name.
     """
-    name = _find(room, full_name)
+    name = find_name(room, full_name)
     row = (await execute(session, _TARGET, name._asdict())).one_or_none()
     if row is None:
         raise not_found(room, full_name)
@@ -153,7 +159,7 @@ def _written(
         room_id=name.room, category=name.category, name=name.name, **fields
     )
     return writing.on_conflict_do_update(
-        index_elements=_FULL_NAME, set_={f: writing.excluded[f] for f in fields}, where=over
+        index_elements=FULL_NAME, set_={f: writing.excluded[f] for f in fields}, where=over
     )
 
 
@@ -163,7 +169,7 @@ def _links() -> Select[tuple[UUID]]:
 
 async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UUID:
     # the upsert locked the row: what is read here stands until the commit
-    job = (await execute(session, select(JOB.c.id, JOB.c.schema).where(_named(name)))).one()
+    job = (await execute(session, select(JOB.c.id, JOB.c.schema).where(named(name)))).one()
     if differing := list(islice(differences(job.schema, schema), MAX_ERRORS)):
         raise SchemaConflict.exception(
             f"schema mismatch: job {name} exists with another schema;"
@@ -216,7 +222,7 @@ async def admit(
         await check_quota(session, theirs, most, "@internal tasks")
     elif not settings.accept_without_workers:
         alive = models.alive_within(settings.worker_timeout_seconds)
-        links = _links().join(JOB, JOB.c.id == LINK.c.job_id).where(_named(name), alive)
+        links = _links().join(JOB, JOB.c.id == LINK.c.job_id).where(named(name), alive)
         if await scalar(session, links.limit(number(1))) is None:
             raise NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
@@ -237,7 +243,7 @@ def _first(column: Any, waiting: ColumnElement[bool]) -> ColumnElement[Any]:
     return first.correlate(JOB).scalar_subquery()
 
 
-_OF_WORKERS = and_(_LIVE, JOB.c.room_id != INTERNAL_ROOM)
+_OF_WORKERS = and_(LIVE, JOB.c.room_id != INTERNAL_ROOM)
 
 
 def idle() -> Select[tuple[UUID]]:
@@ -253,7 +259,7 @@ async def delete_idle(session: AsyncSession, chosen: ColumnElement[bool]) -> lis
     locking = select(JOB.c.id).where(chosen, _OF_WORKERS).order_by(JOB.c.id).with_for_update()
     locked = await scalars(session, locking)
     deleting = update(JOB).where(JOB.c.id.in_(locked), ~wanted()).values(deleted=True)
-    return [FullName(*row) for row in await execute(session, deleting.returning(*_FULL_NAME))]
+    return [FullName(*row) for row in await execute(session, deleting.returning(*FULL_NAME))]
 
 
 async def last_deleted(session: AsyncSession, after: UUID, count: int) -> UUID | None:
@@ -280,7 +286,8 @@ async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
     return len(await scalars(session, purging.returning(JOB.c.id)))
 
 
-def _alive(worker_timeout: float) -> ColumnElement[int]:
+def alive_workers(worker_timeout: float) -> ColumnElement[int]:
+    """Return the column ``workers_alive`` of a job."""
     alive = _links().where(LINK.c.job_id == JOB.c.id, models.alive_within(worker_timeout))
     return alive.with_only_columns(func.count()).scalar_subquery().label("workers_alive")
 
@@ -289,12 +296,13 @@ def _view(worker_timeout: float, *schema: ColumnElement[Any]) -> Select[Any]:
     workers = select(func.aggregate_strings(cast(LINK.c.worker_id, String), ","))
     return select(
         JOB.c.id,
-        *_FULL_NAME,
+        *FULL_NAME,
         *schema,
         JOB.c.created_at,
+        JOB.c.paused,
         *(JOB.c[field] for field in JobPolicy.model_fields),
         workers.where(LINK.c.job_id == JOB.c.id).scalar_subquery().label("workers"),
-        _alive(worker_timeout),
+        alive_workers(worker_timeout),
     )
 
 
@@ -322,7 +330,7 @@ async def read_named(
     ProblemException
         ``job-not-found``, also for a malformed name.
     """
-    view = _view(worker_timeout, JOB.c.schema).where(_named(_find(room, full_name)), _LIVE)
+    view = _view(worker_timeout, JOB.c.schema).where(named(find_name(room, full_name)), LIVE)
     row = (await execute(session, view)).one_or_none()
     if row is None:
         raise not_found(room, full_name)
@@ -341,109 +349,3 @@ async def list_visible(
     seen = models.seen_from(room)
     listing = await paginate(session, _listed(worker_timeout), JOB, page, seen)
     return [JobSummary(**_fields(row)) for row in listing.rows], listing
-
-
-#: Over how many seconds what ended is counted.
-SECONDS_COUNTED = 60
-# Of each kind no more tasks are read: a host that ends more in a minute sees fewer.
-COUNTED_MAX = 100_000
-
-
-def _waiting(count_max: int, order: str, waits: ColumnElement[bool]) -> Any:
-    # No more of a queue than count_max is read, in the order of its index: else
-    # counting would take longer the longer the queue is. Written as positions are.
-    return (
-        select(TASK.c.created_at)
-        .where(TASK.c.job_id == JOB.c.id, waits)
-        .order_by(TASK.c[order])
-        .limit(select(number(count_max)).scalar_subquery())
-        .correlate_except(TASK)
-        .subquery()
-    )
-
-
-@lru_cache(maxsize=8)
-def _figures(most: int, worker_timeout: float) -> Select[Any]:
-    pending = _waiting(most, "queue_order", queued())
-    delayed = _waiting(most, "available_at", TASK.c.available_at.is_not(None))
-    return select(
-        JOB.c.id,
-        *_FULL_NAME,
-        JOB.c.created_at,
-        select(func.count()).select_from(pending).scalar_subquery().label("pending"),
-        select(func.count()).select_from(delayed).scalar_subquery().label("delayed"),
-        select(func.min(pending.c.created_at)).scalar_subquery().label("oldest"),
-        select(now()).scalar_subquery().label("now"),
-        _alive(worker_timeout),
-    )
-
-
-async def _count(
-    session: AsyncSession, chosen: ColumnElement[bool], order: Any
-) -> Counter[tuple[UUID, TaskStatus]]:
-    # Read in the order of the index that holds just these, and counted outside: SQLite
-    # would rather read all tasks in the order of their jobs than sort some.
-    some = select(TASK.c.job_id, TASK.c.status).where(chosen).order_by(order)
-    read = some.limit(number(COUNTED_MAX)).subquery()
-    counting = select(read.c.job_id, read.c.status, func.count())
-    found = await execute(session, counting.group_by(read.c.job_id, read.c.status))
-    return Counter({(job, status): count for job, status, count in found})
-
-
-async def _stats(session: AsyncSession, rows: Sequence[Row[Any]]) -> list[JobStats]:
-    # What is held and what ended just now stand in indexes of their own, over all jobs:
-    # what is read is what goes on, not what waits or is done.
-    counted = await _count(session, held(), TASK.c.worker_id)
-    just_now = TASK.c.completed_at >= now(-SECONDS_COUNTED)
-    for status in (TaskStatus.COMPLETED, TaskStatus.FAILED):
-        ended = and_(TASK.c.status == models.constant(status), just_now)
-        counted += await _count(session, ended, TASK.c.completed_at)
-    stats = []
-    for row in rows:
-        age = None if row.oldest is None else (row.now - row.oldest).total_seconds()
-        stats.append(
-            JobStats(
-                job_name=str(FullName(row.room_id, row.category, row.name)),
-                pending=row.pending,
-                delayed=row.delayed,
-                claimed=counted[row.id, TaskStatus.CLAIMED],
-                running=counted[row.id, TaskStatus.RUNNING],
-                oldest_pending_seconds=None if age is None else max(age, 0.0),
-                completed_last_minute=counted[row.id, TaskStatus.COMPLETED],
-                failed_last_minute=counted[row.id, TaskStatus.FAILED],
-                workers_alive=row.workers_alive,
-            )
-        )
-    return stats
-
-
-async def queue_stats(
-    session: AsyncSession, settings: JobLibSettings | None = None
-) -> list[JobStats]:
-    """Return what goes on in each job, for monitoring.
-
-    Parameters
-    ----------
-    settings : JobLibSettings, optional
-        Without it, those of the environment. What waits is counted up to
-        ``queue_position_max`` for each job; a worker is alive that was heard within
-        ``worker_timeout_seconds``.
-    """
-    settings = settings or get_settings()
-    figures = _figures(settings.queue_position_max, settings.worker_timeout_seconds)
-    rows = await execute(session, figures.where(_LIVE).order_by(JOB.c.id))
-    return await _stats(session, rows.all())
-
-
-@lru_cache(maxsize=8)
-def _figures_listed(most: int, worker_timeout: float) -> Select[Any]:
-    return _figures(most, worker_timeout).where(models.served())
-
-
-async def list_stats(
-    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
-) -> tuple[list[JobStats], Listing]:
-    """Return a page of what goes on in the jobs that ``room`` sees."""
-    figures = _figures_listed(settings.queue_position_max, settings.worker_timeout_seconds)
-    listing = await paginate(session, figures, JOB, page, models.seen_from(room))
-    return await _stats(session, listing.rows), listing

@@ -24,6 +24,7 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("retry_delay_seconds", sa.Float(), False),
         ("timeout_seconds", sa.Float(), True),
         ("start_timeout_seconds", sa.Float(), True),
+        ("paused", sa.Boolean(), False),
     ],
     "worker": [("state", sa.String(16), False)],
     "provider": [],
@@ -52,6 +53,8 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("traceparent", sa.String(55), True),
         ("revision", sa.Integer(), False),
         ("payload_checked", sa.Boolean(), False),
+        ("ended_by_id", sa.Uuid(), True),
+        ("reason", sa.String(), True),
     ],
 }
 
@@ -90,6 +93,7 @@ INDEX ix_task_worker_id ON task (worker_id)
 
 _INDEXES = """
 INDEX ix_job_deleted ON job (deleted, id)
+INDEX ix_job_paused ON job (paused, id)
 INDEX ix_worker_created_at ON worker (created_at, id)
 INDEX ix_worker_job_link_job_id ON worker_job_link (job_id)
 INDEX ix_provider_created_at ON provider (created_at, id)
@@ -225,7 +229,10 @@ def _fill(connection: sa.Connection) -> None:
     job, worker, provider, task = _tables(connection)
     connection.execute(
         sa.update(job).values(
-            created_at=_stored(job.c.created_at), max_attempts=1, retry_delay_seconds=0.0
+            created_at=_stored(job.c.created_at),
+            max_attempts=1,
+            retry_delay_seconds=0.0,
+            paused=sa.false(),
         )
     )
     connection.execute(

@@ -57,6 +57,8 @@ class Job(Base):
         CheckConstraint("max_attempts >= 1", name=conv("ck_job_max_attempts")),
         # of the live ones the sweeper deletes some, of the deleted ones it purges some
         Index("ix_job_deleted", "deleted", "id"),
+        # those that a claim leaves out
+        Index("ix_job_paused", "paused", "id"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
@@ -70,6 +72,7 @@ class Job(Base):
     retry_delay_seconds: Mapped[float] = mapped_column(default=0.0)
     timeout_seconds: Mapped[float | None]
     start_timeout_seconds: Mapped[float | None]
+    paused: Mapped[bool] = mapped_column(default=False)
 
     @property
     def full_name(self) -> str:
@@ -182,6 +185,11 @@ class Task(Base):
         raises it by itself.
     payload_checked : bool
         Whether the host compared the payload with the job's schema.
+    ended_by_id : UUID or None
+        The user who cancelled it; no foreign key, or each user who is deleted would be
+        looked for in all tasks.
+    reason : str or None
+        Why it was cancelled.
     """
 
     __tablename__ = "task"
@@ -244,6 +252,8 @@ class Task(Base):
         default=1, onupdate=literal_column("task.revision + 1", Integer)
     )
     payload_checked: Mapped[bool] = mapped_column(default=True)
+    ended_by_id: Mapped[UUID | None]
+    reason: Mapped[str | None]
 
 
 # What statements are made of. Of the classes, each execution would pass the ORM, which
@@ -266,6 +276,11 @@ def visible(entry: Table) -> ColumnElement[bool]:
 def served() -> ColumnElement[bool]:
     """Return the condition under which a job can be submitted to from a room."""
     return and_(visible(JOB), JOB.c.deleted.is_(False))
+
+
+def paused() -> ColumnElement[bool]:
+    """Return the condition under which nothing of a job is given to workers."""
+    return and_(JOB.c.paused.is_(True))
 
 
 def alive_within(seconds: float) -> ColumnElement[bool]:

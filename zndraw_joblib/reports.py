@@ -1,7 +1,7 @@
 """Reports: what workers and users say becomes of a task."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -20,7 +20,7 @@ from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.tasks import SHOWN, back_in_queue, change, of_job, require_visible, seen
-from zndraw_joblib.workers import Caller, RoomAccess
+from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
 
 
 class Reported(NamedTuple):
@@ -43,6 +43,19 @@ def _each(what: str, kind: TypeEngine[Any], count: int) -> sa.ColumnElement[Any]
     )
 
 
+def cancelled(user_id: Any, reason: Any) -> dict[Any, Any]:
+    """Return what a user who cancels a task makes of it."""
+    return {
+        TASK.c.status: TaskStatus.CANCELLED,
+        TASK.c.completed_at: now(),
+        TASK.c.available_at: None,
+        TASK.c.deadline_at: None,
+        TASK.c.error_type: None,
+        TASK.c.ended_by_id: user_id,
+        TASK.c.reason: reason,
+    }
+
+
 def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
     """Return what ``count`` reports of one status make of their tasks."""
     if status is TaskStatus.PENDING:
@@ -57,6 +70,12 @@ def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
             ),
         }
     error = _each("error", TASK.c.error.type, count)
+    if status is TaskStatus.CANCELLED:
+        by = sa.bindparam("canceller", type_=TASK.c.ended_by_id.type)
+        return cancelled(by, _each("reason", TASK.c.reason.type, count)) | {
+            TASK.c.error: error,
+            TASK.c.result: _each("result", TASK.c.result.type, count),
+        }
     if status is TaskStatus.FAILED:
         return failed(
             error,
@@ -128,6 +147,7 @@ async def _move(
     names: dict[str, Any] = {
         "holder": caller.id,
         "submitter": caller.id,
+        "canceller": caller.id,
         "key": key,
         "longest_backoff": settings.retry_delay_max_seconds,
     }
@@ -141,6 +161,7 @@ async def _move(
             f"error_{n}": report.error,
             f"error_type_{n}": report.error_type.value,
             f"result_{n}": report.result,
+            f"reason_{n}": report.reason,
             f"retryable_{n}": report.retryable,
             f"entry_{n}": error_entry(report.error, report.error_type),
         }
@@ -155,6 +176,11 @@ _LOCKING = (
     .order_by(TASK.c.id)
     .with_for_update()
 )
+
+
+async def lock(session: AsyncSession, task_ids: Iterable[UUID]) -> None:
+    """Lock tasks until the commit."""
+    await execute(session, _LOCKING, {"tasks": list(task_ids)})
 
 
 async def report(
@@ -176,7 +202,8 @@ async def report(
     task_id : UUID
         The task.
     caller : Caller
-        The owner of the task's worker, a superuser, or to cancel the submitter.
+        The owner of the task's worker, a superuser, or to cancel the submitter and who may
+        operate the room.
     may_enter : RoomAccess
         To whom else it is told that there is such a task.
     request : TaskUpdateRequest
@@ -223,7 +250,7 @@ async def report_many(
         What :func:`report` would have returned or raised for each.
     """
     if len(reports) > 1:
-        await execute(session, _LOCKING, {"tasks": list(reports)})
+        await lock(session, reports)
     moved: dict[UUID, TaskView] = {}
     for status in {report.status: None for report in reports.values()}:
         alike = {i: r for i, r in reports.items() if r.status is status}
@@ -244,7 +271,15 @@ async def report_many(
             row = current.get(task_id)
             if row is None or not _entitled(row, request.status, caller):
                 row = await require_visible(session, row, task_id, caller, may_enter)
-                raise _not_yours(row, request)
+                if request.status is not TaskStatus.CANCELLED or not await permits(
+                    may_enter, session, caller, row.room_id, OPERATE
+                ):
+                    raise _not_yours(row, request)
+                operator = Caller(caller.id, is_superuser=True)
+                alone = {task_id: request}
+                if done := await _move(session, request.status, alone, operator, settings, key):
+                    outcomes.append(Reported(done[0], changed=True))
+                    continue
             outcomes.append(await _repeated(session, row, request, key))
         except ProblemException as exc:
             outcomes.append(exc)

@@ -14,10 +14,12 @@ from zndraw_joblib import (
     heartbeats,
     jobs,
     long_polls,
+    operations,
     provider_reads,
     providers,
     routes_tasks,
     schemas,
+    stats,
     validation,
     workers,
 )
@@ -212,7 +214,7 @@ async def read_stats(
 ) -> Response:
     """Show what goes on in the jobs that the room sees, over all rooms."""
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await jobs.list_stats(session, room_id, query.page(), context.settings)
+    items, listing = await stats.list_stats(session, room_id, query.page(), context.settings)
     return deps.page_response(context.request, query, listing, items)
 
 
@@ -228,6 +230,32 @@ async def read_job(
     await enter(session, context.caller, room_id, may_enter)
     silence = context.settings.worker_timeout_seconds
     return deps.json_response(await jobs.read_named(session, room_id, job_name, silence))
+
+
+@router.patch(
+    "/rooms/{room_id}/jobs/{job_name:fullname}", **answers(schemas.JobResponse, *JOB, *BODY)
+)
+async def update_job(
+    context: RequestContext,
+    session: SessionDep,
+    may_enter: Access,
+    room_id: str,
+    job_name: str,
+    body: schemas.JobUpdateRequest,
+) -> Response:
+    """Pause a job, or let it go on."""
+    # where the job is: of one that all rooms see, none of them decides
+    owner = jobs.find_name(room_id, job_name).room
+    await enter(session, context.caller, owner, may_enter, workers.OPERATE)
+    job = await jobs.require(session, room_id, job_name)
+    changed, waiting = await operations.pause(session, job, body.paused)
+    if changed:
+        context.outbox.jobs_changed([owner])
+        context.outbox.job_resumed(str(job.name), waiting)
+    silence = context.settings.worker_timeout_seconds
+    updated = await jobs.read(session, job.id, silence)
+    await context.commit(session)
+    return deps.json_response(updated)
 
 
 # --- providers ---

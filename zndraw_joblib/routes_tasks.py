@@ -13,6 +13,7 @@ from zndraw_joblib import (
     exceptions,
     jobs,
     long_polls,
+    operations,
     reports,
     schemas,
     submissions,
@@ -33,7 +34,7 @@ from zndraw_joblib.dependencies import (
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TERMINAL, split_full_name
 from zndraw_joblib.problem_route import BODY, JOB, ROOM, TASK, WORKER, answers, new_router
-from zndraw_joblib.workers import Action
+from zndraw_joblib.workers import OPERATE, Action
 
 router = new_router()
 
@@ -74,6 +75,53 @@ async def _submitted(
         context.outbox.tasks_changed(submission.tasks)
         context.outbox.dispatch(submission.tasks)
     await context.commit(session)
+
+
+# before the submission, which takes any name
+@router.post(
+    "/rooms/{room_id}/tasks/bulk", **answers(schemas.TaskBulkResponse, *ROOM, *BODY, *RUNNABLE)
+)
+async def change_tasks(
+    context: RequestContext,
+    session: SessionDep,
+    session_maker: Sessions,
+    may_enter: Access,
+    room_id: str,
+    body: schemas.TaskBulkRequest,
+) -> Response:
+    """Cancel, retry or delete up to 1000 tasks of the room, the oldest first."""
+    caller, settings = context.caller, context.settings
+    await enter(session, caller, room_id, may_enter, OPERATE)
+    chosen = await operations.choose(session, room_id, body)
+    ids, more = chosen[: operations.MOST], len(chosen) > operations.MOST
+    if body.dry_run:
+        count = len(ids)
+    elif body.action == "cancel":
+        cancelled = await operations.cancel(session, ids, caller, body.reason, settings)
+        context.outbox.tasks_changed(cancelled)
+        count = len(cancelled)
+    elif body.action == "retry":
+        await deps.check_writable(context.request, room_id)
+        retried = await submissions.retry_many(session, ids, settings)
+        await _retried(context, session, retried)
+        count = len(retried)
+    else:
+        count = len(await operations.delete(session, ids))
+        context.outbox.tasks_deleted(room_id)
+    await context.commit(session)
+    return deps.json_response({"count": count, "more": more})
+
+
+async def _retried(
+    context: deps.Context, session: AsyncSession, retried: Sequence[TaskView]
+) -> None:
+    """Admit tasks that go again, and put them into the outbox."""
+    for job_name in {task.job_name: None for task in retried}:
+        name = split_full_name(job_name)
+        await jobs.admit(session, name, context.caller, context.settings)
+        require_broker(context.transports, name, [], "")
+    context.outbox.tasks_changed(retried)
+    context.outbox.dispatch(retried)
 
 
 @router.post(
@@ -303,6 +351,16 @@ async def report_task(
     return deps.json_response(tasks.as_json(reported.task))
 
 
+@router.delete("/tasks/{task_id}", **answers(None, *TASK, status=204))
+async def delete_task(
+    context: RequestContext, session: SessionDep, may_enter: Access, task_id: UUID
+) -> None:
+    """Delete a task that has ended."""
+    room = await operations.delete_one(session, task_id, context.caller, may_enter)
+    context.outbox.tasks_deleted(room)
+    await context.commit(session)
+
+
 @router.post(
     "/tasks/{task_id}/retry", **answers(schemas.TaskResponse, *RUNNABLE, *TASK, status=202)
 )
@@ -319,11 +377,7 @@ async def retry_task(
     # its submitter reads it wherever it is, and retries it where they still may submit
     await enter(session, caller, task.room_id, may_enter, _submitting(task.job_name))
     await deps.check_writable(context.request, task.room_id)
-    name = split_full_name(task.job_name)
-    await jobs.admit(session, name, caller, settings)
-    require_broker(context.transports, name, [], "")
-    context.outbox.task_changed(task)
-    context.outbox.dispatch([task])
+    await _retried(context, session, [task])
     await context.commit(session)
     where = deps.location_of_task(context.request, task.id)
     return deps.json_response(tasks.as_json(task), 202, {"Location": where})

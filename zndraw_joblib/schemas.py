@@ -1,6 +1,6 @@
 """What goes over the wire: request and response models, and what JSON is taken."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
@@ -8,6 +8,7 @@ from uuid import UUID
 from pydantic import (
     AfterValidator,
     AliasChoices,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -17,6 +18,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
+    model_validator,
 )
 
 from zndraw_joblib.exceptions import ProblemDetail
@@ -215,6 +217,13 @@ class JobRegisterRequest(JobPolicy):
     worker_id: UUID | None = None
 
 
+class JobUpdateRequest(_Model):
+    """What the operators of a job's room set."""
+
+    paused: bool = Field(strict=True)
+    """Whether its tasks wait, whoever serves it."""
+
+
 class JobSummary(_Model):
     """A job in a listing."""
 
@@ -223,6 +232,7 @@ class JobSummary(_Model):
     name: str
     workers: list[UUID]
     workers_alive: int = 0
+    paused: bool = False
 
 
 class _Offer(_Model):
@@ -241,6 +251,7 @@ class JobResponse(_Offer, PolicyResponse):
 
     workers: list[UUID]
     workers_alive: int = 0
+    paused: bool = False
     worker_id: UUID | None = None
     policy_kept: bool = False
     """Whether another policy was asked for and this one stays, since live workers of other
@@ -325,6 +336,10 @@ class TaskResponse(_Model):
     it."""
     payload_checked: bool = True
     """Whether the host compared `payload` with the job's schema; the worker always does."""
+    ended_by_id: UUID | None = None
+    """The user who cancelled it."""
+    reason: str | None = None
+    """Why it was cancelled."""
     abridged: bool = False
     """Too large for an answer with many: `payload`, `result` and `errors` are left out and
     `error` is cut. The task itself tells them."""
@@ -358,6 +373,8 @@ class TaskUpdateRequest(_Model):
     """Of a failure: whether the process that ran the task died."""
     retryable: bool = Field(default=True, strict=True)
     result: Json = None
+    reason: Message | None = None
+    """Of a cancel: why. The first one stays."""
 
 
 class TaskReport(TaskUpdateRequest):
@@ -393,6 +410,45 @@ class TaskReportsResponse(_Model):
     """The outcome of each report, in the order of the request."""
 
     outcomes: list[TaskOutcome]
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must be between the years 1 and 9999 in UTC") from None
+
+
+class TaskBulkRequest(_Model):
+    """Which of a room's tasks to cancel, to retry or to delete: one filter at least."""
+
+    action: Literal["cancel", "retry", "delete"]
+    job: Message | None = None
+    """The full name of the tasks' job."""
+    status: TaskStatus | None = None
+    created_by: UUID | None = None
+    """The user who submitted them."""
+    before: Annotated[AwareDatetime, AfterValidator(_in_utc)] | None = None
+    """They were submitted earlier than that."""
+    reason: Message | None = None
+    """Of a cancel: why."""
+    dry_run: bool = Field(default=False, strict=True)
+    """Nothing is changed."""
+
+    @model_validator(mode="after")
+    def _filtered(self) -> "TaskBulkRequest":
+        if not any((self.job, self.status, self.created_by, self.before)):
+            raise ValueError("one of job, status, created_by and before has to say which tasks")
+        return self
+
+
+class TaskBulkResponse(_Model):
+    """How many tasks were changed, or would have been."""
+
+    count: int
+    """At most 1000, the oldest first."""
+    more: bool
+    """Whether there are others: for these the request is to be repeated."""
 
 
 class TaskQueryRequest(_Model):

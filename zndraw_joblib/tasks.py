@@ -13,13 +13,13 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib.database import execute, greatest, microseconds, now, number, scalar
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.exceptions import TaskNotFound
+from zndraw_joblib.exceptions import Forbidden, TaskNotFound
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, queued
 from zndraw_joblib.paging import Completion, Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.workers import Caller, RoomAccess, permits
+from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
 
 KEPT_ERRORS = 5
 KEPT_OF_ERROR = 1000
@@ -266,6 +266,29 @@ async def require_visible(
         or await permits(may_enter, session, caller, row.room_id)
     ):
         raise TaskNotFound.exception(f"task {task_id} not found")
+    return row
+
+
+async def require_own(
+    session: AsyncSession,
+    row: sa.Row[Any] | None,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    what: str,
+) -> sa.Row[Any]:
+    """Return a task's row to its submitter, and to who may operate its room.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, or ``forbidden`` to do ``what``.
+    """
+    if row is not None and (caller.is_superuser or row.created_by_id == caller.id):
+        return row
+    row = await require_visible(session, row, task_id, caller, may_enter)
+    if not await permits(may_enter, session, caller, row.room_id, OPERATE):
+        raise Forbidden.exception(f"task {task_id} is not yours to {what}")
     return row
 
 

@@ -35,7 +35,7 @@ from zndraw_joblib.exceptions import (
     QuotaExceeded,
     WorkerNotFound,
 )
-from zndraw_joblib.lifecycle import FullName, WorkerState
+from zndraw_joblib.lifecycle import SPECIAL_ROOMS, FullName, WorkerState
 from zndraw_joblib.models import JOB, LINK, PROVIDER, WORKER, alive_within, seen_from, served
 from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.settings import JobLibSettings
@@ -60,21 +60,23 @@ class Action(NamedTuple):
 
     Parameters
     ----------
-    kind : {"read", "submit", "register"}
+    kind : {"read", "submit", "register", "operate"}
         To retry a task is to submit it. Who withdraws something, or reports on a task,
-        does so as its owner.
+        does so as its owner. To operate is to pause jobs, and to cancel, retry and delete
+        what others submitted.
     category : str or None
-        Of the job or provider; None to read.
+        Of the job or provider; None to read and to operate.
     """
 
-    kind: Literal["read", "submit", "register"]
+    kind: Literal["read", "submit", "register", "operate"]
     category: str | None = None
 
 
-READ = Action("read")
+READ, OPERATE = Action("read"), Action("operate")
 
 #: ``await access(session, caller, room_id, action)``: whether a user may do that there.
-#: One without the last parameter is asked the same for every action.
+#: One without the last parameter is asked the same for every action; there, and in rooms
+#: that are everybody's, superusers alone operate.
 RoomAccess = Callable[..., Awaitable[bool]]
 
 
@@ -82,7 +84,11 @@ async def permits(
     access: RoomAccess, session: AsyncSession, caller: Caller, room_id: str, action: Action = READ
 ) -> bool:
     """Ask the host whether a user may do something in a room."""
-    if len(inspect.signature(access).parameters) == 3:
+    knows_actions = len(inspect.signature(access).parameters) > 3
+    hosts_to_say = knows_actions and room_id not in SPECIAL_ROOMS
+    if action.kind == "operate" and not (caller.is_superuser or hosts_to_say):
+        return False
+    if not knows_actions:
         return await access(session, caller, room_id)
     return await access(session, caller, room_id, action)
 

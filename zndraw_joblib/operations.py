@@ -1,0 +1,149 @@
+"""Operations: what those who run a room do with its jobs, and with the tasks of others."""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from zndraw_joblib import exceptions, jobs, reports, tasks
+from zndraw_joblib.database import execute, number, scalar, scalars
+from zndraw_joblib.events import TaskView
+from zndraw_joblib.lifecycle import REPORTABLE, TERMINAL, TaskStatus
+from zndraw_joblib.models import JOB, TASK, constant, in_states, queued, rechecked
+from zndraw_joblib.schemas import TaskBulkRequest
+from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.workers import Caller, RoomAccess
+
+#: Tasks that one request changes, and waiting ones that a resumed job's workers hear of.
+MOST = 1000
+
+_SOURCES = {"cancel": REPORTABLE[TaskStatus.CANCELLED], "retry": TERMINAL, "delete": TERMINAL}
+
+
+async def pause(
+    session: AsyncSession, job: jobs.Target, paused: bool
+) -> tuple[bool, Sequence[sa.Row[Any]]]:
+    """Let a job's tasks wait, whoever serves it, or wait no longer.
+
+    Returns
+    -------
+    bool
+        Whether it was otherwise before.
+    sequence of Row
+        Of a job that goes on, the first tasks that wait for a worker.
+
+    Raises
+    ------
+    ProblemException
+        ``forbidden`` for a job of ``@internal``.
+    """
+    if job.internal:
+        raise exceptions.Forbidden.exception("the server's own jobs can't be paused")
+    pausing = sa.update(JOB).where(JOB.c.id == job.id, JOB.c.paused.is_(not paused))
+    changed = await scalar(session, pausing.values(paused=paused).returning(JOB.c.id))
+    if changed is None or paused:
+        return changed is not None, []
+    waiting = (
+        sa.select(TASK.c.id, TASK.c.room_id)
+        .where(TASK.c.job_id == job.id, queued())
+        .order_by(TASK.c.queue_order, TASK.c.id)
+    )
+    return True, (await execute(session, waiting.limit(number(MOST)))).all()
+
+
+async def choose(session: AsyncSession, room: str, request: TaskBulkRequest) -> list[UUID]:
+    """Return the tasks of a room that a request is for, the oldest first.
+
+    Returns
+    -------
+    list of UUID
+        :data:`MOST` of them, and one more if there are more.
+
+    Raises
+    ------
+    ProblemException
+        ``job-not-found``, where there never was one of this name.
+    """
+    chosen = [TASK.c.room_id == room]
+    if request.job is not None:
+        named = sa.select(JOB.c.id).where(jobs.named(jobs.find_name(room, request.job)))
+        job_id = await scalar(session, named)
+        if job_id is None:
+            raise jobs.not_found(room, request.job)
+        chosen.append(TASK.c.job_id == job_id)
+    if request.created_by is not None:
+        chosen.append(TASK.c.created_by_id == request.created_by)
+    if request.before is not None:
+        chosen.append(TASK.c.created_at < request.before)
+    if request.action == "retry":
+        chosen.append(tasks.of_job(JOB.c.deleted).is_(False))
+    states = _SOURCES[request.action]
+    states = states if request.status is None else states & {request.status}
+    if not states:
+        return []
+    order = (TASK.c.created_at, TASK.c.id)
+    # each state in the order of its index: more than is asked for is never read to be sorted
+    walks = [
+        sa.select(*order)
+        .where(TASK.c.status == constant(status), *chosen)
+        .order_by(*order)
+        .limit(number(MOST + 1))
+        .subquery()
+        for status in sorted(states)
+    ]
+    found = sa.union_all(*map(sa.select, walks)).subquery()
+    oldest = sa.select(found.c.id).order_by(found.c.created_at, found.c.id)
+    return await scalars(session, oldest.limit(number(MOST + 1)))
+
+
+async def cancel(
+    session: AsyncSession,
+    task_ids: Sequence[UUID],
+    caller: Caller,
+    reason: str | None,
+    settings: JobLibSettings,
+) -> list[TaskView]:
+    """Cancel those of the tasks that have not ended; return them."""
+    await reports.lock(session, task_ids)
+    cancelling = (
+        sa.update(TASK)
+        .where(TASK.c.id.in_(task_ids), rechecked(in_states(_SOURCES["cancel"])))
+        .values(reports.cancelled(caller.id, reason))
+    )
+    return await tasks.change(session, cancelling.returning(*tasks.BRIEF), settings)
+
+
+async def delete(session: AsyncSession, task_ids: Sequence[UUID]) -> list[UUID]:
+    """Delete those of the tasks that have ended; return their ids."""
+    deleting = sa.delete(TASK).where(TASK.c.id.in_(task_ids), in_states(TERMINAL))
+    return await scalars(session, deleting.returning(TASK.c.id))
+
+
+async def delete_one(
+    session: AsyncSession, task_id: UUID, caller: Caller, may_enter: RoomAccess
+) -> str:
+    """Delete a task that has ended; return its room.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, ``forbidden``, or ``invalid-task-transition`` when it has not
+        ended.
+    """
+    found = await execute(
+        session,
+        sa.select(TASK.c.room_id, TASK.c.created_by_id, TASK.c.holder_id, TASK.c.status).where(
+            TASK.c.id == task_id
+        ),
+    )
+    row = found.one_or_none()
+    row = await tasks.require_own(session, row, task_id, caller, may_enter, "delete")
+    if not await delete(session, [task_id]):
+        raise exceptions.InvalidTaskTransition.exception(
+            f"a {row.status.value} task can't be deleted: cancel it first",
+            task_status=row.status.value,
+        )
+    room: str = row.room_id
+    return room

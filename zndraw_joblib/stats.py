@@ -1,0 +1,123 @@
+"""Figures: what goes on in each job, at a cost that does not grow with what waits."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Row, Select, and_, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from zndraw_joblib import jobs, models
+from zndraw_joblib.database import execute, now, number
+from zndraw_joblib.lifecycle import FullName, TaskStatus
+from zndraw_joblib.models import JOB, TASK, held, queued
+from zndraw_joblib.paging import Listing, Page, paginate
+from zndraw_joblib.schemas import JobStats
+from zndraw_joblib.settings import JobLibSettings, get_settings
+
+#: Over how many seconds what ended is counted.
+SECONDS_COUNTED = 60
+# Of each kind no more tasks are read: a host that ends more in a minute sees fewer.
+COUNTED_MAX = 100_000
+
+
+def _waiting(count_max: int, order: str, waits: ColumnElement[bool]) -> Any:
+    # No more of a queue than count_max is read, in the order of its index: else
+    # counting would take longer the longer the queue is. Written as positions are.
+    return (
+        select(TASK.c.created_at)
+        .where(TASK.c.job_id == JOB.c.id, waits)
+        .order_by(TASK.c[order])
+        .limit(select(number(count_max)).scalar_subquery())
+        .correlate_except(TASK)
+        .subquery()
+    )
+
+
+@lru_cache(maxsize=8)
+def _figures(most: int, worker_timeout: float) -> Select[Any]:
+    pending = _waiting(most, "queue_order", queued())
+    delayed = _waiting(most, "available_at", TASK.c.available_at.is_not(None))
+    return select(
+        JOB.c.id,
+        *jobs.FULL_NAME,
+        JOB.c.created_at,
+        select(func.count()).select_from(pending).scalar_subquery().label("pending"),
+        select(func.count()).select_from(delayed).scalar_subquery().label("delayed"),
+        select(func.min(pending.c.created_at)).scalar_subquery().label("oldest"),
+        select(now()).scalar_subquery().label("now"),
+        jobs.alive_workers(worker_timeout),
+    )
+
+
+async def _count(
+    session: AsyncSession, chosen: ColumnElement[bool], order: Any
+) -> Counter[tuple[UUID, TaskStatus]]:
+    # Read in the order of the index that holds just these, and counted outside: SQLite
+    # would rather read all tasks in the order of their jobs than sort some.
+    some = select(TASK.c.job_id, TASK.c.status).where(chosen).order_by(order)
+    read = some.limit(number(COUNTED_MAX)).subquery()
+    counting = select(read.c.job_id, read.c.status, func.count())
+    found = await execute(session, counting.group_by(read.c.job_id, read.c.status))
+    return Counter({(job, status): count for job, status, count in found})
+
+
+async def _stats(session: AsyncSession, rows: Sequence[Row[Any]]) -> list[JobStats]:
+    # What is held and what ended just now stand in indexes of their own, over all jobs:
+    # what is read is what goes on, not what waits or is done.
+    counted = await _count(session, held(), TASK.c.worker_id)
+    just_now = TASK.c.completed_at >= now(-SECONDS_COUNTED)
+    for status in (TaskStatus.COMPLETED, TaskStatus.FAILED):
+        ended = and_(TASK.c.status == models.constant(status), just_now)
+        counted += await _count(session, ended, TASK.c.completed_at)
+    stats = []
+    for row in rows:
+        age = None if row.oldest is None else (row.now - row.oldest).total_seconds()
+        stats.append(
+            JobStats(
+                job_name=str(FullName(row.room_id, row.category, row.name)),
+                pending=row.pending,
+                delayed=row.delayed,
+                claimed=counted[row.id, TaskStatus.CLAIMED],
+                running=counted[row.id, TaskStatus.RUNNING],
+                oldest_pending_seconds=None if age is None else max(age, 0.0),
+                completed_last_minute=counted[row.id, TaskStatus.COMPLETED],
+                failed_last_minute=counted[row.id, TaskStatus.FAILED],
+                workers_alive=row.workers_alive,
+            )
+        )
+    return stats
+
+
+async def queue_stats(
+    session: AsyncSession, settings: JobLibSettings | None = None
+) -> list[JobStats]:
+    """Return what goes on in each job, for monitoring.
+
+    Parameters
+    ----------
+    settings : JobLibSettings, optional
+        Without it, those of the environment. What waits is counted up to
+        ``queue_position_max`` for each job; a worker is alive that was heard within
+        ``worker_timeout_seconds``.
+    """
+    settings = settings or get_settings()
+    figures = _figures(settings.queue_position_max, settings.worker_timeout_seconds)
+    rows = await execute(session, figures.where(jobs.LIVE).order_by(JOB.c.id))
+    return await _stats(session, rows.all())
+
+
+@lru_cache(maxsize=8)
+def _figures_listed(most: int, worker_timeout: float) -> Select[Any]:
+    return _figures(most, worker_timeout).where(models.served())
+
+
+async def list_stats(
+    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
+) -> tuple[list[JobStats], Listing]:
+    """Return a page of what goes on in the jobs that ``room`` sees."""
+    figures = _figures_listed(settings.queue_position_max, settings.worker_timeout_seconds)
+    listing = await paginate(session, figures, JOB, page, models.seen_from(room))
+    return await _stats(session, listing.rows), listing
