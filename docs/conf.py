@@ -10,7 +10,7 @@ import tables  # noqa: E402
 
 project = "zndraw-joblib"
 copyright = "the authors of zndraw-joblib"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["structures"]
 language = "en"
 html_theme = "furo"

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from inspect import cleandoc, isfunction
 from typing import Any
@@ -49,7 +50,7 @@ def kind(schema: dict[str, Any]) -> str:
     """Return a JSON schema in a few words."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
+        return f"[{name}](bodies.md#{name.lower()})"
     if options := schema.get("anyOf"):
         return " or ".join(map(kind, options))
     if "enum" in schema:
@@ -176,16 +177,17 @@ def unnamed(path: str) -> str:
 
 
 def routes() -> str:
-    """Return a section for every route, and one for every model that they name."""
-    document = openapi()
-    sections = [
+    """Return a section for every route."""
+    return "\n\n".join(
         route(method, path, operation)
-        for method, path, operation in sorted(operations(document), key=place)
-    ]
-    models = [
-        model(name, schema) for name, schema in sorted(document["components"]["schemas"].items())
-    ]
-    return "\n\n".join([*sections, "## Bodies", *models])
+        for method, path, operation in sorted(operations(openapi()), key=place)
+    )
+
+
+def bodies() -> str:
+    """Return a section for every model that the routes name."""
+    models = openapi()["components"]["schemas"]
+    return "\n\n".join(model(name, schema) for name, schema in sorted(models.items()))
 
 
 def place(operation: tuple[str, str, Any]) -> tuple[Any, ...]:
@@ -256,14 +258,24 @@ def model(name: str, schema: dict[str, Any]) -> str:
         if "properties" in schema
         else kind(schema)
     )
-    return f"### {name}\n\n{described}\n\n{body}"
+    return f"## {name}\n\n{described}\n\n{body}"
 
 
-def python() -> str:
+#: The modules of which a page tells; all others are for hosts.
+PAGES = {
+    "python-workers": ("client", "extension", "provider"),
+    "python-wire": ("schemas", "events", "exceptions", "lifecycle"),
+}
+
+
+def python(page: str) -> str:
     """Return what documents every name that the package hands on, by module."""
+    others = {module for modules in PAGES.values() for module in modules}
     by_module: dict[str, list[str]] = {}
     for name in joblib.__all__:
-        by_module.setdefault(joblib._MODULE_OF[name], []).append(name)
+        module = joblib._MODULE_OF[name]
+        if module in PAGES[page] if page in PAGES else module not in others:
+            by_module.setdefault(module, []).append(name)
     sections = []
     for module, names in by_module.items():
         about = told(import_module(f"zndraw_joblib.{module}"))
@@ -291,9 +303,10 @@ def directive(name: str) -> str:
 
 
 GENERATED = {
-    "python": python,
+    **{page: partial(python, page) for page in (*PAGES, "python-hosts")},
     "settings": settings,
     "problems": problems,
     "events": event_sections,
     "routes": routes,
+    "bodies": bodies,
 }

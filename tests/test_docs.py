@@ -474,7 +474,8 @@ def test_the_reference_tells_everything():
         assert f"\n## `{method} {path}`\n\n{operation['description']}" in "\n" + (made["routes"])
     for name in zndraw_joblib.__all__:
         module = zndraw_joblib._MODULE_OF[name]
-        assert re.search(rf":: zndraw_joblib\.({module}\.)?{name}\n", made["python"])
+        directive = rf":: zndraw_joblib\.({module}\.)?{name}\n"
+        assert sum(bool(re.search(directive, text)) for text in made.values()) == 1, name
     for name, field in zndraw_joblib.JobLibSettings.model_fields.items():
         assert " ".join(field.description.split()) in made["settings"], name
         assert f"| `{name}` |" in made["settings"]
