@@ -290,7 +290,7 @@ async def enter(
     """
     validate_room_id(room_id)
     if not await permits(may_enter, session, caller, room_id, action):
-        refusal = "is not open to you" if action is READ else f"lets you not {action.kind}"
+        refusal = "is not open to you" if action is READ else f"does not let you {action.kind}"
         raise Forbidden.exception(f"room {room_id!r} {refusal}")
 
 
