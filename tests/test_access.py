@@ -302,7 +302,7 @@ async def test_the_host_is_told_what_it_is_asked_for(app, ada, bob, admin):
             assert answer.is_success == (refuses is None), (route, answer.text)
             assert answer.is_success or answer.status_code in (403, 404)
             if answer.status_code == 403:
-                why = "not open" if action.kind == "read" else f"not {action.kind}"
+                why = "not open" if action.kind == "read" else f"not let you {action.kind}"
                 assert why in answer.json()["detail"]
 
 
