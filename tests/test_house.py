@@ -20,11 +20,11 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: imports go down; on a floor they go leftward
 FLOORS = [
     ["lifecycle", "settings", "exceptions"],
-    ["schemas", "validation"],
+    ["fields", "schemas", "validation"],
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["database", "models", "paging", "migration"],
     [
-        "workers", "jobs", "stats", "tasks", "submissions", "attempts", "reports", "operations",
+        "workers", "queues", "jobs", "stats", "tasks", "submissions", "attempts", "reports", "operations",
         "claims", "heartbeats", "providers",
     ],
     ["provider_reads", "delivery", "registry", "sweeper"],

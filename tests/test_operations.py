@@ -6,13 +6,26 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import update
-from steps import JOB, claim, execute, move, offer, problem, read, register, report, submit
+from sqlalchemy import select, update
+from steps import (
+    JOB,
+    claim,
+    execute,
+    move,
+    offer,
+    problem,
+    read,
+    register,
+    report,
+    silence,
+    submit,
+)  # fmt: skip
 
-from zndraw_joblib import get_room_access
+from zndraw_joblib import expel, get_room_access
 from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.events import job_key
-from zndraw_joblib.models import Task, now
+from zndraw_joblib.models import Job, Task, now
+from zndraw_joblib.sweeper import cleanup_idle_jobs
 
 pytestmark = pytest.mark.makers("plain", "postgres")
 
@@ -246,3 +259,61 @@ async def test_a_cancel_tells_who_and_why_and_the_first_one_stays(ada, bob, admi
     assert (await report(admin, task, "cancelled", reason="mine")).json() == cancelled
     listed = (await ada.get("/rooms/lab/tasks")).json()["items"]
     assert listed == [cancelled]
+
+
+async def test_a_pending_task_tells_what_it_waits_for(app, ada, admin, session_maker):
+    worker = await offer(ada)
+    waiting, delayed = await submit(ada), await submit(ada, delay_seconds=900)
+
+    async def shown() -> list[str | None]:
+        """Return what the two tasks wait for, which each way to read them tells alike."""
+        ids = [waiting["id"], delayed["id"]]
+        pages = ("/rooms/lab/tasks", f"/rooms/lab/jobs/{JOB}/tasks")
+        listed = [(await ada.get(page)).json()["items"] for page in pages]
+        listed.append((await ada.post("/tasks/query", json={"ids": ids})).json()["tasks"])
+        listed.append([await read(ada, task) for task in (waiting, delayed)])
+        told = [{task["id"]: task["waiting_for"] for task in tasks} for tasks in listed]
+        assert told == told[:1] * 4
+        return [told[0][task_id] for task_id in ids]
+
+    assert await shown() == ["behind", "delayed"]
+    await pause(admin, True)
+    assert await shown() == ["paused", "paused"]
+    await ada.patch(f"/workers/{worker}", json={"state": "draining"})
+    assert await shown() == ["no_worker", "no_worker"]
+    await pause(admin, False)
+    await ada.patch(f"/workers/{worker}", json={"state": "active"})
+    await execute(
+        session_maker, update(Task).where(Task.available_at > now()).values(available_at=now(-1))
+    )
+    assert await shown() == ["behind", "behind"]
+    await silence(session_maker, worker)
+    assert await shown() == ["no_worker", "no_worker"]
+    await claim(ada, worker, max_tasks=2)
+    assert await shown() == [None, None]
+
+
+async def test_a_task_of_the_servers_own_waits_for_no_worker(admin, session_maker):
+    await register(admin, "Own", "@internal")
+    await offer(admin)
+    task = await submit(admin)
+    internal = select(Job.id).where(Job.room_id == "@internal").scalar_subquery()
+    await execute(session_maker, update(Task).values(job_id=internal, available_at=now(900)))
+    assert (await read(admin, task))["waiting_for"] == "delayed"
+
+
+async def test_a_job_is_offline_while_its_tasks_have_not_ended(ada, bob, session_maker):
+    """A worker that was expelled may finish what it runs."""
+    worker = await offer(bob)
+    task = await move(bob, worker, await submit(ada), "running")
+    await expel(session_maker, bob.id, "lab")
+
+    async def listed() -> list[Any]:
+        jobs = (await ada.get("/rooms/lab/jobs")).json()["items"]
+        return [(job["full_name"], job["workers"], job["workers_alive"]) for job in jobs]
+
+    assert await listed() == [(JOB, [], 0)]
+    assert await cleanup_idle_jobs(session_maker) == 0
+    await report(bob, task, "completed")
+    assert await cleanup_idle_jobs(session_maker) == 1
+    assert await listed() == []

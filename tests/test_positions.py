@@ -21,6 +21,8 @@ Path = tuple[str | int, ...]
 ID = "01900000-0000-7000-8000-000000000000"
 #: what stands in a path that leads nowhere wrong
 VALID = {"room_id": "lab", "job_name": JOB, "provider_name": "lab:files:none"}
+#: what a body needs beside its required fields
+MORE = {"/rooms/{room_id}/tasks/bulk": {"status": "pending"}}
 #: what may not stand in a path, and what is answered to it
 IN_PATHS: dict[str, tuple[int, str, list[str]]] = {
     "room_id": (400, "invalid-room-id", ["a@b", "a:b", "%00", "%0A", "lab%0A", "%7F", "r" * 256]),
@@ -96,7 +98,8 @@ def sample(schema: Schema) -> Any:
             return {name: sample(known[name]) for name in required}
         case {"type": "array"}:
             return [sample(schema["items"])]
-    return {"string": "modifiers", "integer": 1, "number": 1}.get(schema.get("type"))
+    values = {"string": "modifiers", "integer": 1, "number": 1, "boolean": True}
+    return values.get(schema.get("type"))
 
 
 def with_value(schema: Schema, at: Path, value: Any) -> Any:
@@ -157,7 +160,7 @@ class Requests:
         parts = {n: VALID.get(n, ID) for n, _ in self.parameters("path")}
         path = self.path.format(**(parts | {name: value} if name else parts))
         if self.body and "content" not in request:
-            request["json"] = sample(self.body)
+            request["json"] = sample(self.body) | MORE.get(self.path, {})
         required = {"x-request-hash": "0" * 64} if "results" in path else {}
         headers = [*required.items(), *request.pop("headers", {}).items()]
         return await self.user.request(self.method, path, headers=dict(headers), **request)

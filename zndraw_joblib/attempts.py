@@ -15,8 +15,9 @@ from zndraw_joblib.database import execute, noise, now, number, seconds_between
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, MAX_INT, ErrorType, TaskStatus
 from zndraw_joblib.models import JOB, TASK, WORKER, due, held, in_states, queued, rechecked
+from zndraw_joblib.queues import of_job
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import BRIEF, SHOWN, back_in_queue, born_claimed, change, of_job
+from zndraw_joblib.tasks import BRIEF, SHOWN, back_in_queue, born_claimed, change
 
 MAX_KEPT_ERROR = 2000
 # Tasks whose payloads are read at once for the broker: each may have a MiB.

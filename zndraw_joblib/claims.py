@@ -16,8 +16,9 @@ from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, due, held, paused, queued
 from zndraw_joblib.paging import size_of
+from zndraw_joblib.queues import ahead, of_job, place_again
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import SHOWN, ahead, of_job, place_again
+from zndraw_joblib.tasks import SHOWN
 from zndraw_joblib.workers import Caller
 
 # Due tasks that one claim moves into the queue.

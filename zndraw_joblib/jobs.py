@@ -25,13 +25,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import lifecycle, models
+from zndraw_joblib import lifecycle, models, queues
 from zndraw_joblib.database import execute, number, scalar, scalars, upsert
 from zndraw_joblib.exceptions import MAX_ERRORS, JobNotFound, NoWorkersAvailable, SchemaConflict
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
+from zndraw_joblib.fields import JsonObject
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, WaitingFor
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
 from zndraw_joblib.paging import Listing, Page, paginate
-from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary, JsonObject
+from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.validation import differences
 from zndraw_joblib.workers import Caller, check_length, check_quota
@@ -47,6 +48,8 @@ class Target(NamedTuple):
     id: UUID
     name: FullName
     schema: str
+    # what keeps all of its tasks waiting
+    obstacle: WaitingFor | None
 
     @property
     def internal(self) -> bool:
@@ -81,15 +84,20 @@ def named(name: FullName) -> ColumnElement[bool]:
     return and_(*(column == part for column, part in zip(FULL_NAME, name, strict=True)))
 
 
-_TARGET = select(JOB.c.id, cast(JOB.c.schema, Text).label("schema")).where(
-    JOB.c.room_id == bindparam("room"),
-    JOB.c.category == bindparam("category"),
-    JOB.c.name == bindparam("name"),
-    LIVE,
-)
+@lru_cache(maxsize=8)
+def _target(worker_timeout: float) -> Select[Any]:
+    obstacle = queues.obstacle(worker_timeout).label("obstacle")
+    return select(JOB.c.id, cast(JOB.c.schema, Text).label("schema"), obstacle).where(
+        JOB.c.room_id == bindparam("room"),
+        JOB.c.category == bindparam("category"),
+        JOB.c.name == bindparam("name"),
+        LIVE,
+    )
 
 
-async def require(session: AsyncSession, room: str, full_name: str) -> Target:
+async def require(
+    session: AsyncSession, room: str, full_name: str, settings: JobLibSettings
+) -> Target:
     """Return a job that can be submitted to from ``room``.
 
     Raises
@@ -98,10 +106,11 @@ async def require(session: AsyncSession, room: str, full_name: str) -> Target:
         ``job-not-found``, also for a malformed name.
     """
     name = find_name(room, full_name)
-    row = (await execute(session, _TARGET, name._asdict())).one_or_none()
+    target = _target(settings.worker_timeout_seconds)
+    row = (await execute(session, target, name._asdict())).one_or_none()
     if row is None:
         raise not_found(room, full_name)
-    return Target(row.id, name, row.schema)
+    return Target(row.id, name, row.schema, row.obstacle)
 
 
 class Registration(NamedTuple):
@@ -228,9 +237,10 @@ async def admit(
 
 
 def wanted() -> ColumnElement[bool]:
-    """Return the condition under which a job is served, or a task waits for it."""
+    """Return the condition under which a job is served, or has tasks that have not ended."""
     return or_(
         exists().where(LINK.c.job_id == JOB.c.id),
+        JOB.c.id.in_(select(TASK.c.job_id).where(held())),
         _first(TASK.c.queue_order, queued()).is_not(None),
         _first(TASK.c.available_at, TASK.c.available_at.is_not(None)).is_not(None),
     )
@@ -247,12 +257,12 @@ _OF_WORKERS = and_(LIVE, JOB.c.room_id != INTERNAL_ROOM)
 
 
 def idle() -> Select[tuple[UUID]]:
-    """Return the jobs that nobody serves and no task waits for."""
+    """Return the jobs that nobody serves and that have no tasks to end."""
     return select(JOB.c.id).where(_OF_WORKERS, ~wanted())
 
 
 async def delete_idle(session: AsyncSession, chosen: ColumnElement[bool]) -> list[FullName]:
-    """Soft-delete, and return, the chosen jobs that nobody serves and no task waits for."""
+    """Soft-delete, and return, the chosen jobs that nobody serves and that have no tasks to end."""
     # Locked first, all of them, and judged by a second statement: only that one sees
     # the links and tasks of whoever held the rows until now, and that the other of two
     # workers that go at once took its link with it.

@@ -44,6 +44,19 @@ class ErrorType(StrEnum):
     """The process that ran it died: ``error`` has the signal or the exit code."""
 
 
+class WaitingFor(StrEnum):
+    """Why a task is pending."""
+
+    NO_WORKER = "no_worker"
+    """No worker of its job is alive and takes tasks."""
+    PAUSED = "paused"
+    """Its job is paused."""
+    DELAYED = "delayed"
+    """Its time, ``available_at``, has not come."""
+    BEHIND = "behind"
+    """Others are before it, or its workers are at something."""
+
+
 class WorkerState(StrEnum):
     """Whether a worker is to be given tasks."""
 

@@ -159,7 +159,7 @@ class Task(Base):
     holder_id : UUID or None
         The user of that worker: the one who may report.
     queue_order : int
-        Place in the job's queue, lower is claimed first: see ``tasks.new_place``.
+        Place in the job's queue, lower is claimed first: see ``queues.new_place``.
     failed_attempts : int
         Counts towards ``max_attempts``; unlike ``attempt`` it leaves out what was
         handed back.

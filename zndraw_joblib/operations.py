@@ -7,7 +7,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import exceptions, jobs, reports, tasks
+from zndraw_joblib import exceptions, jobs, queues, reports, tasks
 from zndraw_joblib.database import execute, number, scalar, scalars
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import REPORTABLE, TERMINAL, TaskStatus
@@ -78,7 +78,7 @@ async def choose(session: AsyncSession, room: str, request: TaskBulkRequest) -> 
     if request.before is not None:
         chosen.append(TASK.c.created_at < request.before)
     if request.action == "retry":
-        chosen.append(tasks.of_job(JOB.c.deleted).is_(False))
+        chosen.append(queues.of_job(JOB.c.deleted).is_(False))
     states = _SOURCES[request.action]
     states = states if request.status is None else states & {request.status}
     if not states:

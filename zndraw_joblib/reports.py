@@ -17,9 +17,10 @@ from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
 from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, TaskStatus, equal_json, uncollected
 from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
+from zndraw_joblib.queues import of_job
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import SHOWN, back_in_queue, change, of_job, require_visible, seen
+from zndraw_joblib.tasks import SHOWN, back_in_queue, change, require_visible, seen
 from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
 
 
@@ -259,7 +260,7 @@ async def report_many(
     current: dict[UUID, sa.Row[Any]] = {}
     if unmoved := reports.keys() - moved.keys():
         # nothing moved: only now is it worth a read to tell why
-        reading = seen(settings.queue_position_max).add_columns(TASK.c.claim_key)
+        reading = seen(settings).add_columns(TASK.c.claim_key)
         found = await execute(session, reading.where(TASK.c.id.in_(unmoved)))
         current = {row.id: row for row in found}
     outcomes: list[Reported | ProblemException] = []

@@ -245,9 +245,9 @@ async def update_job(
 ) -> Response:
     """Pause a job, or let it go on."""
     # where the job is: of one that all rooms see, none of them decides
-    owner = jobs.find_name(room_id, job_name).room
+    owner = jobs.find_name(deps.validate_room_id(room_id), job_name).room
     await enter(session, context.caller, owner, may_enter, workers.OPERATE)
-    job = await jobs.require(session, room_id, job_name)
+    job = await jobs.require(session, room_id, job_name, context.settings)
     changed, waiting = await operations.pause(session, job, body.paused)
     if changed:
         context.outbox.jobs_changed([owner])

@@ -200,7 +200,7 @@ async def list_job_tasks(
 ) -> Response:
     """List the tasks of a job that this room submitted."""
     await enter(session, context.caller, room_id, may_enter)
-    job = await jobs.require(session, room_id, job_name)
+    job = await jobs.require(session, room_id, job_name, context.settings)
     listing = await tasks.list_tasks(
         session, room_id, query.page(), context.settings, job_id=job.id, status=query.status
     )

@@ -1,39 +1,38 @@
-"""What goes over the wire: request and response models, and what JSON is taken."""
+"""What goes over the wire: request and response models."""
 
-from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from datetime import datetime
+from typing import Generic, Literal, TypeVar
 from uuid import UUID
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    AwareDatetime,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    InstanceOf,
-    StringConstraints,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from zndraw_joblib.exceptions import ProblemDetail
+from zndraw_joblib.fields import (
+    AnyErrorType,
+    AnyState,
+    AnyStatus,
+    AnyWaitingFor,
+    Attempt,
+    ErrorText,
+    Fraction,
+    Integer,
+    JobName,
+    JsonObject,
+    Limit,
+    MediaType,
+    Message,
+    Moment,
+    Name,
+    ProviderName,
+    Seconds,
+)
 from zndraw_joblib.lifecycle import (
     MAX_ATTEMPTS,
-    MAX_LENGTH,
     MAX_PRIORITY,
     ErrorType,
     Json,
     TaskStatus,
     WorkerState,
-    check_job_name,
-    check_name,
-    check_printable,
-    check_provider_name,
 )
 
 MAX_CLAIM = 32
@@ -42,71 +41,8 @@ MAX_BATCH = 1000
 MAX_HEARTBEAT_TASKS = 256
 MAX_CLAIM_JOBS = 256
 MAX_PAGE = 500
-MAX_SECONDS = 10 * 365 * 86400
-MIN_LIMIT = 0.1
 
-# what was parsed is not gone through again
-JsonObject = InstanceOf[dict[str, Any]]
 T = TypeVar("T")
-
-_Part = Field(
-    json_schema_extra={
-        "minLength": 1,
-        "maxLength": MAX_LENGTH,
-        "pattern": "^[^:\\u0000-\\u001f\\u007f-\\u009f]+$",
-    }
-)
-Name = Annotated[str, AfterValidator(check_name), _Part]
-JobName = Annotated[str, AfterValidator(check_job_name), _Part]
-ProviderName = Annotated[str, AfterValidator(check_provider_name), _Part]
-Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(check_printable)]
-ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
-# RFC 9110, section 8.3.1
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-MediaType = Annotated[
-    str,
-    StringConstraints(
-        max_length=255,
-        pattern=rf'^{_TOKEN}/{_TOKEN}([ \t]*;[ \t]*{_TOKEN}=({_TOKEN}|"[ !#-\[\]-~]*"))*$',
-    ),
-]
-
-
-def _number(value: Json) -> Json:
-    # left to itself Pydantic takes true for 1, and "1" too
-    if isinstance(value, (bool, str)):
-        raise ValueError("must be a number")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_number)]
-Number = Annotated[float, BeforeValidator(_number)]
-Seconds = Annotated[Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
-# less than the sweeper can tell apart, and tasks would be tried again for ever
-Limit = Annotated[Number, Field(ge=MIN_LIMIT, le=MAX_SECONDS, allow_inf_nan=False)]
-Fraction = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
-Attempt = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
-
-
-def _open(kind: type[StrEnum]) -> WrapValidator:
-    """Return what lets clients read values that later hosts have and this enum hasn't."""
-
-    def read(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return validate(value)
-        except ValueError:
-            if not isinstance(value, str):
-                raise
-            member = str.__new__(kind, value)
-            member._name_ = member._value_ = value
-            return member
-
-    return WrapValidator(read)
-
-
-AnyStatus = Annotated[TaskStatus, _open(TaskStatus)]
-AnyErrorType = Annotated[ErrorType, _open(ErrorType)]
-AnyState = Annotated[WorkerState, _open(WorkerState)]
 
 
 class _Model(BaseModel):
@@ -336,6 +272,8 @@ class TaskResponse(_Model):
     it."""
     payload_checked: bool = True
     """Whether the host compared `payload` with the job's schema; the worker always does."""
+    waiting_for: AnyWaitingFor | None = None
+    """Why it is pending."""
     ended_by_id: UUID | None = None
     """The user who cancelled it."""
     reason: str | None = None
@@ -412,13 +350,6 @@ class TaskReportsResponse(_Model):
     outcomes: list[TaskOutcome]
 
 
-def _in_utc(moment: datetime) -> datetime:
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("must be between the years 1 and 9999 in UTC") from None
-
-
 class TaskBulkRequest(_Model):
     """Which of a room's tasks to cancel, to retry or to delete: one filter at least."""
 
@@ -428,7 +359,7 @@ class TaskBulkRequest(_Model):
     status: TaskStatus | None = None
     created_by: UUID | None = None
     """The user who submitted them."""
-    before: Annotated[AwareDatetime, AfterValidator(_in_utc)] | None = None
+    before: Moment | None = None
     """They were submitted earlier than that."""
     reason: Message | None = None
     """Of a cancel: why."""

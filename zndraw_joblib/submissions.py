@@ -14,10 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 from uuid_utils.compat import uuid7
 
-from zndraw_joblib import exceptions, jobs, tasks, telemetry
+from zndraw_joblib import exceptions, jobs, queues, tasks, telemetry
 from zndraw_joblib.database import elements, execute, member, now, number, returned, scalar
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, canonical
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, WaitingFor, canonical
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
 from zndraw_joblib.schemas import TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
@@ -70,7 +70,7 @@ def _values(internal: bool) -> dict[Any, Any]:
         TASK.c.payload: _parameter("given", TASK.c.payload),
         TASK.c.payload_checked: _parameter("checked", TASK.c.payload_checked),
         TASK.c.priority: rank,
-        TASK.c.queue_order: tasks.new_place(_JOB_ID, rank, _SUBMITTER),
+        TASK.c.queue_order: queues.new_place(_JOB_ID, rank, _SUBMITTER),
         TASK.c.job_name: _parameter("full_name", TASK.c.job_name),
         TASK.c.idempotency_key: _parameter("key", TASK.c.idempotency_key),
         TASK.c.request_digest: _parameter("digest", TASK.c.request_digest),
@@ -112,7 +112,7 @@ def _inserting(internal: bool, keyed: bool, position_max: int) -> Any:
         # as both databases have it; SQLAlchemy's own construct is compiled anew each time
         source = source.suffix_with("ON CONFLICT DO NOTHING")
     order, id_ = returned(TASK.c.queue_order), returned(TASK.c.id)
-    position = sa.null() if internal else tasks.position(_JOB_ID, order, id_, position_max)
+    position = sa.null() if internal else queues.position(_JOB_ID, order, id_, position_max)
     placed = position.label("queue_position")
     shown = (placed if column.key == placed.key else column for column in tasks.SHOWN)
     return _insert(values, source).returning(*shown, TASK.c.queue_order)
@@ -147,7 +147,7 @@ def _inserting_others(internal: bool) -> Any:
     rank, seconds = own("rank", sa.BigInteger()), own("seconds", sa.Float())
     # none sees the others of its statement, which come behind each other
     before = sa.func.row_number().over(partition_by=rank, order_by=own("index", sa.Integer())) - 1
-    place = tasks.new_place(_FIRST.c.job_id, rank, _FIRST.c.created_by_id)
+    place = queues.new_place(_FIRST.c.job_id, rank, _FIRST.c.created_by_id)
     values = {
         **{column: _FIRST.c[column.key] for column in _SAME},
         **{column: own(name, column.type) for name, column in _OWN.items()},
@@ -199,7 +199,7 @@ async def submit(
         ``job-not-found``, also for a malformed name, ``idempotency-key-reused``,
         ``quota-exceeded``, and what ``check`` raises.
     """
-    target = await jobs.require(session, room, full_name)
+    target = await jobs.require(session, room, full_name, settings)
     whose = {"in_room": room, "submitter": caller.id, "checked": check(target)}
     first, *others = _rows(target, whose, requests, settings, idempotency_key)
     inserting = _inserting(target.internal, bool(idempotency_key), settings.queue_position_max)
@@ -212,6 +212,10 @@ async def submit(
     await _check_quota(session, caller.id, settings, [row.queue_order for row in rows])
     if others and not target.internal:
         rows = await _placed(session, target.id, rows, settings)
+    elif not target.internal:
+        later = WaitingFor.DELAYED if first["seconds"] else WaitingFor.BEHIND
+        place = rows[0].queue_position
+        rows = [tasks.waiting(rows[0], place, target.obstacle or later)]
     return Submission([row.id for row in rows], rows, created=True)
 
 
@@ -262,7 +266,7 @@ async def _earlier(
 ) -> Submission:
     """Return what was submitted under the key before."""
     if names["key"] is not None:
-        reading = tasks.seen(settings.queue_position_max).where(*_UNDER_KEY)
+        reading = tasks.seen(settings).where(*_UNDER_KEY)
         earlier = reading.add_columns(TASK.c.request_digest, TASK.c.batch_index)
         found = await execute(session, earlier.order_by(TASK.c.batch_index).limit(number(1)), names)
         row: Any = found.one_or_none()
@@ -310,7 +314,7 @@ async def _placed(
     def position(row: sa.Row[Any]) -> int:
         return min(bisect_left(before, (row.queue_order, row.id)) + 1, most)
 
-    return [tasks.with_position(row, position(row)) for row in rows]
+    return [tasks.waiting(row, position(row)) for row in rows]
 
 
 @lru_cache(maxsize=2)
@@ -318,7 +322,7 @@ def _retrying(internal: bool) -> ReturningUpdate[Any]:
     """Return what makes a task that has ended as it was when it was submitted."""
     anew = {
         **tasks.back_in_queue(),
-        TASK.c.queue_order: tasks.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id),
+        TASK.c.queue_order: queues.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id),
         TASK.c.queued_at: now(),
         TASK.c.failed_attempts: 0,
         TASK.c.completed_at: None,
@@ -335,7 +339,7 @@ def _retrying(internal: bool) -> ReturningUpdate[Any]:
             TASK.c.id == _parameter("ended", TASK.c.id),
             in_states(TERMINAL),
             TASK.c.attempt == _parameter("tried", TASK.c.attempt),
-            tasks.of_job(JOB.c.deleted).is_(False),
+            queues.of_job(JOB.c.deleted).is_(False),
         )
         .values(anew)
         .returning(*tasks.SHOWN, TASK.c.queue_order)
@@ -380,7 +384,7 @@ async def retry(
     row = await tasks.require_own(session, row, task_id, caller, may_enter, "retry")
     retried = await _retry(session, [row], settings)
     if not retried:
-        gone = sa.select(tasks.of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
+        gone = sa.select(queues.of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
         if await scalar(session, gone):
             raise exceptions.JobNotFound.exception("job not found: the task's job is gone")
         raise exceptions.InvalidTaskTransition.exception("only a terminal task can be tried again")

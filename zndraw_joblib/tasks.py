@@ -1,7 +1,7 @@
-"""Tasks: how they are shown, placed, read, listed and purged."""
+"""Tasks: how they are shown, read, listed and purged."""
 
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 from uuid import UUID
@@ -11,11 +11,12 @@ from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib.database import execute, greatest, microseconds, now, number, scalar
+from zndraw_joblib import queues
+from zndraw_joblib.database import execute, now, number, scalar
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, TaskNotFound
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.models import JOB, TASK, constant, queued
+from zndraw_joblib.models import TASK, constant, queued
 from zndraw_joblib.paging import Completion, Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
@@ -23,11 +24,6 @@ from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
 
 KEPT_ERRORS = 5
 KEPT_OF_ERROR = 1000
-
-# The places of one priority: 52 bits hold the microseconds until 2112.
-PRIORITY_STEP = 2**52
-
-ahead = TASK.alias()
 
 # --- how a task is shown ---
 
@@ -39,11 +35,11 @@ _LARGE = tuple(TASK.c[field] for field in (*_CONTENTS, "error"))
 
 
 def _columns(
-    position: sa.ColumnElement[Any], fits: sa.ColumnElement[bool] | None = None
+    waits: Mapping[str, sa.ColumnElement[Any]], fits: sa.ColumnElement[bool] | None = None
 ) -> dict[str, sa.ColumnElement[Any]]:
     """Return the columns of :data:`FIELDS`, contents as text, and only if they fit."""
     shown: dict[str, Any] = {field: TASK.c.get(field) for field in FIELDS}
-    shown["queue_position"] = position.label("queue_position")
+    shown |= {field: column.label(field) for field, column in waits.items()}
     shown["abridged"] = (sa.false() if fits is None else ~fits).label("abridged")
     kept = {"error": sa.func.substr(TASK.c.error, 1, number(KEPT_OF_ERROR))}
     for large in _LARGE:
@@ -54,8 +50,9 @@ def _columns(
     return shown
 
 
-#: A task in a SELECT or a RETURNING, its place in the queue left open.
-SHOWN = tuple(_columns(sa.null()).values())
+_NOT_TOLD = {"queue_position": sa.null(), "waiting_for": sa.null()}
+#: A task in a SELECT or a RETURNING; how it waits is left open.
+SHOWN = tuple(_columns(_NOT_TOLD).values())
 #: The same without contents, of which nobody hears: those of many tasks are large.
 BRIEF = tuple(sa.null().label(c.key) if c.key in _CONTENTS else c for c in SHOWN)
 
@@ -78,116 +75,29 @@ def as_json(task: TaskView) -> bytes:
     return to_json(fields)[:-1] + contents.encode()
 
 
-def with_position(row: sa.Row[Any], position: int) -> TaskView:
-    """Return a task with its place in the queue, which no RETURNING told."""
-    task: TaskView = _Shown(*row[: len(FIELDS)])._replace(queue_position=position)
+def waiting(row: sa.Row[Any], position: int | None, why: str | None = None) -> TaskView:
+    """Return a task with its place in the queue and what it waits for, if that is told."""
+    shown = _Shown(*row[: len(FIELDS)])
+    task: TaskView = shown._replace(queue_position=position, waiting_for=why)
     return task
 
 
-# --- where a task waits ---
-
-
-def _start(priority: Any) -> sa.ColumnElement[int]:
-    start: sa.ColumnElement[int] = sa.literal(-PRIORITY_STEP, sa.BigInteger()) * priority
-    return start
-
-
-def _in_queue(job_id: Any, priority: Any) -> sa.ColumnElement[bool]:
-    order = ahead.c.queue_order
-    start = _start(priority)
-    return sa.and_(ahead.c.job_id == job_id, order >= start, order < start + PRIORITY_STEP)
-
-
-def _head(job_id: Any, priority: Any) -> sa.ColumnElement[int]:
-    return (
-        sa.select(ahead.c.queue_order)
-        .where(queued(ahead.c), _in_queue(job_id, priority))
-        .order_by(ahead.c.queue_order)
-        .limit(number(1))
-        .correlate_except(ahead)
-        .scalar_subquery()
-    )
-
-
-def new_place(job_id: Any, priority: Any, user_id: Any) -> sa.ColumnElement[int]:
-    """Return the place of a new task: behind the first of its queue, and the user's own.
-
-    A place is for life, so it is here that users take turns: a thousand tasks of one wait
-    behind each other, and another's first waits for the next turn. An empty queue begins
-    at the database's clock, which is ahead of all places before.
-
-    Parameters
-    ----------
-    job_id, priority, user_id : ColumnElement
-        Of the task. Each priority of a job is a queue of its own; higher comes first.
-    """
-    theirs = (
-        sa.select(ahead.c.queue_order)
-        .where(
-            ahead.c.created_by_id == user_id,
-            ahead.c.status == constant(TaskStatus.PENDING),
-            _in_queue(job_id, priority),
-        )
-        .order_by(ahead.c.queue_order.desc())
-        .limit(number(1))
-        .correlate_except(ahead)
-        .scalar_subquery()
-    )
-    start = _start(priority)
-    return greatest(
-        sa.func.coalesce(_head(job_id, priority) + 1, start + microseconds()),
-        # a clock may be set back
-        sa.func.coalesce(theirs + 1, start),
-    )
-
-
-def place_again() -> sa.ColumnElement[int]:
-    """Return the place of a task that comes back: its own, or beside the first if later.
-
-    With a place from long ago it would be the first of its queue for those who come now,
-    and they would pass all who wait. Beside the first it is earlier by its id.
-    """
-    first = _head(TASK.c.job_id, TASK.c.priority)
-    clock = _start(TASK.c.priority) + microseconds()
-    return greatest(TASK.c.queue_order, sa.func.coalesce(first, clock))
-
-
-def of_job(column: Any) -> sa.ColumnElement[Any]:
-    """Return a column of the task's job, inside a statement about tasks."""
-    return sa.select(column).where(JOB.c.id == TASK.c.job_id).correlate(TASK).scalar_subquery()
-
-
-def position(job_id: Any, order: Any, task_id: Any, position_max: int) -> sa.ColumnElement[int]:
-    """Return the position of a place in a job's queue, counted up to a maximum."""
-    place = sa.tuple_(ahead.c.queue_order, ahead.c.id)
-    before = (
-        sa.select(sa.literal_column("1"))
-        .where(ahead.c.job_id == job_id, queued(ahead.c), place < sa.tuple_(order, task_id))
-        # In the order of the queue, and up to a number that PostgreSQL can't know: else
-        # it would rather read a whole queue, if the jobs' queues are short on average.
-        .order_by(ahead.c.queue_order, ahead.c.id)
-        .limit(sa.select(number(position_max - 1)).scalar_subquery())
-        .correlate_except(ahead)
-        .subquery()
-    )
-    return sa.select(sa.func.count() + 1).select_from(before).scalar_subquery()
-
-
-def _waiting_position(position_max: int) -> sa.ColumnElement[Any]:
-    place = position(TASK.c.job_id, TASK.c.queue_order, TASK.c.id, position_max)
-    return sa.case((TASK.c.status == TaskStatus.PENDING, place))
-
-
-@lru_cache(maxsize=8)
-def seen(position_max: int) -> sa.Select[Any]:
+def seen(settings: JobLibSettings) -> sa.Select[Any]:
     """Return the statement that reads tasks as the wire shows them, and who holds them."""
-    return sa.select(*_columns(_waiting_position(position_max)).values(), TASK.c.holder_id)
+    return _seen(settings.queue_position_max, settings.worker_timeout_seconds)
 
 
 @lru_cache(maxsize=8)
-def _positions(position_max: int) -> sa.Select[Any]:
+def _seen(position_max: int, worker_timeout: float) -> sa.Select[Any]:
+    shown = _columns(queues.waits(position_max, worker_timeout))
+    return sa.select(*shown.values(), TASK.c.holder_id)
+
+
+@lru_cache(maxsize=8)
+def _waiting(position_max: int, worker_timeout: float) -> sa.Select[Any]:
     asked = TASK.c.id.in_(sa.bindparam("tasks", expanding=True))
-    return sa.select(TASK.c.id, _waiting_position(position_max).label("place")).where(asked)
+    waits = queues.waits(position_max, worker_timeout).items()
+    return sa.select(TASK.c.id, *(column.label(name) for name, column in waits)).where(asked)
 
 
 # --- what becomes of it ---
@@ -205,7 +115,7 @@ def back_in_queue() -> dict[Any, Any]:
         TASK.c.deadline_at: None,
         TASK.c.progress: None,
         TASK.c.progress_message: None,
-        TASK.c.queue_order: place_again(),
+        TASK.c.queue_order: queues.place_again(),
     }
 
 
@@ -235,13 +145,17 @@ async def with_positions(
     session: AsyncSession, changed: Sequence[Any], settings: JobLibSettings
 ) -> list[TaskView]:
     """Return changed tasks, those that wait now with their places in their queues."""
-    waiting = [row.id for row in changed if row.status is TaskStatus.PENDING]
-    if not waiting:
+    pending = [row.id for row in changed if row.status is TaskStatus.PENDING]
+    if not pending:
         return list(changed)
-    asked = _positions(settings.queue_position_max)
-    found = await execute(session, asked, {"tasks": waiting})
-    places = {row.id: row.place for row in found}
-    return [with_position(row, places[row.id]) if row.id in places else row for row in changed]
+    asked = _waiting(settings.queue_position_max, settings.worker_timeout_seconds)
+    waits = {row.id: row for row in await execute(session, asked, {"tasks": pending})}
+    return [
+        waiting(row, waits[row.id].queue_position, waits[row.id].waiting_for)
+        if row.id in waits
+        else row
+        for row in changed
+    ]
 
 
 # --- who reads it ---
@@ -293,8 +207,8 @@ async def require_own(
 
 
 @lru_cache(maxsize=8)
-def _reading(position_max: int) -> sa.Select[Any]:
-    return seen(position_max).where(TASK.c.id == sa.bindparam("task"))
+def _reading(position_max: int, worker_timeout: float) -> sa.Select[Any]:
+    return _seen(position_max, worker_timeout).where(TASK.c.id == sa.bindparam("task"))
 
 
 async def read(
@@ -311,7 +225,8 @@ async def read(
     ProblemException
         ``task-not-found``.
     """
-    found = await execute(session, _reading(settings.queue_position_max), {"task": task_id})
+    reading = _reading(settings.queue_position_max, settings.worker_timeout_seconds)
+    found = await execute(session, reading, {"task": task_id})
     row: Any = await require_visible(session, found.one_or_none(), task_id, caller, may_enter)
     return row  # type: ignore[no-any-return]
 
@@ -341,10 +256,10 @@ async def readable(
 
 
 @lru_cache(maxsize=8)
-def _queried(position_max: int) -> sa.Select[Any]:
+def _queried(position_max: int, worker_timeout: float) -> sa.Select[Any]:
     up_to_here = sa.func.sum(size_of(*_LARGE)).over(order_by=TASK.c.id)
     fits = up_to_here <= sa.bindparam("all_together", type_=sa.BigInteger())
-    shown = _columns(_waiting_position(position_max), fits)
+    shown = _columns(queues.waits(position_max, worker_timeout), fits)
     return sa.select(*shown.values()).where(TASK.c.id.in_(sa.bindparam("tasks", expanding=True)))
 
 
@@ -353,7 +268,8 @@ async def read_many(
 ) -> list[TaskView]:
     """Return the tasks with these ids, in their order; abridged beyond what fits."""
     values = {"tasks": task_ids, "all_together": settings.max_query_bytes}
-    found: Any = await execute(session, _queried(settings.queue_position_max), values)
+    asking = _queried(settings.queue_position_max, settings.worker_timeout_seconds)
+    found: Any = await execute(session, asking, values)
     tasks = {row.id: row for row in found}
     return [tasks[task_id] for task_id in task_ids if task_id in tasks]
 
@@ -377,17 +293,17 @@ async def last_unfinished(session: AsyncSession, task_ids: Sequence[UUID]) -> UU
 def _listed(by_job: bool, by_status: bool) -> sa.Select[Any]:
     fits = size_of(*_LARGE) <= sa.bindparam("largest", type_=sa.BigInteger())
     columns = [TASK.c.room_id, *[TASK.c.job_id] * by_job, *[TASK.c.status] * by_status]
-    listed = sa.select(*_columns(sa.null(), fits).values(), TASK.c.job_id, TASK.c.queue_order)
+    listed = sa.select(*_columns(_NOT_TOLD, fits).values(), TASK.c.job_id, TASK.c.queue_order)
     return listed.where(*(column == sa.bindparam(f"of_{column.key}") for column in columns))
 
 
 @lru_cache(maxsize=8)
-def _placing(position_max: int) -> Completion:
-    return lambda listed: _placed(listed, position_max)
+def _placing(position_max: int, worker_timeout: float) -> Completion:
+    return lambda listed: _placed(listed, position_max, worker_timeout)
 
 
-def _placed(listed: sa.Select[Any], position_max: int) -> sa.Select[Any]:
-    """Return a page with its tasks' places in their queues.
+def _placed(listed: sa.Select[Any], position_max: int, worker_timeout: float) -> sa.Select[Any]:
+    """Return a page with its tasks' places in their queues, and why they wait.
 
     Where a queue's last exact place is, is looked up once for each job: most of a page
     is beyond it, and to count to the maximum for each task would take most of its time.
@@ -396,22 +312,25 @@ def _placed(listed: sa.Select[Any], position_max: int) -> sa.Select[Any]:
     waits = page.c.status == constant(TaskStatus.PENDING)
     jobs = sa.select(page.c.job_id).where(waits).distinct().subquery()
     edge = (
-        sa.select(ahead.c.queue_order)
-        .where(ahead.c.job_id == jobs.c.job_id, queued(ahead.c))
-        .order_by(ahead.c.queue_order, ahead.c.id)
+        sa.select(queues.ahead.c.queue_order)
+        .where(queues.ahead.c.job_id == jobs.c.job_id, queued(queues.ahead.c))
+        .order_by(queues.ahead.c.queue_order, queues.ahead.c.id)
         .limit(number(1))
         .offset(sa.select(number(position_max - 1)).scalar_subquery())
         .correlate(jobs)
         .scalar_subquery()
     )
-    edges = sa.select(jobs.c.job_id, edge.label("edge")).cte("edges")
+    obstacle = queues.obstacle_of(jobs.c.job_id, worker_timeout).label("obstacle")
+    edges = sa.select(jobs.c.job_id, edge.label("edge"), obstacle).cte("edges")
     edges = edges.prefix_with("MATERIALIZED")
     place = sa.case(
         (page.c.queue_order > edges.c.edge, number(position_max)),
-        else_=position(page.c.job_id, page.c.queue_order, page.c.id, position_max),
+        else_=queues.position(page.c.job_id, page.c.queue_order, page.c.id, position_max),
     )
     shown = {field: page.c[field] for field in FIELDS}
     shown["queue_position"] = sa.case((waits, place)).label("queue_position")
+    why = queues.waiting_for(page.c, edges.c.obstacle)
+    shown["waiting_for"] = sa.case((waits, why)).label("waiting_for")
     return (
         sa.select(*shown.values())
         .select_from(page.outerjoin(edges, edges.c.job_id == page.c.job_id))
@@ -436,7 +355,7 @@ async def list_tasks(
         "largest": settings.max_page_bytes // max(page.limit, 1),
     }
     statement = _listed(job_id is not None, status is not None)
-    placing = _placing(settings.queue_position_max)
+    placing = _placing(settings.queue_position_max, settings.worker_timeout_seconds)
     return await paginate(session, statement, TASK, page, values, placing)
 
 

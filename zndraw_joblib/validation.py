@@ -24,8 +24,8 @@ from zndraw_joblib.exceptions import (
     json_pointer,
     shortened,
 )
+from zndraw_joblib.fields import JsonObject
 from zndraw_joblib.lifecycle import equal_json
-from zndraw_joblib.schemas import JsonObject
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SUBSCHEMAS = 5000
