@@ -203,6 +203,13 @@ def compat(session: nox.Session) -> None:
 
 
 @nox.session
+def typescript(session: nox.Session) -> None:
+    """Generate a TypeScript client, compile it, and run a life of a task with it in Node."""
+    install(session, "test")
+    session.run("pytest", "tests/programs/typescript.py", *session.posargs, **PATIENT)
+
+
+@nox.session
 def newest(session: nox.Session) -> None:
     """Run the suite on the newest of everything, whatever is locked."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "test"), "-e", ".")

@@ -225,6 +225,7 @@ def create_app() -> FastAPI:
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
     app.add_exception_handler(RequestValidationError, joblib.problem_exception_handler)
     app.include_router(joblib.router)
+    app.webhooks.include_router(joblib.webhooks)
     app.include_router(monitoring.router)
     app.include_router(accounts)
     return app

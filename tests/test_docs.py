@@ -48,6 +48,7 @@ KINDS = {
     "ini",
     "mermaid",
     "text",
+    "{literalinclude}",
     "{toctree}",
     "{include}",
 }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from zndraw_joblib import router
+from zndraw_joblib import FrozenEvent, events, router, schemas, webhooks
 
 Document = dict[str, Any]
 
@@ -163,6 +163,7 @@ def check_answers(new: Document, ours: Document, theirs: Document) -> Iterator[s
 def served() -> Document:
     app = FastAPI()
     app.include_router(router)
+    app.webhooks.include_router(webhooks)
     return app.openapi()
 
 
@@ -210,3 +211,32 @@ def test_a_broken_promise_is_told(
     assert not broken_promises(operation, document)
     change(functools.reduce(operator.getitem, path, document))
     assert broken_promises(operation, document)
+
+
+def test_operations_have_short_names(served: Document):
+    operations = [o for methods in served["paths"].values() for o in methods.values()]
+    operations += [o for methods in served["webhooks"].values() for o in methods.values()]
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(names)
+    assert {"claim_tasks", "submit_task", "task_status_event"} <= set(names)
+    assert not [name for name in names if "v1" in name]
+
+
+def test_events_are_webhooks(served: Document):
+    ours = {event for event in FrozenEvent.__subclasses__() if event.__module__ == events.__name__}
+    assert served["webhooks"].keys() == {event.event_name for event in ours}
+    for event in ours:
+        schema = body(served["webhooks"][event.event_name]["post"])
+        properties = resolve(served, schema)["properties"] if event.model_fields else {}
+        assert properties.keys() == event.model_fields.keys()
+
+
+def test_requests_have_examples_that_are_taken(served: Document):
+    operations = [o for methods in served["paths"].values() for o in methods.values()]
+    bodies = [schema for o in operations if (schema := body(o))]
+    for schema in bodies:
+        described = variants(served, schema)["object"]
+        (example,) = described["examples"]
+        taken = getattr(schemas, described["title"]).model_validate(example)
+        assert taken.model_fields_set
+    assert len(bodies) > 10

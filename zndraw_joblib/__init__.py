@@ -20,6 +20,7 @@ _NAMES = {
     "extension": "Category ClaimedTask Extension TaskCancelled",
     "lifecycle": "TaskStatus",
     "models": "Job ProviderRecord Task Worker WorkerJobLink",
+    "problem_route": "webhooks",
     "provider": "Provider",
     "registry": "InternalExecutor InternalProviderExecutor InternalRegistry ensure_internal_jobs"
     " ensure_internal_providers register_internal_jobs register_internal_providers"

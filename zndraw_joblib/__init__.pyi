@@ -50,6 +50,7 @@ from zndraw_joblib.models import ProviderRecord as ProviderRecord
 from zndraw_joblib.models import Task as Task
 from zndraw_joblib.models import Worker as Worker
 from zndraw_joblib.models import WorkerJobLink as WorkerJobLink
+from zndraw_joblib.problem_route import webhooks as webhooks
 from zndraw_joblib.provider import Provider as Provider
 from zndraw_joblib.registry import InternalExecutor as InternalExecutor
 from zndraw_joblib.registry import InternalProviderExecutor as InternalProviderExecutor

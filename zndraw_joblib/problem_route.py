@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from inspect import cleandoc, signature
+from operator import attrgetter
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from zndraw_joblib.database import without_values
 from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up, with_context
+from zndraw_joblib.events import FrozenEvent
 from zndraw_joblib.exceptions import (
     PROBLEM_JSON,
     Forbidden,
@@ -303,4 +305,35 @@ def answers(
 
 def new_router() -> APIRouter:
     """Return a router for some of the package's routes."""
-    return APIRouter(prefix="/v1/joblib", tags=["joblib"], route_class=ProblemRoute)
+    return APIRouter(
+        prefix="/v1/joblib",
+        tags=["joblib"],
+        route_class=ProblemRoute,
+        # what generated clients call them
+        generate_unique_id_function=attrgetter("name"),
+    )
+
+
+def _event_webhooks() -> APIRouter:
+    router = APIRouter(tags=["joblib"], generate_unique_id_function=attrgetter("name"))
+    for event in FrozenEvent.__subclasses__():
+        # a host may have events of its own
+        if event.__module__ == FrozenEvent.__module__:
+
+            async def hear(data: Any) -> None: ...
+
+            hear.__annotations__["data"] = event
+            router.add_api_route(
+                event.event_name,
+                hear,
+                methods=["POST"],
+                name=event.event_name,
+                description=event.__doc__,
+                status_code=204,
+                responses={"default": {"description": "Socket.IO takes no answer."}},
+            )
+    return router
+
+
+#: What goes over Socket.IO, as webhooks of OpenAPI: ``app.webhooks.include_router(webhooks)``.
+webhooks = _event_webhooks()

@@ -49,6 +49,13 @@ class _Model(BaseModel):
     model_config = ConfigDict(populate_by_name=True, use_attribute_docstrings=True)
 
 
+def _example(**members: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [members]})
+
+
+_ID = "0198a2f4-6c1e-7b3a-9d52-4f8e1c0b7a63"
+
+
 class PaginatedResponse(_Model, Generic[T]):
     """One page of a listing, newest first; ``total`` counts all pages."""
 
@@ -122,6 +129,10 @@ class TaskHeartbeat(_Model):
 class WorkerUpdateRequest(_Model):
     """A heartbeat: all of it is optional."""
 
+    model_config = _example(
+        tasks=[{"id": _ID, "attempt": 1, "progress": 0.5, "message": "step 50"}]
+    )
+
     tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
     state: WorkerState | None = None
 
@@ -147,6 +158,13 @@ class JobPolicy(_Model):
 class JobRegisterRequest(JobPolicy):
     """A job that a worker offers to serve."""
 
+    model_config = _example(
+        category="analysis",
+        name="Double",
+        schema={"type": "object", "properties": {"number": {"type": "integer"}}},
+        max_attempts=3,
+    )
+
     category: Name
     name: JobName
     schema_: JsonObject = Field(default={}, alias="schema")
@@ -155,6 +173,8 @@ class JobRegisterRequest(JobPolicy):
 
 class JobUpdateRequest(_Model):
     """What the operators of a job's room set."""
+
+    model_config = _example(paused=True)
 
     paused: bool = Field(strict=True)
     """Whether its tasks wait, whoever serves it."""
@@ -216,6 +236,8 @@ class JobStats(_Model):
 class TaskSubmitRequest(_Model):
     """A task to run."""
 
+    model_config = _example(payload={"number": 21})
+
     payload: JsonObject = {}
     priority: Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     delay_seconds: Seconds = 0
@@ -223,6 +245,8 @@ class TaskSubmitRequest(_Model):
 
 class TaskBatchRequest(_Model):
     """Tasks of one job to run: all of them are submitted, or none."""
+
+    model_config = _example(tasks=[{"payload": {"number": 1}}, {"payload": {"number": 2}}])
 
     tasks: list[TaskSubmitRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
@@ -286,6 +310,8 @@ class TaskResponse(_Model):
 class TaskClaimRequest(_Model):
     """A worker's request for work."""
 
+    model_config = _example(worker_id=_ID, max_tasks=4, start=True)
+
     worker_id: UUID
     max_tasks: Integer = Field(default=1, ge=1, le=MAX_CLAIM)
     start: bool = Field(default=False, strict=True)
@@ -304,6 +330,8 @@ class TaskClaimResponse(_Model):
 class TaskUpdateRequest(_Model):
     """A report: what became of a task."""
 
+    model_config = _example(status="completed", attempt=1, result=42)
+
     status: TaskStatus
     error: ErrorText | None = None
     attempt: Attempt | None = None
@@ -318,11 +346,17 @@ class TaskUpdateRequest(_Model):
 class TaskReport(TaskUpdateRequest):
     """A report, and of which task."""
 
+    model_config = _example(id=_ID, status="completed", attempt=1, result=42)
+
     id: UUID
 
 
 class TaskReportsRequest(_Model):
     """What became of several tasks; each report is judged on its own."""
+
+    model_config = _example(
+        reports=[{"id": _ID, "status": "failed", "attempt": 1, "error": "no such file"}]
+    )
 
     reports: list[TaskReport] = Field(min_length=1, max_length=MAX_REPORTS)
 
@@ -352,6 +386,8 @@ class TaskReportsResponse(_Model):
 
 class TaskBulkRequest(_Model):
     """Which of a room's tasks to cancel, to retry or to delete: one filter at least."""
+
+    model_config = _example(action="cancel", job="lab:analysis:Double", status="pending")
 
     action: Literal["cancel", "retry", "delete"]
     job: Message | None = None
@@ -385,6 +421,8 @@ class TaskBulkResponse(_Model):
 class TaskQueryRequest(_Model):
     """Tasks that somebody waits for."""
 
+    model_config = _example(ids=[_ID])
+
     ids: list[UUID] = Field(min_length=1, max_length=MAX_PAGE)
 
 
@@ -397,6 +435,8 @@ class TaskQueryResponse(_Model):
 
 class ProviderRegisterRequest(_Model):
     """A provider that a worker offers."""
+
+    model_config = _example(category="files", name="structures")
 
     category: Name
     name: ProviderName
