@@ -56,6 +56,8 @@ class Scene:
 
     async def set_up(self) -> None:
         self.worker = await offer(self.owner, room=self.room)
+        done = await submit(self.submitter, self.job, self.room)
+        self.done = await move(self.owner, self.worker, done, "completed")
         self.task = await submit(self.submitter, self.job, self.room)
         offered = await self.owner.put(f"/rooms/{self.room}/providers", json=self.files)
         self.provider_id = offered.json()["id"]
@@ -163,6 +165,7 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("POST /tasks/query", "404: `missing`"): lambda s, u: s.query(u),
     ("PATCH /tasks", "outcome of `completed`"): lambda s, u: s.report_in_batch(u, "completed"),
     ("PATCH /tasks", "outcome of `cancelled`"): lambda s, u: s.report_in_batch(u, "cancelled"),
+    ("GET /tasks/{task_id}/result", ""): lambda s, u: u.get(f"/tasks/{s.done['id']}/result"),
     ("PATCH /tasks/{task_id}", "`running`"): lambda s, u: s.report(u, "claimed", "running"),
     ("PATCH /tasks/{task_id}", "`completed`"): lambda s, u: s.report(u, "running", "completed"),
     ("PATCH /tasks/{task_id}", "`failed`"): lambda s, u: s.report(u, "running", "failed"),
@@ -270,6 +273,7 @@ ASKS = {
     "GET /rooms/{room_id}/providers": READING,
     "GET /rooms/{room_id}/providers/{provider_name}/info": READING,
     "GET /rooms/{room_id}/providers/{provider_name}": READING,
+    "GET /tasks/{task_id}/result": READING,
 }
 
 

@@ -5,7 +5,9 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -71,6 +74,21 @@ class Work(Extension):
 
 
 JOB = f"@global:analysis:{Work.__name__}"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep results that can't be reported where nobody sees them."""
+    monkeypatch.chdir(tmp_path)
+
+
+def kept(error: str) -> Any:
+    """Return the result that a task's error says is in a file, if it does."""
+    found = re.search(r"; the result is kept in (.*) on \S+$", error)
+    if found is None:
+        return None
+    content = Path(found[1]).read_bytes()
+    return pickle.loads(content) if found[1].endswith(".pickle") else json.loads(content)
 
 
 class Meddler:
@@ -223,7 +241,9 @@ async def workers(user: Any) -> list[str]:
 # --- running tasks ---
 
 
-async def test_whatever_a_task_does_the_next_one_is_run(make: MakeManager, ada: Any):
+async def test_whatever_a_task_does_the_next_one_is_run(make: MakeManager, ada: Any, app: Any):
+    app.state.joblib_settings = JobLibSettings(max_result_bytes=2**20)
+
     def execute(task: ClaimedTask) -> Any:
         assert task.run_kwargs == {"gpu": 1}
         match task.extension.what:
@@ -260,6 +280,16 @@ async def test_whatever_a_task_does_the_next_one_is_run(make: MakeManager, ada: 
         task = await ended(ada, tasks[what])
         assert (task["status"], task["attempt"]) == ("failed", 1), what
         assert task["error"].startswith(error)
+        result = kept(task["error"])
+        match what:
+            case "object":
+                assert type(result) is object
+            case "nan":
+                assert math.isnan(result["energy"])
+            case "large":
+                assert result == "x" * 2_000_000
+            case _:
+                assert result is None
     arrays = await ended(ada, tasks["arrays"])
     assert arrays["result"] == {"r": [0, 1], "e": 0.5, "cell": [1, 2]}
     assert (await ended(ada, tasks[""]))["status"] == "completed"
@@ -573,6 +603,7 @@ async def test_what_can_never_get_through_is_told_as_a_failure(
     await run_sync(manager.register, Work)
     task = await ended(ada, await submit(ada))
     assert task["error"].startswith("the result could not be reported")
+    assert kept(task["error"]) == "x" * 20_000
     assert manager.worker_id is not None
 
 
@@ -972,8 +1003,9 @@ async def test_what_progress_is_drawn_on_decides_nothing(
 
 
 async def test_one_report_among_many_is_refused(
-    make: MakeManager, ada: Any, url: str, meddler: Meddler
+    make: MakeManager, ada: Any, app: Any, url: str, meddler: Meddler
 ):
+    app.state.joblib_settings = JobLibSettings(max_result_bytes=2**20)
     together = threading.Barrier(6)
 
     def execute(task: ClaimedTask) -> Any:

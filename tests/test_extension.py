@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
+import ase
 import numpy as np
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,8 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from zndraw_joblib.extension import Category, Extension, as_json, parameters_of, schema_of
+from zndraw_joblib.encoding import as_json
+from zndraw_joblib.extension import Category, Extension, parameters_of, schema_of
 from zndraw_joblib.lifecycle import FullName
 from zndraw_joblib.provider import Provider, read_content
 
@@ -278,6 +281,39 @@ def test_results_become_json(result: Any, plain: Any):
     assert as_json(result) == plain
 
 
+WATER = ase.Atoms("OH2", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]], info={"e": np.float64(-1.5)})
+TIMES = pandas.to_datetime(["2026-02-10", None])
+NAMED = pandas.Series([1, 2], index=pandas.Index(["Cu", "Au"], name="element"), name="count")
+
+
+@pytest.mark.parametrize(
+    ("result", "plain"),
+    [
+        (pandas.DataFrame({"a": [1, 2], "b": ["x", "y"]}), {"a": [1, 2], "b": ["x", "y"]}),
+        (NAMED, {"element": ["Cu", "Au"], "count": [1, 2]}),
+        (pandas.Series([1.5, 2]), [1.5, 2.0]),
+        ({"t": pandas.DataFrame({"at": TIMES})}, {"t": {"at": ["2026-02-10T00:00:00", None]}}),
+        (pandas.Series([1, None], dtype="Int64"), [1, None]),
+        ([math.nan, -math.inf, np.array([math.nan])], [None, None, [None]]),
+        (
+            [WATER],
+            [
+                {
+                    "numbers": [8, 1, 1],
+                    "positions": [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]],
+                    "cell": [[0.0] * 3] * 3,
+                    "pbc": [False] * 3,
+                    "info": {"e": -1.5},
+                }
+            ],
+        ),
+    ],
+    ids=["table", "index", "series", "times", "missing", "nan", "atoms"],
+)
+def test_what_people_compute_with_becomes_json(result: Any, plain: Any):
+    assert as_json(result, nan_as_null=True) == plain
+
+
 @pytest.mark.parametrize(
     ("result", "why"),
     [
@@ -288,6 +324,8 @@ def test_results_become_json(result: Any, plain: Any):
         (range(3), "range is not JSON"),
         (np.longdouble("1e4000"), "inf"),
         ("\ud800", "surrogates"),
+        ({"t": pandas.DataFrame({"at": TIMES})}, r"result\.t\.at\[1\] is nan"),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "two columns of one name"),
     ],
     ids=str,
 )

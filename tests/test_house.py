@@ -34,6 +34,7 @@ FLOORS = [
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
+    "encoding",
     "extension",
     "provider",
     "execution",
@@ -272,7 +273,8 @@ def test_all_is_sorted_and_there(name: str):
 def test_a_worker_loads_no_web_server_and_no_orm():
     probe = (
         "import sys, zndraw_joblib, zndraw_joblib.client, zndraw_joblib.provider\n"
-        "print({'sqlalchemy', 'fastapi', 'sqlmodel', 'taskiq'} & set(sys.modules))"
+        "others = {'sqlalchemy', 'fastapi', 'sqlmodel', 'taskiq', 'numpy', 'pandas', 'sqlite3'}\n"
+        "print(others & set(sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout) == (0, "set()\n"), ran.stderr

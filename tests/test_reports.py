@@ -10,6 +10,7 @@ from steps import JOB, at_once, claim, execute, move, offer, problem, read, repo
 
 from zndraw_joblib.lifecycle import TaskStatus
 from zndraw_joblib.models import Task, now
+from zndraw_joblib.settings import JobLibSettings
 
 MAY_FOLLOW = {
     "pending": {"cancelled"},
@@ -311,3 +312,80 @@ async def test_of_two_retries_one_wins(ada, events):
     answers = await at_once(*(ada.post(url) for _ in range(4)))
     assert statuses(answers) == [202, 409, 409, 409]
     assert [e.event for e in events] == ["task_status_event", "task_available"]
+
+
+#: No list is parsed, and none becomes another text.
+LARGE = {
+    "lists": [[0.1 + n, -1e22, 5e-324] for n in range(80_000)],
+    "text": 'a"\\é旋\n' * 300_000,
+    "empty lists": [[]] * 500_000,
+    "an object": {f'a"{n}': None for n in range(150_000)},
+}
+
+
+@pytest.mark.makers("plain", "postgres")
+@pytest.mark.parametrize("what", LARGE)
+async def test_a_large_result_is_kept_as_it_was_written(ada, events, what):
+    worker = await offer(ada)
+    await submit(ada)
+    (task,) = await claim(ada, worker)
+    await report(ada, task, "running")
+    where = f"/tasks/{task['id']}/result"
+    problem(await ada.get(where), 404, "result-not-found")
+    assert len(json.dumps(LARGE[what], separators=(",", ":"))) > 2**20
+    events.clear()
+    answer = await report(ada, task, "completed", attempt=1, result=LARGE[what])
+    # who sent it is not sent it back
+    ended = answer.json()
+    assert (answer.status_code, ended["status"], ended["abridged"]) == (200, "completed", True)
+    assert ended["result"] is None
+    assert len(json.dumps([sent.data for sent in events])) < 2000
+    answer = await ada.get(where, headers={"Prefer": "wait=1"})
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.json() == LARGE[what] == (await read(ada, task))["result"]
+    again = await report(ada, task, "completed", attempt=1, result=LARGE[what])
+    assert again.status_code == 200
+    answer = await report(ada, task, "completed", attempt=1, result=[LARGE[what]])
+    problem(answer, 409, "lease-lost")
+    # whose task it is not, and who may not enter its room, learns nothing of it
+    problem(
+        await ada.get("/tasks/00000000-0000-0000-0000-000000000000/result"), 404, "task-not-found"
+    )
+    listed = (await ada.get("/rooms/lab/tasks")).json()["items"]
+    assert [(t["abridged"], t["result"]) for t in listed] == [(True, None)]
+
+
+KINDS = {400: "malformed-body", 413: "payload-too-large", 422: "invalid-request"}
+WRONG = {
+    "not closed": (b'{"status":"completed","result":["%s"]', 400),
+    "two values": (b'{"status":"completed","result":["%s"],[1]}', 400),
+    "a list": (b'["%s"]', 413),
+    "a number": (b'{"status":"completed","result":1,"error":"%s"}', 413),
+    "an error": (b'{"status":"failed","error":"%s"}', 413),
+    "NaN": (b'{"status":"completed","result":[NaN,"%s"]}', 400),
+    "NUL": (b'{"status":"completed","result":["\\u0000%s"]}', 400),
+    "a NUL at the end": (b'{"status":"completed","result":["%s"]}\0', 400),
+    "not UTF-8": (b'{"status":"completed","result":["\xff%s"]}', 400),
+    "another status": (b'{"status":"lost","result":["%s"]}', 422),
+    "no status": (b'{"result":["%s"]}', 422),
+}
+
+
+@pytest.mark.makers("plain")
+async def test_a_large_report_that_is_none_changes_nothing(app, ada):
+    app.state.joblib_settings = JobLibSettings(max_payload_bytes=1000, max_result_bytes=3000)
+    worker = await offer(ada)
+    await submit(ada)
+    (task,) = await claim(ada, worker, start=True)
+    headers = {"Content-Type": "application/json"}
+    for what, (body, status) in WRONG.items():
+        content = body.replace(b"%s", b"x" * 2000)
+        answer = await ada.patch(f"/tasks/{task['id']}", content=content, headers=headers)
+        assert answer.status_code == status, (what, answer.text)
+        problem(answer, status, KINDS[status])
+    content = WRONG["not closed"][0].replace(b"%s", b"x" * 3000)
+    answer = await ada.patch(f"/tasks/{task['id']}", content=content, headers=headers)
+    assert problem(answer, 413, "payload-too-large")["detail"].endswith("limited to 3000 bytes")
+    assert (await read(ada, task))["status"] == "running"
+    limits = (await ada.get("/limits")).json()
+    assert (limits["max_payload_bytes"], limits["max_result_bytes"]) == (1000, 3000)

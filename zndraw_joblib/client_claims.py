@@ -16,9 +16,10 @@ from pydantic import BaseModel, Field
 from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, SlowDown, Unreachable
 from zndraw_joblib.client_transport import FIRST_DELAY_SECONDS, Transport, path, prefer
 from zndraw_joblib.client_worker import Life, Registrations
+from zndraw_joblib.encoding import as_json
 from zndraw_joblib.exceptions import describe, storable
-from zndraw_joblib.execution import Report, report_of
-from zndraw_joblib.extension import ClaimedTask, as_json
+from zndraw_joblib.execution import Report, keep_result, report_of
+from zndraw_joblib.extension import ClaimedTask
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
 from zndraw_joblib.telemetry import SafeLogger
 
@@ -258,15 +259,20 @@ class Claims:
                 if self.life.aborting.wait(max(exc.retry_after, FIRST_DELAY_SECONDS)):
                     return False
             except BaseException as exc:
+                kept = keep_result(report)
                 if not self.life.aborting.is_set():
-                    self._give_up(report, exc)
+                    self._give_up(report, exc, kept)
                 log.error("task %s: could not report: %s", report["id"], exc)
                 return False
         if answer.problem is None:
             return True
         if report["status"] == TaskStatus.COMPLETED and answer.status in REFUSED:
             # without another report it would count as running for ever
-            self.report(failure_of(report, f"the host refused the result: {answer.reason}"))
+            error = f"the host refused the result: {answer.reason}{keep_result(report)}"
+            self.report(failure_of(report, error))
+        elif (answer.problem or {}).get("task_status") == TaskStatus.FAILED:
+            # given up for lost, as while the host was away: nobody does it again
+            keep_result(report)
         log.warning("task %s: %s was refused: %s", report["id"], report["status"], answer.reason)
         return False
 
@@ -307,12 +313,12 @@ class Claims:
             **options,
         )
 
-    def _give_up(self, report: Report, exc: BaseException) -> None:
+    def _give_up(self, report: Report, exc: BaseException, kept: str) -> None:
         try:
             if "result" not in report:
                 raise exc
             # what is in between may let a smaller one through
-            error = f"the result could not be reported: {exc}"
+            error = f"the result could not be reported: {exc}{kept}"
             self._send(failure_of(report, error), retries=LAST_RETRIES)
         except BaseException:
             self.life.give_up(exc)

@@ -16,14 +16,8 @@ from zndraw_joblib import exceptions, schemas, telemetry
 from zndraw_joblib.client_api import CONNECT_SECONDS
 from zndraw_joblib.client_handles import Listing, ShownTask, TaskHandle, View
 from zndraw_joblib.client_transport import Transport, path, prefer
-from zndraw_joblib.extension import (
-    Extension,
-    as_json,
-    category_of,
-    check_parameters,
-    nearest,
-    parameters_of,
-)
+from zndraw_joblib.encoding import as_json
+from zndraw_joblib.extension import Extension, category_of, check_parameters, nearest, parameters_of
 from zndraw_joblib.lifecycle import (
     FullName,
     WorkerState,

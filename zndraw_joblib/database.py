@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from zndraw_joblib.lifecycle import uncollected
+from zndraw_joblib.lifecycle import Written, uncollected
 
 T = TypeVar("T")
 
@@ -64,7 +64,9 @@ class JsonText(TypeDecorator[Any]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
-        return None if value is None else to_json(value).decode()
+        if value is None or isinstance(value, Written):
+            return value
+        return to_json(value).decode()
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         if value is None:

@@ -182,6 +182,10 @@ class TaskNotFound(_NotFound):
     """Task not found."""
 
 
+class ResultNotFound(_NotFound):
+    """The task has no result: it has not been completed."""
+
+
 class ProviderNotFound(_NotFound):
     """Provider not found: there is none of this name in this room."""
 

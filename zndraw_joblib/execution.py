@@ -4,13 +4,19 @@ A child process loads this, what it stands on, and what its tasks need.
 """
 
 import inspect
+import json
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from socket import gethostname
+from tempfile import gettempdir
 from typing import Any, Protocol
 
+from zndraw_joblib.encoding import as_json
 from zndraw_joblib.exceptions import describe, storable
-from zndraw_joblib.extension import ClaimedTask, TaskCancelled, as_json
+from zndraw_joblib.extension import ClaimedTask, TaskCancelled
 from zndraw_joblib.lifecycle import ErrorType, TaskStatus
 from zndraw_joblib.telemetry import SafeLogger, continuing
 
@@ -38,7 +44,8 @@ def perform(execute: Execute, task: ClaimedTask[Any]) -> Report | None:
     """Execute a task, and return what is to be reported of its end."""
     try:
         with continuing({"traceparent": task.traceparent or ""}):
-            result = as_json(execute(task))
+            value = execute(task)
+        result = _as_result(task, value)
     except TaskCancelled:
         # the host knows what it has ended; a task that ends itself has to say so
         return None if task.ended else report_of(task, TaskStatus.CANCELLED)
@@ -47,6 +54,39 @@ def perform(execute: Execute, task: ClaimedTask[Any]) -> Report | None:
         log.exception("task %s of %s failed", task.task_id, task.job_name)
         return report_of(task, TaskStatus.FAILED, error=describe(exc))
     return report_of(task, TaskStatus.COMPLETED, result=result)
+
+
+def _as_result(task: ClaimedTask[Any], value: Any) -> Any:
+    try:
+        return as_json(value, nan_as_null=getattr(task.extension, "nan_as_null", False))
+    except ValueError as exc:
+        try:
+            kept = _keep(task.task_id, task.attempt, "pickle", pickle.dumps(value))
+        except Exception:
+            # there is no form at all in which it could be kept
+            raise exc from None
+        raise ValueError(f"{exc}{kept}") from None
+
+
+def keep_result(report: Report) -> str:
+    """Keep the result that can't be reported in a file; return the end of a sentence."""
+    if report.get("result") is None:
+        return ""
+    content = json.dumps(report["result"], ensure_ascii=False).encode()
+    return _keep(report["id"], report.get("attempt"), "json", content)
+
+
+def _keep(task_id: str, attempt: int | None, kind: str, content: bytes) -> str:
+    for directory in (Path.cwd(), Path(gettempdir())):
+        path = directory / f"zndraw-joblib-{task_id}-{attempt or 0}.{kind}"
+        try:
+            path.write_bytes(content)
+        except OSError as exc:
+            log.warning("task %s: no result in %s: %s", task_id, path, exc)
+            continue
+        log.error("task %s: its result is kept in %s", task_id, path)
+        return f"; the result is kept in {path} on {gethostname()}"
+    return "; there was no room for the result in a file either"
 
 
 def report_of(

@@ -1,8 +1,6 @@
-"""What a worker's author subclasses to offer a job and is given to run it; values as JSON."""
+"""What a worker's author subclasses to offer a job, and is given to run it."""
 
-import json
 import math
-import numbers
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -15,6 +13,7 @@ import pydantic_core
 from pydantic import AliasChoices, AliasPath, BaseModel
 from pydantic.fields import FieldInfo
 
+from zndraw_joblib.encoding import encode, unfit
 from zndraw_joblib.lifecycle import UNPRINTABLE
 
 MAX_MESSAGE = 1000
@@ -44,6 +43,9 @@ class Extension(BaseModel, ABC):
     ----------
     category : Category
         Set by every subclass. A host may allow other categories, as plain strings.
+    nan_as_null : bool
+        Whether NaN and Infinity in a result become null; else it is refused, and the error
+        says where they stand.
 
     Examples
     --------
@@ -56,6 +58,7 @@ class Extension(BaseModel, ABC):
     """
 
     category: ClassVar[Category]
+    nan_as_null: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, vis: Any, **kwargs: Any) -> Any:
@@ -210,7 +213,7 @@ def schema_of(cls: type[BaseModel]) -> dict[str, Any]:
         the message names class and field.
     """
     schema = cls.model_json_schema()
-    for where, wrong in _unfit(schema, cls.__name__):
+    for where, wrong in unfit(schema, cls.__name__):
         where = where.replace(".properties.", ".")
         raise ValueError(f"{where}: {wrong} can't be written in a JSON schema")
     return schema
@@ -267,7 +270,7 @@ def parameters_of(extension: BaseModel) -> dict[str, Any]:
     cls = type(extension)
     try:
         parameters = _dump(extension)
-        read = cls.model_validate_json(_encode(parameters))
+        read = cls.model_validate_json(encode(parameters))
     except (ValueError, TypeError, RecursionError) as exc:
         raise ValueError(f"{_blame(extension)} can't be sent as JSON: {exc}") from None
     for name in cls.model_fields:
@@ -311,14 +314,10 @@ def _blame(extension: BaseModel) -> str:
     """Return the class, and the first of its fields that can't be written."""
     for name in type(extension).model_fields:
         try:
-            _encode(extension.model_dump(mode="json", include={name}, warnings=False))
+            encode(extension.model_dump(mode="json", include={name}, warnings=False))
         except (ValueError, TypeError, RecursionError):
             return f"{type(extension).__name__}.{name}"
     return type(extension).__name__
-
-
-def _encode(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -341,79 +340,3 @@ def _same(one: Any, other: Any) -> bool:
         )
     equal = one == other
     return bool(equal.all() if hasattr(equal, "all") else equal)
-
-
-# --- results ---
-
-
-def as_json(value: Any, what: str = "result") -> Any:
-    """Return a value in the types of JSON; NumPy's arrays and scalars are unpacked.
-
-    Parameters
-    ----------
-    value : object
-        What a task or a provider returned.
-    what : str
-        What it is called where it can't be kept.
-
-    Raises
-    ------
-    ValueError
-        When it holds something that JSON has no notation for: NaN and Infinity, lone
-        surrogates, keys that become the same text, itself. The message says where.
-    """
-    try:
-        _check_keys(value, what)
-        plain = pydantic_core.to_jsonable_python(value, fallback=unpack)
-        for where, wrong in _unfit(plain, what):
-            raise TypeError(f"{where} is {wrong}")
-        # as it will be sent
-        _encode(plain)
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise ValueError(f"the {what} can't be kept as JSON: {exc}") from exc
-    return plain
-
-
-def unpack(value: Any) -> Any:
-    """Return an array or scalar of NumPy, or what is like it, as Python's own."""
-    if not hasattr(value, "tolist"):
-        raise TypeError(f"{type(value).__name__} is not JSON")
-    plain = value.tolist()
-    if type(plain) is not type(value):
-        kind = getattr(getattr(value, "dtype", None), "kind", "")
-        # nanoseconds would become a bare number
-        return str(value) if kind == "M" and isinstance(plain, int) else plain
-    # wider than Python's own numbers
-    if isinstance(plain, numbers.Real):
-        return float(plain)
-    if isinstance(plain, numbers.Complex):
-        return complex(plain)
-    raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _check_keys(value: Any, where: str) -> None:
-    if isinstance(value, dict):
-        keys = pydantic_core.to_jsonable_python(dict.fromkeys(value), fallback=unpack)
-        if len(keys) < len(value):
-            raise TypeError(f"two keys of {where} become the same text")
-        for key, item in value.items():
-            _check_keys(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            if isinstance(item, (dict, list, tuple)):
-                _check_keys(item, where)
-
-
-def _unfit(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Yield where something stands that JSON has no notation for, and what."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            yield where, str(value)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(item, (float, dict, list)):
-                yield from _unfit(item, f"{where}.{key}")
-    elif isinstance(value, list):
-        for n, item in enumerate(value):
-            if isinstance(item, (float, dict, list)):
-                yield from _unfit(item, f"{where}[{n}]")

@@ -5,7 +5,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -298,6 +298,11 @@ def check_printable(text: str) -> str:
 
 Json = Any
 
+
+class Written(str):
+    """JSON that is written already, and was not parsed here."""
+
+
 MAX_INT = 2**63 - 1
 #: Lists and objects in one JSON body: an atom's three coordinates are one of them.
 MAX_CONTAINERS = 200_000
@@ -340,6 +345,41 @@ def parse_json(body: bytes) -> Json:
     if any(large in alike for large in _LARGE):
         _require_storable(value, _outside_strings(body))
     return value
+
+
+_TAKEN_APART = """
+    SELECT json_valid(?1), json_type(?1, '$.result'), json_remove(?1, '$.result'),
+           json_quote(json_extract(?1, '$.result'))
+"""
+
+
+def take_result(body: bytes) -> tuple[bytes, Written]:
+    """Return an object in JSON without its ``result``, and that as it was written.
+
+    It lets other threads run meanwhile, which Python's parsers don't, and makes no values.
+
+    Raises
+    ------
+    ValueError
+        When it is no such object, or holds NUL characters.
+    """
+    # a worker reads none
+    import sqlite3
+
+    if b"\0" in body or b"\\u0000" in body:
+        raise ValueError("NUL characters can't be stored")
+    with closing(sqlite3.connect(":memory:")) as connection:
+        try:
+            found = connection.execute(_TAKEN_APART, [body.decode()])
+            valid, kind, others, result = found.fetchone()
+        except sqlite3.Error as exc:
+            raise ValueError(str(exc)) from None
+    if not valid:
+        raise ValueError("it can't be parsed")
+    # of a scalar SQLite makes a value of its own
+    if kind in ("object", "array", "text"):
+        return others.encode(), Written(result)
+    return body, Written("null")
 
 
 def _containers(body: bytes) -> int:

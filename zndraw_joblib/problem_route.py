@@ -1,6 +1,7 @@
 """The route class: bounded bodies in, problems out, and what OpenAPI says of both."""
 
 import logging
+from asyncio import get_running_loop
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from inspect import cleandoc, signature
@@ -16,31 +17,20 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from zndraw_joblib import exceptions
 from zndraw_joblib.database import without_values
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up, with_context
 from zndraw_joblib.events import FrozenEvent
 from zndraw_joblib.exceptions import (
     PROBLEM_JSON,
-    Forbidden,
-    InvalidRequest,
-    InvalidRoomId,
-    InvalidTaskTransition,
-    JobNotFound,
-    MalformedBody,
-    PayloadTooLarge,
     Problem,
     ProblemDetail,
     ProblemException,
-    ProviderNotFound,
-    QuotaExceeded,
-    ServerBusy,
-    ServiceUnavailable,
-    TaskNotFound,
-    Unauthorized,
-    WorkerNotFound,
     invalid_request,
 )
-from zndraw_joblib.lifecycle import parse_json
+from zndraw_joblib.lifecycle import parse_json, take_result
+from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.telemetry import continuing
 
 log = logging.getLogger(__name__)
@@ -69,9 +59,13 @@ _PASSING_CODES = frozenset({5, 6, 7, 10, 13, 14})
 
 
 class BoundedRequest(Request):
-    """A request whose body is read up to the limit, and holds only storable JSON."""
+    """A request whose body is read up to the limit, and holds only storable JSON.
+
+    A report may have a result, which has a limit of its own.
+    """
 
     _bounded: bytes | None = None
+    is_report = False
 
     async def body(self) -> bytes:
         """Return the body.
@@ -82,12 +76,17 @@ class BoundedRequest(Request):
             ``payload-too-large``, before more than the limit is buffered.
         """
         if self._bounded is None:
-            limit = (await look_up(self, get_joblib_settings)).max_payload_bytes
+            settings = await look_up(self, get_joblib_settings)
+            limit = self._limit = settings.max_payload_bytes
+            if self.is_report:
+                limit = max(limit, settings.max_result_bytes)
             chunks = bytearray()
             async for chunk in self.stream():
                 chunks += chunk
                 if len(chunks) > limit:
-                    raise PayloadTooLarge.exception(f"a request's body is limited to {limit} bytes")
+                    raise exceptions.PayloadTooLarge.exception(
+                        f"a request's body is limited to {limit} bytes"
+                    )
             self._bounded = bytes(chunks)
         return self._bounded
 
@@ -99,10 +98,21 @@ class BoundedRequest(Request):
         ProblemException
             ``malformed-body``.
         """
+        body = await self.body()
         try:
-            return parse_json(await self.body())
+            if len(body) <= self._limit:
+                return parse_json(body)
+            reader = runtime_of(self.app).reader
+            others, result = await get_running_loop().run_in_executor(reader, take_result, body)
+            if len(others) > self._limit:
+                raise exceptions.PayloadTooLarge.exception(
+                    f"without its result, a report is limited to {self._limit} bytes"
+                )
+            return {"result": result, **parse_json(others)}
         except ValueError as exc:
-            raise MalformedBody.exception(f"the body is not storable JSON: {exc}") from None
+            raise exceptions.MalformedBody.exception(
+                f"the body is not storable JSON: {exc}"
+            ) from None
 
 
 class ProblemRoute(APIRoute):
@@ -115,6 +125,8 @@ class ProblemRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         # an app that includes a router may make its routes anew, of what they have become
+        body = signature(endpoint).parameters.get("body")
+        self._takes_report = body is not None and body.annotation is TaskUpdateRequest
         if "request" not in signature(endpoint).parameters:
             endpoint = with_context(endpoint)
         super().__init__(path, endpoint, **options)
@@ -160,8 +172,10 @@ class ProblemRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             try:
+                bounded = BoundedRequest(request.scope, request.receive)
+                bounded.is_report = self._takes_report
                 with continuing(request.headers):
-                    return await handle(BoundedRequest(request.scope, request.receive))
+                    return await handle(bounded)
             except RequestValidationError as exc:
                 raise invalid_request(list(exc.errors())) from None
             except HTTPException as exc:
@@ -169,12 +183,14 @@ class ProblemRoute(APIRoute):
                 if isinstance(exc.__cause__, ProblemException):
                     raise exc.__cause__ from None
                 if exc.status_code == 401:
-                    raise Unauthorized.exception(headers={"WWW-Authenticate": "Bearer"}) from None
+                    raise exceptions.Unauthorized.exception(
+                        headers={"WWW-Authenticate": "Bearer"}
+                    ) from None
                 raise
             except Exception as exc:
                 if will_pass(exc):
                     log.warning("database unavailable: %s", without_values(exc))
-                    raise ServiceUnavailable.exception(
+                    raise exceptions.ServiceUnavailable.exception(
                         "the database can't be reached right now", headers={"Retry-After": "1"}
                     ) from None
                 if isinstance(exc, StatementError):
@@ -214,14 +230,18 @@ def _raised_below_sqlalchemy(exc: Exception) -> bool:
 # --- what OpenAPI says ---
 
 #: What every route may answer.
-EVERYWHERE: tuple[type[Problem], ...] = (Unauthorized, InvalidRequest, ServiceUnavailable)
-ROOM = (InvalidRoomId, Forbidden)
-BODY = (MalformedBody, PayloadTooLarge)
-JOB = (*ROOM, JobNotFound)
-WORKER = (WorkerNotFound, Forbidden)
-TASK = (TaskNotFound, Forbidden, InvalidTaskTransition)
-PROVIDER = (ProviderNotFound, Forbidden)
-WAITING = (QuotaExceeded, ServerBusy)
+EVERYWHERE: tuple[type[Problem], ...] = (
+    exceptions.Unauthorized,
+    exceptions.InvalidRequest,
+    exceptions.ServiceUnavailable,
+)
+ROOM = (exceptions.InvalidRoomId, exceptions.Forbidden)
+BODY = (exceptions.MalformedBody, exceptions.PayloadTooLarge)
+JOB = (*ROOM, exceptions.JobNotFound)
+WORKER = (exceptions.WorkerNotFound, exceptions.Forbidden)
+TASK = (exceptions.TaskNotFound, exceptions.Forbidden, exceptions.InvalidTaskTransition)
+PROVIDER = (exceptions.ProviderNotFound, exceptions.Forbidden)
+WAITING = (exceptions.QuotaExceeded, exceptions.ServerBusy)
 #: Bytes of whatever media type.
 BYTES = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 PREFER = {

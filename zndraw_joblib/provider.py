@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import pydantic_core
 from pydantic import BaseModel
 
+from zndraw_joblib.encoding import unpack
 from zndraw_joblib.exceptions import PROBLEM_JSON, ProviderExecutionFailed, describe, storable
-from zndraw_joblib.extension import unpack
 from zndraw_joblib.telemetry import SafeLogger
 
 log = SafeLogger(logging.getLogger(__name__))

@@ -15,7 +15,15 @@ from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, 
 from zndraw_joblib.database import execute, now
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
-from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, TaskStatus, equal_json, uncollected
+from zndraw_joblib.lifecycle import (
+    HELD,
+    REPORTABLE,
+    TERMINAL,
+    TaskStatus,
+    Written,
+    equal_json,
+    uncollected,
+)
 from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
 from zndraw_joblib.queues import of_job
 from zndraw_joblib.schemas import TaskUpdateRequest
@@ -361,6 +369,8 @@ def _same_report(row: sa.Row[Any], request: TaskUpdateRequest) -> bool:
         return False
     if row.status not in TERMINAL:
         return True
+    if isinstance(request.result, Written):
+        return bool(row.error == request.error and row.result == request.result)
     with uncollected():
         result = json.loads(row.result or "null")
     return equal_json([row.error, result], [request.error, request.result])
@@ -372,3 +382,26 @@ def _lease_lost(row: sa.Row[Any]) -> ProblemException:
         task_status=row.status.value,
         attempt=row.attempt,
     )
+
+
+_RESULT = sa.select(
+    TASK.c.status,
+    TASK.c.room_id,
+    TASK.c.created_by_id,
+    TASK.c.holder_id,
+    sa.type_coerce(TASK.c.result, sa.Text).label("result"),
+).where(TASK.c.id == sa.bindparam("task"))
+
+
+async def read_result(
+    session: AsyncSession, task_id: UUID, caller: Caller, may_enter: RoomAccess
+) -> sa.Row[Any]:
+    """Return the status and the result of a task, as text, to those who may see it.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``.
+    """
+    found = await execute(session, _RESULT, {"task": task_id})
+    return await require_visible(session, found.one_or_none(), task_id, caller, may_enter)

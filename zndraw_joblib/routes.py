@@ -55,7 +55,7 @@ async def read_limits(context: WaitingContext) -> Response:
         max_heartbeat_tasks=schemas.MAX_HEARTBEAT_TASKS,
         max_page=schemas.MAX_PAGE,
         max_payload_bytes=settings.max_payload_bytes,
-        max_result_bytes=settings.max_payload_bytes,
+        max_result_bytes=max(settings.max_result_bytes, settings.max_payload_bytes),
         long_poll_max_wait_seconds=settings.long_poll_max_wait_seconds,
         worker_timeout_seconds=settings.worker_timeout_seconds,
     )

@@ -1,6 +1,7 @@
 """The routes of tasks: submit, read, claim, report, retry."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 from uuid import UUID
 
 from fastapi import Response
@@ -32,7 +33,7 @@ from zndraw_joblib.dependencies import (
     enter,
 )
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import TERMINAL, split_full_name
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, Written, split_full_name
 from zndraw_joblib.problem_route import BODY, JOB, ROOM, TASK, WORKER, answers, new_router
 from zndraw_joblib.workers import OPERATE, Action
 
@@ -274,6 +275,30 @@ async def read_task(
     return deps.json_response(tasks.as_json(task), headers=deps.wait_headers(wait))
 
 
+@router.get(
+    "/tasks/{task_id}/result",
+    **answers(Any, exceptions.TaskNotFound, exceptions.ResultNotFound, waits=True),
+)
+async def read_result(
+    context: WaitingContext, session_maker: Sessions, may_enter: Access, task_id: UUID
+) -> Response:
+    """Show the result of a completed task alone; with `Prefer: wait` once it has ended."""
+
+    async def read() -> tuple[Any, UUID | None]:
+        async with session_maker() as session:
+            task = await reports.read_result(session, task_id, context.caller, may_enter)
+        return task, None if task.status in TERMINAL else task_id
+
+    wait = context.preferred_wait(context.settings.long_poll_max_wait_seconds)
+    task = await long_polls.for_ends(context, session_maker, wait or 0, read, task_id)
+    if task.status is not TaskStatus.COMPLETED:
+        raise exceptions.ResultNotFound.exception(
+            f"task {task_id} is {task.status.value}: it has no result"
+        )
+    result = (task.result or "null").encode()
+    return deps.json_response(result, headers=deps.wait_headers(wait))
+
+
 @router.post("/tasks/query", **answers(schemas.TaskQueryResponse, *BODY, waits=True))
 async def query_tasks(
     context: WaitingContext,
@@ -348,7 +373,9 @@ async def report_task(
     if reported.changed:
         context.outbox.task_changed(reported.task)
     await context.commit(session)
-    return deps.json_response(tasks.as_json(reported.task))
+    # a large result is not sent back
+    large = isinstance(body.result, Written)
+    return deps.json_response(tasks.as_json(reported.task, abridged=large))
 
 
 @router.delete("/tasks/{task_id}", **answers(None, *TASK, status=204))

@@ -45,6 +45,8 @@ class JobLibSettings(BaseSettings):
     """`queue_position` counts exactly up to here."""
     max_payload_bytes: PositiveInt = 1024 * 1024
     """Largest JSON body of a request (413 beyond)."""
+    max_result_bytes: PositiveInt = 16 * 1024 * 1024
+    """Largest report of one task, with its result (413 beyond)."""
     max_workers_per_user: PositiveInt = 10_000
     """Workers that one user may have (429 beyond)."""
     max_jobs_per_user: PositiveInt = 10_000

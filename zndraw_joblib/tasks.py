@@ -62,12 +62,14 @@ def last_errors(errors: str | None) -> list[str]:
     return errors.split("\n")[-KEPT_ERRORS:] if errors else []
 
 
-def as_json(task: TaskView) -> bytes:
+def as_json(task: TaskView, *, abridged: bool = False) -> bytes:
     """Write a task as :class:`TaskResponse` documents it: its contents are JSON already."""
     values: Any = task
     fields = dict(zip(FIELDS, values, strict=False))
     fields["available_at"] = fields["available_at"] or fields["created_at"]
     payload, result, errors = (fields.pop(content) for content in _CONTENTS)
+    if abridged:
+        payload, result, errors, fields["abridged"] = None, None, None, True
     if payload in (None, "null"):
         payload = "{}"
     lines = ",".join(last_errors(errors))
