@@ -1,9 +1,12 @@
 """The worker's side where no network is needed: what it makes of odd answers, and of itself."""
 
+import os
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -11,6 +14,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from zndraw_joblib import client_api
 from zndraw_joblib.client import Category, Extension, JobManager
 from zndraw_joblib.client_claims import Claims, HeldTasks
 from zndraw_joblib.client_transport import Transport
@@ -210,3 +214,33 @@ def test_an_address_has_no_password():
     with pytest.raises(ValueError, match="credentials") as caught:
         JobManager.connect("http://ada:hunter2@host", token="a-token")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "devices"),
+    [
+        (None, ["cuda:0 NVIDIA A100", "cuda:1"]),
+        ("", []),
+        ("-1,0", []),
+        ("1, GPU-8932f937", ["cuda:1", "cuda:GPU-8932f937"]),
+        ("2,-1,3", ["cuda:2"]),
+    ],
+)
+def test_a_worker_tells_where_it_runs(host, monkeypatch, tmp_path, chosen, devices):
+    for name, text in (("0", "Model: \t NVIDIA A100\nIRQ: 1\n"), ("1", "IRQ: 2\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "information").write_text(text)
+    monkeypatch.setattr(client_api, "NVIDIA", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    with host.manager() as manager:
+        manager.register(Job, room="lab")
+        (worker,) = manager.workers("lab")
+    assert worker.name == f"{socket.gethostname()}:{os.getpid()}"
+    assert worker.info.model_dump() == {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "version": version("zndraw-joblib"),
+        "devices": devices,
+    }

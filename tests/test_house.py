@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 #: imports go down; on a floor they go leftward
 FLOORS = [
     ["lifecycle", "settings", "exceptions"],
-    ["fields", "schemas", "validation"],
+    ["fields", "schemas_workers", "schemas", "validation"],
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["database", "models", "paging", "migration"],
     [

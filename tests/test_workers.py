@@ -166,6 +166,38 @@ async def test_listings_tell_what_workers_serve(ada, bob, admin):
         assert page["total"] == len(serving)
 
 
+async def test_workers_have_names_and_tell_what_they_run(ada, bob, admin):
+    info = {"host": "node7", "pid": 7, "version": "0.2.0", "devices": ["cuda:0 A100"]}
+    made = await ada.post("/workers", json={"name": "node7:7", "info": info})
+    worker = made.json()["id"]
+    await register(ada, worker_id=worker)
+    # a registration makes one, or describes it anew
+    attic = {"name": "attic", "info": {"host": "node8"}}
+    other = await offer(bob, room="attic", worker=attic)
+    await register(ada, "Scale", "attic", worker_id=worker, worker={"name": "renamed"})
+    files = {"category": "files", "name": "files", "schema": {}, "worker": {"name": "files"}}
+    assert (await bob.put("/rooms/attic/providers", json=files)).status_code == 201
+    running, claimed = await submit(bob), await submit(bob, "attic:modifiers:Scale", "attic")
+    assert len(await claim(ada, worker, max_tasks=2)) == 2
+    await report(ada, running, "running")
+    listed = (await bob.get("/rooms/lab/workers")).json()["items"]
+    task = {"id": running["id"], "job_name": JOB}
+    expected = {"name": "renamed", "info": info, "held": 2, "running": [task]}
+    assert [{name: w[name] for name in expected} for w in listed] == [expected]
+    # in another room, and to others, what it runs is not told
+    for user, path, runs in (
+        (bob, "/rooms/attic/workers", []),
+        (bob, "/workers", []),
+        (ada, "/workers", [task]),
+        (admin, "/workers", [task]),
+    ):
+        found = {w["id"]: w for w in (await user.get(path)).json()["items"]}
+        assert (found[worker]["held"], found[worker]["running"]) == (2, runs), path
+        assert found[other]["name"] == "attic"
+        assert found[other]["info"] == {**dict.fromkeys(info), "host": "node8", "devices": []}
+    assert claimed["id"] not in str(listed)
+
+
 async def test_how_long_silence_may_last_is_one_setting(ada, app, session_maker):
     """Listings, counts, submissions and sweeps agree on who is alive."""
     settings = app.state.joblib_settings

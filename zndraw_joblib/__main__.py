@@ -191,7 +191,7 @@ def _jobs(manager: JobManager, options: argparse.Namespace) -> int:
 
 
 def _workers(manager: JobManager, options: argparse.Namespace) -> int:
-    columns = ("id", "state", "alive", "job_count", "last_heartbeat")
+    columns = ("id", "name", "state", "alive", "job_count", "held", "last_heartbeat")
     _show(manager.workers(options.room), options, *columns)
     return DONE
 

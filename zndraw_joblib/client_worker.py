@@ -13,7 +13,7 @@ from uuid import UUID
 
 import httpx
 
-from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, HostApi
+from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, HostApi, describe_process
 from zndraw_joblib.client_transport import Transport, path
 from zndraw_joblib.events import (
     FrozenEvent,
@@ -391,7 +391,9 @@ class Registrations:
 
     def _post_worker(self) -> UUID:
         stop = self._life.stopping
-        answer = self._transport.send("post", path("workers"), read=_read_id, stop=stop)
+        answer = self._transport.send(
+            "post", path("workers"), read=_read_id, json=describe_process(), stop=stop
+        )
         worker_id: UUID = self._transport.value(answer)
         return worker_id
 

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     InstanceOf,
     StringConstraints,
@@ -44,6 +46,7 @@ Name = Annotated[str, AfterValidator(check_name), _Part]
 JobName = Annotated[str, AfterValidator(check_job_name), _Part]
 ProviderName = Annotated[str, AfterValidator(check_provider_name), _Part]
 Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(check_printable)]
+Label = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(check_printable)]
 ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
 # RFC 9110, section 8.3.1
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -108,3 +111,14 @@ def _moment(value: Any) -> datetime:
 
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
+
+
+class Model(BaseModel):
+    """What goes over the wire."""
+
+    model_config = ConfigDict(populate_by_name=True, use_attribute_docstrings=True)
+
+
+def example(**members: Any) -> ConfigDict:
+    """Return the configuration of a model that OpenAPI shows an example of."""
+    return ConfigDict(json_schema_extra={"examples": [members]})

@@ -26,7 +26,11 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("start_timeout_seconds", sa.Float(), True),
         ("paused", sa.Boolean(), False),
     ],
-    "worker": [("state", sa.String(16), False)],
+    "worker": [
+        ("state", sa.String(16), False),
+        ("name", sa.String(), True),
+        ("info", sa.Text(), True),
+    ],
     "provider": [],
     "task": [
         ("job_name", sa.String(), False),

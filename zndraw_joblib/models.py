@@ -97,6 +97,8 @@ class Worker(Base):
     last_heartbeat: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     state: Mapped[str] = mapped_column(String(16), default=WorkerState.ACTIVE.value)
+    name: Mapped[str | None]
+    info: Mapped[Any | None] = mapped_column(JsonText)
 
 
 class WorkerJobLink(Base):

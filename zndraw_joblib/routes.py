@@ -65,10 +65,14 @@ async def read_limits(context: WaitingContext) -> Response:
 # --- workers ---
 
 
-@router.post("/workers", **answers(schemas.WorkerResponse, exceptions.QuotaExceeded, status=201))
-async def create_worker(context: RequestContext, session: SessionDep) -> Response:
+@router.post(
+    "/workers", **answers(schemas.WorkerResponse, *BODY, exceptions.QuotaExceeded, status=201)
+)
+async def create_worker(
+    context: RequestContext, session: SessionDep, body: schemas.WorkerDescription | None = None
+) -> Response:
     """Make a worker that belongs to the caller."""
-    row = await workers.create(session, context.caller.id, context.settings)
+    row = await workers.create(session, context.caller.id, context.settings, body)
     await context.commit(session)
     return deps.json_response(schemas.WorkerResponse(**row._mapping), 201)
 
@@ -76,8 +80,9 @@ async def create_worker(context: RequestContext, session: SessionDep) -> Respons
 @router.get("/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary]))
 async def list_workers(context: RequestContext, session: SessionDep, query: Paging) -> Response:
     """List all workers."""
-    listing = await workers.list_all(session, query.page(), context.settings)
-    items = [schemas.WorkerSummary(**row._mapping) for row in listing.rows]
+    items, listing = await stats.list_workers(
+        session, query.page(), context.caller, context.settings
+    )
     return deps.page_response(context.request, query, listing, items)
 
 
@@ -115,8 +120,9 @@ async def list_room_workers(
 ) -> Response:
     """List the workers of the jobs that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
-    listing = await workers.list_serving(session, room_id, query.page(), context.settings)
-    items = [schemas.WorkerSummary(**row._mapping) for row in listing.rows]
+    items, listing = await stats.list_workers(
+        session, query.page(), context.caller, context.settings, room_id
+    )
     return deps.page_response(context.request, query, listing, items)
 
 
@@ -140,7 +146,9 @@ async def _serving(
         detail = f"category {body.category!r} is not one of {categories}"
         raise exceptions.InvalidCategory.exception(detail)
     validation.check_schema(body.schema_)
-    return await workers.mine(session, body.worker_id, context.caller, context.settings)
+    return await workers.mine(
+        session, body.worker_id, context.caller, context.settings, body.worker
+    )
 
 
 OFFERING = (

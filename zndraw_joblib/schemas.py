@@ -1,15 +1,14 @@
 """What goes over the wire: request and response models."""
 
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 from uuid import UUID
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from zndraw_joblib.exceptions import ProblemDetail
 from zndraw_joblib.fields import (
     AnyErrorType,
-    AnyState,
     AnyStatus,
     AnyWaitingFor,
     Attempt,
@@ -21,10 +20,12 @@ from zndraw_joblib.fields import (
     Limit,
     MediaType,
     Message,
+    Model,
     Moment,
     Name,
     ProviderName,
     Seconds,
+    example,
 )
 from zndraw_joblib.lifecycle import (
     MAX_ATTEMPTS,
@@ -34,6 +35,11 @@ from zndraw_joblib.lifecycle import (
     TaskStatus,
     WorkerState,
 )
+from zndraw_joblib.schemas_workers import HeartbeatResponse as HeartbeatResponse
+from zndraw_joblib.schemas_workers import RunningTask as RunningTask
+from zndraw_joblib.schemas_workers import WorkerDescription as WorkerDescription
+from zndraw_joblib.schemas_workers import WorkerResponse as WorkerResponse
+from zndraw_joblib.schemas_workers import WorkerSummary as WorkerSummary
 
 MAX_CLAIM = 32
 MAX_REPORTS = 32
@@ -43,20 +49,10 @@ MAX_CLAIM_JOBS = 256
 MAX_PAGE = 500
 
 T = TypeVar("T")
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(populate_by_name=True, use_attribute_docstrings=True)
-
-
-def _example(**members: Any) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [members]})
-
-
 _ID = "0198a2f4-6c1e-7b3a-9d52-4f8e1c0b7a63"
 
 
-class PaginatedResponse(_Model, Generic[T]):
+class PaginatedResponse(Model, Generic[T]):
     """One page of a listing, newest first; ``total`` counts all pages."""
 
     items: list[T]
@@ -65,27 +61,7 @@ class PaginatedResponse(_Model, Generic[T]):
     offset: int
 
 
-class WorkerResponse(_Model):
-    """A worker."""
-
-    id: UUID
-    last_heartbeat: datetime
-    state: AnyState = WorkerState.ACTIVE
-
-
-class HeartbeatResponse(WorkerResponse):
-    """A worker, and what it should know about the tasks that it reported."""
-
-    cancelled: list[UUID] = []
-    lost: list[UUID] = []
-    desired_state: AnyState = WorkerState.ACTIVE
-    jobs: int | None = None
-    """How many jobs the worker serves: of fewer than it registered the host lost some."""
-    providers: int | None = None
-    """How many providers the worker serves."""
-
-
-class Limits(_Model):
+class Limits(Model):
     """What one request may ask for at most, in this host."""
 
     max_claim: int
@@ -109,15 +85,7 @@ class Limits(_Model):
     """Silence after which a worker counts as lost."""
 
 
-class WorkerSummary(WorkerResponse):
-    """A worker in a listing."""
-
-    job_count: int
-    alive: bool = False
-    """Whether it was heard within `worker_timeout_seconds`, by the database's clock."""
-
-
-class TaskHeartbeat(_Model):
+class TaskHeartbeat(Model):
     """What a worker says of one task that it runs."""
 
     id: UUID
@@ -126,18 +94,16 @@ class TaskHeartbeat(_Model):
     message: Message | None = None
 
 
-class WorkerUpdateRequest(_Model):
+class WorkerUpdateRequest(Model):
     """A heartbeat: all of it is optional."""
 
-    model_config = _example(
-        tasks=[{"id": _ID, "attempt": 1, "progress": 0.5, "message": "step 50"}]
-    )
+    model_config = example(tasks=[{"id": _ID, "attempt": 1, "progress": 0.5, "message": "step 50"}])
 
     tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
     state: WorkerState | None = None
 
 
-class PolicyResponse(_Model):
+class PolicyResponse(Model):
     """How a job's tasks are tried, as it stands."""
 
     max_attempts: int = 1
@@ -146,7 +112,7 @@ class PolicyResponse(_Model):
     start_timeout_seconds: float | None = None
 
 
-class JobPolicy(_Model):
+class JobPolicy(Model):
     """How a job's tasks are tried: all of it is optional, times in seconds."""
 
     max_attempts: Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
@@ -158,7 +124,7 @@ class JobPolicy(_Model):
 class JobRegisterRequest(JobPolicy):
     """A job that a worker offers to serve."""
 
-    model_config = _example(
+    model_config = example(
         category="analysis",
         name="Double",
         schema={"type": "object", "properties": {"number": {"type": "integer"}}},
@@ -169,18 +135,19 @@ class JobRegisterRequest(JobPolicy):
     name: JobName
     schema_: JsonObject = Field(default={}, alias="schema")
     worker_id: UUID | None = None
+    worker: WorkerDescription | None = None
 
 
-class JobUpdateRequest(_Model):
+class JobUpdateRequest(Model):
     """What the operators of a job's room set."""
 
-    model_config = _example(paused=True)
+    model_config = example(paused=True)
 
     paused: bool = Field(strict=True)
     """Whether its tasks wait, whoever serves it."""
 
 
-class JobSummary(_Model):
+class JobSummary(Model):
     """A job in a listing."""
 
     full_name: str
@@ -191,7 +158,7 @@ class JobSummary(_Model):
     paused: bool = False
 
 
-class _Offer(_Model):
+class _Offer(Model):
     id: UUID
     room_id: str
     category: str
@@ -214,7 +181,7 @@ class JobResponse(_Offer, PolicyResponse):
     users serve the job."""
 
 
-class JobStats(_Model):
+class JobStats(Model):
     """What goes on in a job, over all rooms."""
 
     job_name: str
@@ -233,31 +200,31 @@ class JobStats(_Model):
     """Workers of the job that were heard within `worker_timeout_seconds`."""
 
 
-class TaskSubmitRequest(_Model):
+class TaskSubmitRequest(Model):
     """A task to run."""
 
-    model_config = _example(payload={"number": 21})
+    model_config = example(payload={"number": 21})
 
     payload: JsonObject = {}
     priority: Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     delay_seconds: Seconds = 0
 
 
-class TaskBatchRequest(_Model):
+class TaskBatchRequest(Model):
     """Tasks of one job to run: all of them are submitted, or none."""
 
-    model_config = _example(tasks=[{"payload": {"number": 1}}, {"payload": {"number": 2}}])
+    model_config = example(tasks=[{"payload": {"number": 1}}, {"payload": {"number": 2}}])
 
     tasks: list[TaskSubmitRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
 
-class TaskBatchResponse(_Model):
+class TaskBatchResponse(Model):
     """The ids of submitted tasks, in the order of the request."""
 
     ids: list[UUID]
 
 
-class TaskError(_Model):
+class TaskError(Model):
     """How one attempt ended."""
 
     attempt: int
@@ -265,7 +232,7 @@ class TaskError(_Model):
     error: str | None = None
 
 
-class TaskResponse(_Model):
+class TaskResponse(Model):
     """A task."""
 
     id: UUID
@@ -307,10 +274,10 @@ class TaskResponse(_Model):
     `error` is cut. The task itself tells them."""
 
 
-class TaskClaimRequest(_Model):
+class TaskClaimRequest(Model):
     """A worker's request for work."""
 
-    model_config = _example(worker_id=_ID, max_tasks=4, start=True)
+    model_config = example(worker_id=_ID, max_tasks=4, start=True)
 
     worker_id: UUID
     max_tasks: Integer = Field(default=1, ge=1, le=MAX_CLAIM)
@@ -320,17 +287,17 @@ class TaskClaimRequest(_Model):
     """Full names: of the worker's jobs, these alone."""
 
 
-class TaskClaimResponse(_Model):
+class TaskClaimResponse(Model):
     """The claimed tasks, oldest first; ``task`` is the first of them."""
 
     task: TaskResponse | None = None
     tasks: list[TaskResponse] = []
 
 
-class TaskUpdateRequest(_Model):
+class TaskUpdateRequest(Model):
     """A report: what became of a task."""
 
-    model_config = _example(status="completed", attempt=1, result=42)
+    model_config = example(status="completed", attempt=1, result=42)
 
     status: TaskStatus
     error: ErrorText | None = None
@@ -346,15 +313,15 @@ class TaskUpdateRequest(_Model):
 class TaskReport(TaskUpdateRequest):
     """A report, and of which task."""
 
-    model_config = _example(id=_ID, status="completed", attempt=1, result=42)
+    model_config = example(id=_ID, status="completed", attempt=1, result=42)
 
     id: UUID
 
 
-class TaskReportsRequest(_Model):
+class TaskReportsRequest(Model):
     """What became of several tasks; each report is judged on its own."""
 
-    model_config = _example(
+    model_config = example(
         reports=[{"id": _ID, "status": "failed", "attempt": 1, "error": "no such file"}]
     )
 
@@ -368,7 +335,7 @@ class TaskReportsRequest(_Model):
         return reports
 
 
-class TaskOutcome(_Model):
+class TaskOutcome(Model):
     """What a single report of this task would have been answered."""
 
     id: UUID
@@ -378,16 +345,16 @@ class TaskOutcome(_Model):
     problem: ProblemDetail | None = None
 
 
-class TaskReportsResponse(_Model):
+class TaskReportsResponse(Model):
     """The outcome of each report, in the order of the request."""
 
     outcomes: list[TaskOutcome]
 
 
-class TaskBulkRequest(_Model):
+class TaskBulkRequest(Model):
     """Which of a room's tasks to cancel, to retry or to delete: one filter at least."""
 
-    model_config = _example(action="cancel", job="lab:analysis:Double", status="pending")
+    model_config = example(action="cancel", job="lab:analysis:Double", status="pending")
 
     action: Literal["cancel", "retry", "delete"]
     job: Message | None = None
@@ -409,7 +376,7 @@ class TaskBulkRequest(_Model):
         return self
 
 
-class TaskBulkResponse(_Model):
+class TaskBulkResponse(Model):
     """How many tasks were changed, or would have been."""
 
     count: int
@@ -418,31 +385,32 @@ class TaskBulkResponse(_Model):
     """Whether there are others: for these the request is to be repeated."""
 
 
-class TaskQueryRequest(_Model):
+class TaskQueryRequest(Model):
     """Tasks that somebody waits for."""
 
-    model_config = _example(ids=[_ID])
+    model_config = example(ids=[_ID])
 
     ids: list[UUID] = Field(min_length=1, max_length=MAX_PAGE)
 
 
-class TaskQueryResponse(_Model):
+class TaskQueryResponse(Model):
     """Tasks in the order of the request, and ids of which there is none."""
 
     tasks: list[TaskResponse]
     missing: list[UUID] = []
 
 
-class ProviderRegisterRequest(_Model):
+class ProviderRegisterRequest(Model):
     """A provider that a worker offers."""
 
-    model_config = _example(category="files", name="structures")
+    model_config = example(category="files", name="structures")
 
     category: Name
     name: ProviderName
     schema_: JsonObject = Field(default={}, alias="schema")
     content_type: MediaType = "application/json"
     worker_id: UUID | None = None
+    worker: WorkerDescription | None = None
 
 
 class ProviderResponse(_Offer):

@@ -1,21 +1,22 @@
-"""Figures: what goes on in each job, at a cost that does not grow with what waits."""
+"""Figures: what goes on in each job and at each worker, whatever waits or is done."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, select
+from sqlalchemy import ColumnElement, Row, Select, and_, func, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import jobs, models
 from zndraw_joblib.database import execute, now, number
 from zndraw_joblib.lifecycle import FullName, TaskStatus
-from zndraw_joblib.models import JOB, TASK, held, queued
+from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
 from zndraw_joblib.paging import Listing, Page, paginate
-from zndraw_joblib.schemas import JobStats
+from zndraw_joblib.schemas import JobStats, RunningTask, WorkerSummary
 from zndraw_joblib.settings import JobLibSettings, get_settings
+from zndraw_joblib.workers import Caller
 
 #: Over how many seconds what ended is counted.
 SECONDS_COUNTED = 60
@@ -121,3 +122,64 @@ async def list_stats(
     figures = _figures_listed(settings.queue_position_max, settings.worker_timeout_seconds)
     listing = await paginate(session, figures, JOB, page, models.seen_from(room))
     return await _stats(session, listing.rows), listing
+
+
+#: Tasks of one worker that its entry in a listing names.
+TASKS_NAMED = 32
+
+
+@lru_cache(maxsize=8)
+def _workers(worker_timeout: float, in_room: bool) -> Select[Any]:
+    links = select(func.count()).select_from(LINK).where(LINK.c.worker_id == WORKER.c.id)
+    summaries = select(
+        WORKER.c.id,
+        WORKER.c.last_heartbeat,
+        WORKER.c.state,
+        WORKER.c.name,
+        WORKER.c.info,
+        WORKER.c.created_at,
+        links.scalar_subquery().label("job_count"),
+        models.alive_within(worker_timeout).label("alive"),
+    )
+    if not in_room:
+        return summaries
+    serving = select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id)
+    return summaries.where(WORKER.c.id.in_(serving.where(models.served())))
+
+
+async def list_workers(
+    session: AsyncSession,
+    page: Page,
+    caller: Caller,
+    settings: JobLibSettings,
+    room: str | None = None,
+) -> tuple[list[WorkerSummary], Listing]:
+    """Return a page of the workers of the jobs that ``room`` sees, or of all workers.
+
+    With those of the room's tasks that they run; without a room, with what the caller's
+    own run, and to superusers with all.
+    """
+    statement = _workers(settings.worker_timeout_seconds, room is not None)
+    values = {} if room is None else models.seen_from(room)
+    listing = await paginate(session, statement, WORKER, page, values)
+    shown = TASK.c.room_id == room
+    if room is None:
+        shown = true() if caller.is_superuser else TASK.c.holder_id == caller.id
+    holding = (
+        select(TASK.c.worker_id, TASK.c.id, TASK.c.job_name, TASK.c.status, shown.label("shown"))
+        .where(held(), TASK.c.worker_id.in_([row.id for row in listing.rows]))
+        .limit(number(COUNTED_MAX))
+    )
+    at_hand = defaultdict[UUID, list[Any]](list)
+    for task in await execute(session, holding) if listing.rows else ():
+        at_hand[task.worker_id].append(task)
+    return [_summary(row, at_hand[row.id]) for row in listing.rows], listing
+
+
+def _summary(row: Row[Any], tasks: Sequence[Row[Any]]) -> WorkerSummary:
+    running = [
+        RunningTask(id=task.id, job_name=task.job_name)
+        for task in sorted(tasks, key=lambda task: task.id)
+        if task.shown and task.status is TaskStatus.RUNNING
+    ]
+    return WorkerSummary(**row._mapping, held=len(tasks), running=running[:TASKS_NAMED])

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -36,8 +35,8 @@ from zndraw_joblib.exceptions import (
     WorkerNotFound,
 )
 from zndraw_joblib.lifecycle import SPECIAL_ROOMS, FullName, WorkerState
-from zndraw_joblib.models import JOB, LINK, PROVIDER, WORKER, alive_within, seen_from, served
-from zndraw_joblib.paging import Listing, Page, paginate
+from zndraw_joblib.models import JOB, LINK, PROVIDER, WORKER, alive_within
+from zndraw_joblib.schemas import WorkerDescription
 from zndraw_joblib.settings import JobLibSettings
 
 # Ids that one statement names: PostgreSQL takes 32,767 parameters at most.
@@ -115,7 +114,12 @@ class Removed:
     providers: list[FullName] = field(default_factory=list)
 
 
-async def create(session: AsyncSession, user_id: UUID, settings: JobLibSettings) -> Row[Any]:
+async def create(
+    session: AsyncSession,
+    user_id: UUID,
+    settings: JobLibSettings,
+    description: WorkerDescription | None = None,
+) -> Row[Any]:
     """Insert a worker of ``user_id``.
 
     Raises
@@ -123,13 +127,18 @@ async def create(session: AsyncSession, user_id: UUID, settings: JobLibSettings)
     ProblemException
         ``quota-exceeded`` when the user has too many.
     """
-    inserting = insert(WORKER).values(user_id=user_id)
+    inserting = insert(WORKER).values(user_id=user_id, **_described(description))
     created = await execute(
         session, inserting.returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
     )
     theirs = select(WORKER.c.id).where(WORKER.c.user_id == user_id)
     await check_quota(session, theirs, settings.max_workers_per_user, "workers")
     return created.one()
+
+
+def _described(description: WorkerDescription | None) -> dict[str, Any]:
+    """Return what is given of a worker's columns."""
+    return {} if description is None else description.model_dump(exclude_none=True)
 
 
 _THEIRS = WORKER.c.user_id == bindparam("owner")
@@ -217,7 +226,11 @@ def checked(row: Row[Any] | None, worker_id: UUID, caller: Caller) -> Row[Any]:
 
 
 async def mine(
-    session: AsyncSession, worker_id: UUID | None, caller: Caller, settings: JobLibSettings
+    session: AsyncSession,
+    worker_id: UUID | None,
+    caller: Caller,
+    settings: JobLibSettings,
+    description: WorkerDescription | None = None,
 ) -> UUID:
     """Return a worker to register with: the caller's, alive as of now, or a new one.
 
@@ -227,12 +240,15 @@ async def mine(
         ``worker-not-found``, also for another user's; ``quota-exceeded``.
     """
     if worker_id is None:
-        made: UUID = (await create(session, caller.id, settings)).id
+        made: UUID = (await create(session, caller.id, settings, description)).id
         return made
     try:
         await touch(session, worker_id, caller)
     except ProblemException:
         raise not_found(worker_id) from None
+    if described := _described(description):
+        describing = update(WORKER).where(WORKER.c.id == worker_id)
+        await execute(session, describing.values(described))
     return worker_id
 
 
@@ -380,41 +396,3 @@ async def correct_moments(session: AsyncSession) -> int:
     """
     correcting = update(WORKER).where(WORKER.c.last_heartbeat > now(1)).values(last_heartbeat=now())
     return len(await scalars(session, correcting.returning(WORKER.c.id)))
-
-
-@lru_cache(maxsize=8)
-def _summaries(worker_timeout: float) -> Select[Any]:
-    job_count = (
-        select(func.count())
-        .select_from(LINK)
-        .where(LINK.c.worker_id == WORKER.c.id)
-        .scalar_subquery()
-    )
-    return select(
-        WORKER.c.id,
-        WORKER.c.last_heartbeat,
-        WORKER.c.state,
-        WORKER.c.created_at,
-        job_count.label("job_count"),
-        alive_within(worker_timeout).label("alive"),
-    )
-
-
-async def list_all(session: AsyncSession, page: Page, settings: JobLibSettings) -> Listing:
-    """Return a page of all workers."""
-    statement = _summaries(settings.worker_timeout_seconds)
-    return await paginate(session, statement, WORKER, page, {})
-
-
-@lru_cache(maxsize=8)
-def _serving(worker_timeout: float) -> Select[Any]:
-    serving = select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id).where(served())
-    return _summaries(worker_timeout).where(WORKER.c.id.in_(serving))
-
-
-async def list_serving(
-    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
-) -> Listing:
-    """Return a page of the workers of the jobs that ``room`` sees."""
-    statement = _serving(settings.worker_timeout_seconds)
-    return await paginate(session, statement, WORKER, page, seen_from(room))
