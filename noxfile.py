@@ -146,6 +146,14 @@ def history(session: nox.Session) -> None:
 
 
 @nox.session
+def deaths(session: nox.Session) -> None:
+    """Kill workers in ten ways, and write what becomes of their tasks into docs/deaths.md."""
+    install(session, "test")
+    env = {"PYTHONPATH": SUITE}
+    session.run("python", "tests/programs/deaths.py", "--write", env=env, **PATIENT)
+
+
+@nox.session
 def sweep(session: nox.Session) -> None:
     """Measure heartbeats while the sweeper ends what 10,000 silent workers held."""
     install(session, "test")

@@ -1,6 +1,7 @@
 """The command, against a host and with workers in processes of their own."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -8,10 +9,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import pages
+import psutil
 import pytest
 from anyio import run_process
 from anyio.to_thread import run_sync
-from processes import HANG, Host, Process, hosting, running
+from processes import HANG, Host, Process, hosting, running, start
 
 from zndraw_joblib import __main__ as command
 
@@ -158,6 +161,38 @@ async def test_isolated_tasks_have_what_is_set_up(environment: None, run: Run, t
         code, out, _ = await run(*submit, "angle=500", "--json")
         assert (code, json.loads(out)["max_attempts"]) == (1, 2)
         await leave(worker)
+
+
+async def test_the_script_for_a_cluster_works_as_it_stands(
+    environment: None, hosted: Host, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script, login = (block.code for block in pages.blocks(pages.DOCS / "clusters.md", "sh"))
+    login = login.replace("https://host.example.org", hosted.url).replace("...", hosted.token)
+    files = {
+        "worker.sh": script,
+        ".config/zndraw-joblib.env": login,
+        "structures.py": JOBS.replace("Turn", "Relax"),
+        # what Slurm adds is where it runs
+        "bin/srun": '#!/bin/sh\nshift\nexec "$@"\n',
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        path.chmod(0o700)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(path))
+    log = tmp_path / "worker.log"
+    worker = start("worker.sh", log=log, python="bash")
+    with worker.popen:
+        await worker.writes("offers lab:analysis:Relax")
+        submit = ("submit", "lab:analysis:Relax", "--room", "lab", "--wait")
+        code, out, _ = await run(*submit, "--timeout", str(HANG))
+        assert (code, json.loads(out)["turned"]) == (0, 90.0)
+        # to what `srun` began, and not to the script
+        psutil.Process(worker.popen.pid).children()[0].terminate()
+        assert await worker.ends() == 0, worker.written()
 
 
 MISTAKES = {
