@@ -164,9 +164,15 @@ def test_a_thread_whose_task_is_over_is_no_free_hand(
     while f"task {deaf} of lab:analysis:Odd is over, and its code still runs" not in caplog.text:
         time.sleep(0.02)
     assert client.get(f"/v1/joblib/tasks/{waiting}").json()["status"] == "pending"
+    while (shown := manager.workers("lab")[0]).stuck != 1:
+        time.sleep(0.02)
+    # the task is nobody's any more
+    assert shown.held == 0
     go_on.append(True)
     (task,) = manager.wait_all([waiting], timeout=HANG)
     assert task.status == "completed"
+    while manager.workers("lab")[0].stuck != 0:
+        time.sleep(0.02)
     assert caplog.text.count("is over") == 1
 
 

@@ -73,8 +73,14 @@ class HeldTasks:
     """The tasks that this process runs, by id, for any thread."""
 
     def __init__(self) -> None:
+        #: those whose code runs, held or not
+        self.running: set[ClaimedTask[Any]] = set()
         self._tasks: dict[str, ClaimedTask[Any]] = {}
         self._lock = threading.Lock()
+
+    def stuck(self) -> list[ClaimedTask[Any]]:
+        """Return the tasks that are over, and whose code still runs."""
+        return [task for task in self.running.copy() if task.ended]
 
     def add(self, task: ClaimedTask[Any]) -> None:
         """Hold a task; an earlier attempt of it is over."""
@@ -335,6 +341,8 @@ class Heartbeat:
     _started: bool = False
     _due: threading.Event = field(default_factory=threading.Event)
     _put_again_at: float = 0.0
+    #: how many hands are stuck, as the host knows it
+    _told_stuck: int = 0
 
     def __post_init__(self) -> None:
         self._life = self.claims.life
@@ -383,8 +391,12 @@ class Heartbeat:
 
     def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
         entries = [{"id": t.task_id, "attempt": t.attempt, **t.unsent_progress()} for t in tasks]
-        if tasks:
-            options = {"json": {"tasks": entries}, **options}
+        stuck = len(self.claims.held.stuck())
+        content: dict[str, Any] = {"tasks": entries} if tasks else {}
+        if stuck != self._told_stuck:
+            content["stuck"] = stuck
+        if content:
+            options = {"json": content, **options}
 
         def ask(worker_id: UUID) -> Answer:
             def read(body: dict[str, Any]) -> dict[str, Any]:
@@ -397,6 +409,7 @@ class Heartbeat:
             )
 
         answer: dict[str, Any] = self.claims.registrations.as_worker(ask).value
+        self._told_stuck = stuck
         return answer
 
     def _run(self) -> None:
@@ -429,5 +442,7 @@ class Heartbeat:
                 self._life.give_up(exc)
             return self.interval
         # of a host that doesn't count attempts a heartbeat learns nothing of tasks
-        busy = self._host_counts_attempts and self.claims.held.all()
+        held = self.claims.held
+        untold = len(held.stuck()) != self._told_stuck
+        busy = self._host_counts_attempts and (held.all() or untold)
         return min(BUSY_BEAT_SECONDS, self.interval) if busy else self.interval

@@ -76,8 +76,7 @@ class Hands:
     #: hands that can take tasks, and those that have one whose end was not reported yet
     _open: int = 0
     _busy: int = 0
-    #: tasks whose code runs, and those of them that are over: when that was noticed
-    _running: set[ClaimedTask[Any]] = field(default_factory=set)
+    #: tasks that are over, and whose code still runs: when that was noticed
     _over: dict[ClaimedTask[Any], float] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _ended: deque[Ended] = field(default_factory=deque)
@@ -177,7 +176,7 @@ class Hands:
 
     def _warn_of_stuck(self) -> None:
         now = time.monotonic()
-        over = [task for task in self._running.copy() if task.ended]
+        over = self.claims.held.stuck()
         self._over = {task: self._over.get(task, now) for task in over}
         for task in over:
             if now - self._over[task] >= STUCK_SECONDS:
@@ -233,11 +232,11 @@ class Hands:
             self.claims.note("lost", task)
             return None
         self.claims.note("started", task)
-        self._running.add(task)
+        self.claims.held.running.add(task)
         try:
             report = self.executor.perform(task)
         finally:
-            self._running.discard(task)
+            self.claims.held.running.discard(task)
         self.claims.note(report["status"] if report else TaskStatus.CANCELLED.value, task)
         return report
 

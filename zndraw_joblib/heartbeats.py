@@ -87,7 +87,13 @@ async def beat(
     reported = {task.id: task for task in request.tasks}
     statement = BEATING_WITH_TASKS if reported else BEATING
     worker = await workers.touch(
-        session, worker_id, caller, statement, state=request.state, reported=list(reported)
+        session,
+        worker_id,
+        caller,
+        statement,
+        state=request.state,
+        stuck=request.stuck,
+        reported=list(reported),
     )
     states = _states(worker, reported) if reported else {}
     kept = {task_id for task_id, status in states.items() if status in HELD}

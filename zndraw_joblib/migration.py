@@ -30,6 +30,7 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("state", sa.String(16), False),
         ("name", sa.String(), True),
         ("info", sa.Text(), True),
+        ("stuck", sa.Integer(), True),
     ],
     "provider": [],
     "task": [

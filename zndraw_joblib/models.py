@@ -99,6 +99,8 @@ class Worker(Base):
     state: Mapped[str] = mapped_column(String(16), default=WorkerState.ACTIVE.value)
     name: Mapped[str | None]
     info: Mapped[Any | None] = mapped_column(JsonText)
+    #: as it says itself
+    stuck: Mapped[int | None]
 
 
 class WorkerJobLink(Base):

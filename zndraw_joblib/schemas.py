@@ -101,6 +101,8 @@ class WorkerUpdateRequest(Model):
 
     tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
     state: WorkerState | None = None
+    stuck: Integer | None = Field(default=None, ge=0, le=10_000)
+    """How many hands still run code of attempts that are over."""
 
 
 class PolicyResponse(Model):

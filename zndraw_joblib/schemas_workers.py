@@ -64,5 +64,7 @@ class WorkerSummary(WorkerResponse, WorkerDescription):
     """Whether it was heard within `worker_timeout_seconds`, by the database's clock."""
     held: int = 0
     """How many tasks it has, of whatever room."""
+    stuck: int = 0
+    """How many of its hands still run code of attempts that are over; they take no tasks."""
     running: list[RunningTask] = []
     """What it runs now, of this room; among all workers, to its owner and to superusers."""

@@ -137,6 +137,7 @@ def _workers(worker_timeout: float, in_room: bool) -> Select[Any]:
         WORKER.c.state,
         WORKER.c.name,
         WORKER.c.info,
+        func.coalesce(WORKER.c.stuck, number(0)).label("stuck"),
         WORKER.c.created_at,
         links.scalar_subquery().label("job_count"),
         models.alive_within(worker_timeout).label("alive"),

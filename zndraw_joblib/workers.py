@@ -151,6 +151,7 @@ TOUCHING = (
         # a superuser's word is no heartbeat of another's worker
         last_heartbeat=case((_THEIRS, now()), else_=WORKER.c.last_heartbeat),
         state=func.coalesce(bindparam("new_state", type_=WORKER.c.state.type), WORKER.c.state),
+        stuck=func.coalesce(bindparam("now_stuck", type_=WORKER.c.stuck.type), WORKER.c.stuck),
     )
     .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
 )
@@ -163,6 +164,7 @@ async def touch(
     statement: ReturningUpdate[Any] = TOUCHING,
     *,
     state: WorkerState | None = None,
+    stuck: int | None = None,
     **names: Any,
 ) -> Row[Any]:
     """Record a heartbeat; the worker's row stays locked until the commit.
@@ -179,6 +181,8 @@ async def touch(
         :data:`TOUCHING`, with what else it is to return.
     state : WorkerState, optional
         What the worker is to be from now on.
+    stuck : int, optional
+        How many of its hands are stuck.
     **names : Any
         Parameters of the statement.
 
@@ -192,6 +196,7 @@ async def touch(
         "owner": caller.id,
         "commands": caller.is_superuser and state is not None,
         "new_state": state and state.value,
+        "now_stuck": stuck,
         **names,
     }
     row = (await execute(session, statement, values)).one_or_none()
