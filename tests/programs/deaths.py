@@ -37,6 +37,7 @@ SETTINGS = {
     "ZNDRAW_JOBLIB_LONG_POLL_MAX_WAIT_SECONDS": "2",
 }
 AT_ONCE = 5
+PATH = os.pathsep.join(map(os.path.abspath, sys.path))
 #: how long the task beside it takes, and how long the last one may
 BESIDE, LAST = 6, 20
 #: how long any of it may take
@@ -98,7 +99,7 @@ async def die(way: Way, isolated: bool, host: Host, log: Path, restart: Any = No
     work += ["--grace", "2", *["--isolate"] * isolated]
     work += ["--policy", "timeout_seconds=35"] * (way.how == "loop")
     login = {"ZNDRAW_JOBLIB_URL": host.url, "ZNDRAW_JOBLIB_TOKEN": host.token}
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    path = {"PYTHONPATH": PATH}
     async with running(*work, log=log, **login, **path) as worker, host.client() as http:
         room = Room(http, name)
         await worker.writes("offers")
@@ -187,6 +188,8 @@ def main() -> None:
     # what is stopped stops its own children first
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as directory:
+        # results that can't be reported are kept where their worker runs
+        os.chdir(directory)
         rows = asyncio.run(all_ways(Path(directory)))
     lines = ["| what happens | in a thread | isolated |", "|---|---|---|"]
     table = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
