@@ -881,7 +881,7 @@ async def test_at_rest_there_is_one_request_that_waits(
     worker = str(manager.worker_id)
     asked = [("POST", "/workers"), ("PUT", "/rooms/@global/jobs")]
     assert meddler.requests == [*asked, ("POST", "/tasks/claim")]
-    assert meddler.bodies[1:] == [{"worker_id": worker}]
+    assert meddler.bodies[2:] == [{"worker_id": worker}]
 
 
 async def test_a_host_that_does_not_wait_is_polled(make: MakeManager, ada: Any, meddler: Meddler):

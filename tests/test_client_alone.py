@@ -2,12 +2,14 @@
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -244,3 +246,28 @@ def test_a_worker_tells_where_it_runs(host, monkeypatch, tmp_path, chosen, devic
         "version": version("zndraw-joblib"),
         "devices": devices,
     }
+
+
+def test_a_class_that_is_defined_anew_is_served_where_it_is(host, monkeypatch):
+    """Its other worker, of the same user, gets none of its tasks, and ends."""
+    fields = {"__annotations__": {"factor": int}, "factor": 2, "__module__": __name__}
+    run = {"run": lambda self, vis, **kwargs: self.number * self.factor}
+    anew: Any = type("Job", (Job,), fields | run)
+    first, second = (host.manager(execute=lambda t: t.extension.run(None)) for _ in range(2))
+    first.register(Job, room="lab")
+    with pytest.raises(ValueError, match=r"/properties/factor.*yours.*replace"):
+        second.register(anew, room="lab")
+    # as a notebook would
+    kernel = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=None))
+    monkeypatch.setitem(sys.modules, "IPython", kernel)
+    with pytest.raises(ValueError, match="/properties/factor"):
+        second.register(anew, room="lab", replace=False)
+    second.register(anew, room="lab")
+    task = second.submit(anew(number=3), "lab")
+    assert task.result(HANG) == 6
+    assert task.refresh().worker_id == second.worker_id
+    first.heartbeat()
+    with pytest.raises(RuntimeError, match="lab:analysis:Job is offered no more"):
+        first.wait()
+    assert [worker.id for worker in second.workers("lab")] == [second.worker_id]
+    second.disconnect()

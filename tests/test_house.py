@@ -39,6 +39,7 @@ CLIENT = [
     "provider",
     "execution",
     "client_api",
+    "client_sockets",
     "client_transport",
     "client_handles",
     "client_user",

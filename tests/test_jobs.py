@@ -1,9 +1,10 @@
 """Jobs: who may register what, which room sees it, and how it comes and goes."""
 
-from uuid import uuid4
+import asyncio
+from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 from steps import (
     JOB,
     claim,
@@ -19,7 +20,9 @@ from steps import (
     submit,
 )
 
-from zndraw_joblib.models import Job
+from zndraw_joblib.delivery import runtime_of
+from zndraw_joblib.events import job_key
+from zndraw_joblib.models import Job, WorkerJobLink
 
 SCHEMA = {"type": "object", "properties": {"angle": {"type": "number"}}}
 
@@ -63,6 +66,61 @@ async def test_refused_registrations_leave_nothing(ada, bob, admin, session_make
     ):
         problem(await register(user, room=room, **fields), status, kind)
         assert await stored(session_maker) == before, (room, fields)
+
+
+async def test_another_schema_takes_the_place_of_ones_own(app, ada, bob, session_maker, events):
+    """A worker that has the old class gets nothing of the new one, also if it waits."""
+    app.state.joblib_settings.recheck_seconds = 1000
+    new = {**SCHEMA, "title": "New"}
+    old = await offer(ada, schema=SCHEMA, worker={"name": "old"})
+    silent = await offer(bob, schema=SCHEMA)
+    refused = problem(await register(ada, schema=new), 409, "schema-conflict")["detail"]
+    assert "/title" in refused
+    assert f"{silent} (not yours), old (yours)" in refused
+    refused = problem(await register(ada, schema=new, replace=True), 409, "schema-conflict")
+    assert "replace" not in refused["detail"]
+    await silence(session_maker, silent)
+    refused = problem(await register(ada, schema=new), 409, "schema-conflict")["detail"]
+    assert "replace" in refused
+    body, wait = {"worker_id": old}, {"Prefer": "wait=60"}
+    waiting = asyncio.create_task(ada.post("/tasks/claim", json=body, headers=wait))
+    while job_key(JOB) not in runtime_of(app).waiters.by_key:
+        await asyncio.sleep(0.01)
+    events.clear()
+    replaced = await register(ada, schema=new, replace=True)
+    assert (replaced.status_code, replaced.json()["schema"]) == (200, new)
+    worker = replaced.json()["worker_id"]
+    assert replaced.json()["workers"] == [worker]
+    assert [e.event for e in events] == ["jobs_invalidate"]
+    task = await submit(ada)
+    for lost in (old, silent):
+        user = ada if lost == old else bob
+        assert (await user.patch(f"/workers/{lost}")).json()["jobs"] == 0
+        assert await claim(user, lost) == []
+        answer = await register(user, schema=SCHEMA, worker_id=lost)
+        problem(answer, 409, "schema-conflict")
+    await register(ada, "Other", worker_id=old)
+    other = await submit(ada, "lab:modifiers:Other")
+    # it was woken, and listens for what it serves now
+    answer = await asyncio.wait_for(waiting, 30)
+    assert answer.json()["task"]["id"] == other["id"]
+    assert [t["id"] for t in await claim(ada, worker)] == [task["id"]]
+    # with the new class it may
+    assert (await register(ada, schema=new, worker_id=old)).status_code == 200
+
+
+@pytest.mark.makers("postgres")
+async def test_nobody_waits_for_a_worker_that_goes_and_for_its_job(ada, session_maker):
+    """The links of a worker that goes are locked, and it will ask for the job's row."""
+    old = await offer(ada)
+    links = select(WorkerJobLink).where(WorkerJobLink.worker_id == UUID(old)).with_for_update()
+    new = {"schema": SCHEMA, "replace": True}
+    async with session_maker() as going:
+        await going.execute(links)
+        refused = problem(await register(ada, **new), 503, "service-unavailable")
+        assert "about to go" in refused["detail"]
+        await going.rollback()
+    assert (await register(ada, **new)).json()["workers"] != [old]
 
 
 async def test_registering_with_another_policy_updates_it(ada):

@@ -14,9 +14,10 @@ from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
 from zndraw_joblib.client_handles import Listing, TaskFailed, TaskHandle, View, as_completed, gather
 from zndraw_joblib.client_hands import Hands, Readers, executor_of
 from zndraw_joblib.client_shutdown import Shutdown
+from zndraw_joblib.client_sockets import Socket
 from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_user import Rooms, Submissions, Submitting
-from zndraw_joblib.client_worker import Life, Offered, Registrations, Socket
+from zndraw_joblib.client_worker import Life, Offered, Registering, Registrations, in_notebook
 from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
 from zndraw_joblib.execution import Execute, Threads, run_extension
 from zndraw_joblib.extension import Category, ClaimedTask, Extension, TaskCancelled, category_of
@@ -30,8 +31,6 @@ __all__ = [
 ]  # fmt: skip
 
 E = TypeVar("E", bound=type[Extension])
-Kwargs = dict[str, Any] | None
-Policy = JobPolicy | None
 
 
 class JobManager:
@@ -190,21 +189,10 @@ class JobManager:
         return self._registrations.create_worker()
 
     @overload
-    def register(
-        self, extension_class: E, *, room: str = ..., run_kwargs: Kwargs = ..., policy: Policy = ...
-    ) -> E: ...
+    def register(self, extension_class: E, **how: Unpack[Registering]) -> E: ...
     @overload
-    def register(
-        self, *, room: str = ..., run_kwargs: Kwargs = ..., policy: Policy = ...
-    ) -> Callable[[E], E]: ...
-    def register(
-        self,
-        extension_class: Any = None,
-        *,
-        room: str = GLOBAL_ROOM,
-        run_kwargs: Kwargs = None,
-        policy: Policy = None,
-    ) -> Any:
+    def register(self, **how: Unpack[Registering]) -> Callable[[E], E]: ...
+    def register(self, extension_class: Any = None, **how: Unpack[Registering]) -> Any:
         """Offer a job; also as a decorator, with or without arguments.
 
         With ``execute``, the first registration starts the threads that serve it.
@@ -219,6 +207,9 @@ class JobManager:
             Found again as ``run_kwargs`` of each of its tasks.
         policy : JobPolicy, optional
             How often and how long its tasks are tried.
+        replace : bool, optional
+            Take the place of a job with other fields, if your workers alone serve it, which
+            stop; by default in notebooks, where classes are defined again.
 
         Raises
         ------
@@ -229,10 +220,13 @@ class JobManager:
             When the class has no category; as for `create_worker`.
         """
         if extension_class is None:
-            return partial(self.register, room=room, run_kwargs=run_kwargs, policy=policy)
+            return partial(self.register, **how)
+        room, policy = how.get("room", GLOBAL_ROOM), how.get("policy") or JobPolicy()
         name = FullName.of(room, category_of(extension_class), extension_class.__name__)
-        options = (policy or JobPolicy()).model_dump(exclude_unset=True)
-        job = Offered("jobs", extension_class, name, run_kwargs or {}, options)
+        options = policy.model_dump(exclude_unset=True)
+        job = Offered("jobs", extension_class, name, how.get("run_kwargs") or {}, options)
+        replace = how.get("replace")
+        job.replace = in_notebook() if replace is None else replace
         if self._executor is not None:
             self._executor.check(job)
         self._registrations.add(job)
@@ -426,7 +420,8 @@ class JobManager:
         ------
         ConnectionError, PermissionError, RuntimeError
             When the host was away for ``max_unreachable_seconds``, when it refuses who asks;
-            when a child process for tasks could not begin, or nothing was registered.
+            when a child process for tasks could not begin, nothing was registered, or all of
+            it was replaced elsewhere.
         """
         if self.worker_id is None and not self._life.stopping.is_set():
             raise RuntimeError("nothing is offered: register a job or a provider before wait()")

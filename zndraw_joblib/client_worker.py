@@ -1,19 +1,18 @@
-"""A worker: its threads, what it offers at its host, and the events that come from there."""
+"""A worker: its threads, and what it offers at its host."""
 
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 from uuid import UUID
 
-import httpx
-
-from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, HostApi, describe_process
+from zndraw_joblib.client_api import Answer, describe_process
+from zndraw_joblib.client_sockets import Socket
 from zndraw_joblib.client_transport import Transport, path
 from zndraw_joblib.events import (
     FrozenEvent,
@@ -23,13 +22,11 @@ from zndraw_joblib.events import (
     LeaveProviderRoom,
     TaskAvailable,
 )
-from zndraw_joblib.exceptions import WorkerNotFound
+from zndraw_joblib.exceptions import SchemaConflict, WorkerNotFound
 from zndraw_joblib.extension import schema_of
 from zndraw_joblib.lifecycle import FullName
+from zndraw_joblib.schemas import JobPolicy
 from zndraw_joblib.telemetry import SafeLogger
-
-LONGEST_PAUSE_SECONDS = 300.0
-CLOSE_SECONDS = 2.0
 
 log = SafeLogger(logging.getLogger(__name__))
 
@@ -107,114 +104,19 @@ class Pool:
                 log.exception("unexpected")
 
 
-class Socket:
-    """A worker's Socket.IO; without a client, nothing.
+class Registering(TypedDict, total=False):
+    """What may be said of a job beside its class."""
 
-    With ``api``, the connection is the worker's own, and opened when it is first needed;
-    else it is that of ``tsio``, whose earlier handlers are still called.
-    """
+    room: str
+    run_kwargs: dict[str, Any] | None
+    policy: JobPolicy | None
+    replace: bool | None
 
-    def __init__(self, tsio: Any = None, api: HostApi | None = None) -> None:
-        self.tsio = tsio
-        self.reason = "it was made without a Socket.IO client"
-        self._api = api
-        self._handlers: dict[str, Callable[..., Any]] = {}
-        self._closed = threading.Event()
-        self._tried = threading.Event()
-        self._opening: threading.Thread | None = None
 
-    @property
-    def connected(self) -> bool:
-        """Whether events can come; what doesn't say so is taken for connected."""
-        return self.tsio is not None and bool(getattr(self.tsio, "connected", True))
-
-    def on(self, event: str, handler: Callable[..., None]) -> None:
-        """Call ``handler`` at every such event, before what was called until now."""
-        # python-socketio keeps one handler an event
-        earlier = getattr(self.tsio, "handlers", {}).get("/", {}).get(event)
-
-        def both(*args: Any) -> Any:
-            try:
-                handler(*args)
-            except Exception:
-                log.exception("could not handle %s", event)
-            return None if earlier is None else earlier(*args)
-
-        self._handlers[event] = both
-        if self.tsio is not None:
-            self.tsio.on(event, both)
-
-    def emit(self, event: FrozenEvent, *, wait: bool = False) -> None:
-        """Emit an event if that is possible now; ``wait`` until the host has handled it."""
-        if self.tsio is None:
-            return
-        content = event.event_name, event.model_dump(mode="json")
-        try:
-            if wait and hasattr(self.tsio, "call") and self.connected:
-                self.tsio.call(*content, timeout=CONNECT_SECONDS)
-            else:
-                self.tsio.emit(*content)
-        except Exception as exc:
-            # rooms are joined at every connect
-            log.debug("could not emit %s: %s", event.event_name, exc)
-
-    def open(self) -> None:
-        """Begin to connect, in a thread, if the connection is the worker's own."""
-        if self._api is None or self._opening is not None:
-            return
-        if find_spec("websocket") and find_spec("requests"):
-            # not before: who only submits does not wait for what is imported here
-            self.tsio = self._api.socket_client()
-            for event, handler in self._handlers.items():
-                self.tsio.on(event, handler)
-            self._opening = threading.Thread(
-                target=self._connect, args=[self._api], name="zndraw-socket", daemon=True
-            )
-            self._opening.start()
-        else:
-            self.reason = "pip install 'zndraw-joblib[worker]' brings it"
-
-    def settle(self) -> None:
-        """Wait until the first try to connect is over, whatever came of it."""
-        if self._opening is not None:
-            self._tried.wait(CONNECT_SECONDS)
-
-    def close(self) -> None:
-        """Disconnect, and connect no more."""
-        self._closed.set()
-        if self._opening is not None and self.tsio is not None:
-            self._opening.join(CLOSE_SECONDS)
-            # without WebSocket its last request waits for the server's next word
-            closing = threading.Thread(target=self.tsio.shutdown, daemon=True)
-            closing.start()
-            closing.join(CLOSE_SECONDS)
-
-    def _connect(self, api: HostApi) -> None:
-        tsio, pause = self.tsio, 1.0
-        # as it is sent: what is decoded, a WebSocket's first line would break at
-        base = httpx.URL(api.base_url).raw_path.decode().strip("/")
-        while not self._closed.is_set():
-            try:
-                tsio.connect(
-                    api.base_url,
-                    # a function: when it reconnects, the token may be another one
-                    auth=lambda: {"token": api.token()},
-                    socketio_path=f"{base}/socket.io".lstrip("/"),
-                    wait_timeout=CONNECT_SECONDS,
-                )
-            except Exception as exc:
-                self.reason = str(exc) or type(exc).__name__
-                level = logging.DEBUG if self._tried.is_set() else logging.WARNING
-                log.log(level, "no Socket.IO, tasks are claimed without it: %s", self.reason)
-                self._tried.set()
-                self._closed.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-                continue
-            self._tried.set()
-            if self._closed.is_set():
-                tsio.shutdown()
-            # from here on the client reconnects by itself
-            return
+def in_notebook() -> bool:
+    """Return whether this program is an IPython kernel, where classes are defined again."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 @dataclass
@@ -229,6 +131,8 @@ class Offered:
     #: what the host gets beside its name and schema
     options: dict[str, Any]
     id: UUID | None = None
+    #: of a job: its first registration takes the place of another schema
+    replace: bool = False
 
     def join(self, worker_id: UUID | None) -> FrozenEvent:
         """Return the event with which a worker asks for what concerns this."""
@@ -289,7 +193,7 @@ class Registrations:
                 self.socket.settle()
                 self.socket.emit(offered.join(self.worker_id), wait=True)
             try:
-                self.as_worker(partial(self._put, offered))
+                self.as_worker(partial(self._put, offered, replace=offered.replace))
             except BaseException:
                 if earlier is None:
                     del known[full_name]
@@ -397,7 +301,7 @@ class Registrations:
         worker_id: UUID = self._transport.value(answer)
         return worker_id
 
-    def _put(self, offered: Offered, worker_id: UUID) -> Answer:
+    def _put(self, offered: Offered, worker_id: UUID, replace: bool = False) -> Answer:
         answer = self._transport.send(
             "put",
             path("rooms", offered.name.room, offered.kind),
@@ -408,6 +312,7 @@ class Registrations:
                 "schema": schema_of(offered.cls),
                 "worker_id": str(worker_id),
                 **offered.options,
+                **({"replace": True} if replace else {}),
             },
             stop=self._life.stopping,
         )
@@ -416,7 +321,17 @@ class Registrations:
 
     def _put_all(self, worker_id: UUID) -> None:
         for offered in self._all():
-            self._transport.value(self._put(offered, worker_id))
+            answer = self._put(offered, worker_id)
+            if not answer.is_problem(SchemaConflict):
+                self._transport.value(answer)
+                continue
+            # its class was defined anew elsewhere, and is served there
+            why = f"{offered.name} is offered no more: {(answer.problem or {}).get('detail')}"
+            log.error("%s", why)
+            del self.jobs[str(offered.name)]
+            self.socket.emit(offered.leave(worker_id))
+            if not self._all():
+                self._life.give_up(RuntimeError(why))
 
     def _register_again(self, lost_id: UUID) -> UUID:
         with self.lock:

@@ -27,7 +27,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import lifecycle, models, queues
 from zndraw_joblib.database import execute, number, scalar, scalars, upsert
-from zndraw_joblib.exceptions import MAX_ERRORS, JobNotFound, NoWorkersAvailable, SchemaConflict
+from zndraw_joblib.exceptions import (
+    MAX_ERRORS,
+    JobNotFound,
+    NoWorkersAvailable,
+    SchemaConflict,
+    ServiceUnavailable,
+)
 from zndraw_joblib.fields import JsonObject
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, WaitingFor
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
@@ -123,6 +129,8 @@ class Registration(NamedTuple):
     joined: bool
     # another policy was asked for, and the job's stays
     policy_kept: bool
+    # it has another schema, and these workers serve it no more; None if it stayed
+    replaced: list[UUID] | None
 
 
 async def register(
@@ -133,31 +141,40 @@ async def register(
     worker_id: UUID,
     caller: Caller,
     settings: JobLibSettings,
+    *,
+    replace: bool = False,
 ) -> Registration:
     """Make a job, bring it back, or find it there; link the worker, the caller's, to it.
 
     Of the policy, the fields that are given are set, and others stay. All of them stay
     while a live worker of another user serves the job, unless the caller is a superuser.
+    With ``replace``, another schema takes the place of the job's, unless such a worker
+    serves it, and workers that may have the old one are unlinked.
 
     Raises
     ------
     ProblemException
-        ``schema-conflict``, ``quota-exceeded``, or ``invalid-request`` when the name is
-        too long.
+        ``schema-conflict``, ``quota-exceeded``, ``service-unavailable`` when one of these
+        workers is about to go, or ``invalid-request`` when the name is too long.
     """
     check_length(name)
     writing = _written(name, schema, JobPolicy().model_dump() | policy, over=_DELETED)
     job_id = await scalar(session, writing.returning(JOB.c.id))
-    created, kept = job_id is not None, False
+    created, kept, replaced = job_id is not None, False, None
     if not created:
-        job_id = await _same(session, name, schema)
+        # the upsert locked the row: what is read here stands until the commit
+        job = (await execute(session, select(JOB.c.id, JOB.c.schema).where(named(name)))).one()
+        job_id = job.id
+        if differing := list(islice(differences(job.schema, schema), MAX_ERRORS)):
+            await _check_holders(session, job_id, name, differing, caller, settings, replace)
+            replaced = await _replace(session, job_id, schema, worker_id)
         kept = bool(policy) and not await _set_policy(session, job_id, policy, caller, settings)
     linking = upsert(LINK).values(worker_id=worker_id, job_id=job_id).on_conflict_do_nothing()
     joined = await scalar(session, linking.returning(LINK.c.job_id))
     if created:
         theirs = _links().where(WORKER.c.user_id == caller.id).distinct()
         await check_quota(session, theirs, settings.max_jobs_per_user, "jobs")
-    return Registration(job_id, created, bool(joined), kept)
+    return Registration(job_id, created, bool(joined), kept, replaced)
 
 
 def _written(
@@ -176,15 +193,52 @@ def _links() -> Select[tuple[UUID]]:
     return select(LINK.c.job_id).join(WORKER, WORKER.c.id == LINK.c.worker_id)
 
 
-async def _same(session: AsyncSession, name: FullName, schema: JsonObject) -> UUID:
-    # the upsert locked the row: what is read here stands until the commit
-    job = (await execute(session, select(JOB.c.id, JOB.c.schema).where(named(name)))).one()
-    if differing := list(islice(differences(job.schema, schema), MAX_ERRORS)):
-        raise SchemaConflict.exception(
-            f"schema mismatch: job {name} exists with another schema;"
-            f" they differ at {', '.join(differing)}"
+async def _check_holders(
+    session: AsyncSession,
+    job_id: UUID,
+    name: FullName,
+    differing: list[str],
+    caller: Caller,
+    settings: JobLibSettings,
+    replace: bool,
+) -> None:
+    """Refuse another schema, unless it replaces one that the caller alone serves."""
+    alive = models.alive_within(settings.worker_timeout_seconds)
+    holding = select(WORKER.c.id, WORKER.c.name, WORKER.c.user_id).join(
+        LINK, LINK.c.worker_id == WORKER.c.id
+    )
+    found = await execute(session, holding.where(LINK.c.job_id == job_id, alive))
+    holders = sorted(found.all(), key=lambda worker: worker.user_id == caller.id)
+    alone = all(worker.user_id == caller.id for worker in holders)
+    if replace and alone:
+        return
+    shown = [
+        f"{worker.name or worker.id} ({'yours' if worker.user_id == caller.id else 'not yours'})"
+        for worker in holders[:MAX_ERRORS]
+    ]
+    raise SchemaConflict.exception(
+        f"schema mismatch: job {name} exists with another schema;"
+        f" they differ at {', '.join(differing)};"
+        f" it is served by {', '.join(shown) or 'no live worker'}"
+        + (": registered with replace, this one takes its place" if alone else "")
+    )
+
+
+async def _replace(
+    session: AsyncSession, job_id: UUID, schema: JsonObject, worker_id: UUID
+) -> list[UUID]:
+    """Set a job's schema; return the workers that may have the old one, now unlinked."""
+    await execute(session, update(JOB).where(JOB.c.id == job_id).values(schema=schema))
+    others = select(LINK.c.worker_id).where(LINK.c.job_id == job_id, LINK.c.worker_id != worker_id)
+    # a worker that goes locked its links, and waits for the job
+    free = others.with_for_update(skip_locked=True)
+    unlinking = delete(LINK).where(LINK.c.job_id == job_id, LINK.c.worker_id.in_(free))
+    unlinked = await scalars(session, unlinking.returning(LINK.c.worker_id))
+    if await scalar(session, others.limit(number(1))) is not None:
+        raise ServiceUnavailable.exception(
+            "a worker of the job is about to go: try again", headers={"Retry-After": "1"}
         )
-    return UUID(str(job.id))
+    return unlinked
 
 
 async def _set_policy(

@@ -186,7 +186,7 @@ async def register_job(
     policy = body.model_dump(include=body.model_fields_set & set(schemas.JobPolicy.model_fields))
     name = FullName(room_id, body.category, body.name)
     registered = await jobs.register(
-        session, name, body.schema_, policy, worker_id, caller, settings
+        session, name, body.schema_, policy, worker_id, caller, settings, replace=body.replace
     )
     job = await jobs.read(
         session,
@@ -195,9 +195,9 @@ async def register_job(
         worker_id=worker_id,
         policy_kept=registered.policy_kept,
     )
-    # a claim of this worker may wait for other jobs only
-    context.outbox.ended.append(worker_key(worker_id))
-    if registered.created or registered.joined:
+    # a claim of this worker may wait for other jobs only, and of these for no such job
+    context.outbox.ended += map(worker_key, [worker_id, *(registered.replaced or ())])
+    if registered.created or registered.joined or registered.replaced is not None:
         context.outbox.jobs_changed([room_id])
     await context.commit(session)
     return deps.json_response(job, 201 if registered.created else 200)

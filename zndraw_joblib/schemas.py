@@ -138,6 +138,9 @@ class JobRegisterRequest(JobPolicy):
     schema_: JsonObject = Field(default={}, alias="schema")
     worker_id: UUID | None = None
     worker: WorkerDescription | None = None
+    replace: bool = Field(default=False, strict=True)
+    """Another schema takes the place of the job's, if all of its live workers are the
+    caller's. The other ones serve it no more until they register again."""
 
 
 class JobUpdateRequest(Model):
