@@ -1,16 +1,19 @@
-"""Operations: what those who run a room do with its jobs, and with the tasks of others."""
+"""Operations: to pause jobs, and to cancel, retry and delete tasks, one or many."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib import exceptions, jobs, queues, reports, tasks
-from zndraw_joblib.database import execute, number, scalar, scalars
+from zndraw_joblib import exceptions, jobs, queues, reports, submissions, tasks
+from zndraw_joblib.database import execute, now, number, scalar, scalars
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import REPORTABLE, TERMINAL, TaskStatus
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, REPORTABLE, TERMINAL, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued, rechecked
 from zndraw_joblib.schemas import TaskBulkRequest
 from zndraw_joblib.settings import JobLibSettings
@@ -113,6 +116,118 @@ async def cancel(
         .values(reports.cancelled(caller.id, reason))
     )
     return await tasks.change(session, cancelling.returning(*tasks.BRIEF), settings)
+
+
+@lru_cache(maxsize=2)
+def _retrying(internal: bool) -> ReturningUpdate[Any]:
+    """Return what makes a task that has ended as it was when it was submitted."""
+    anew = {
+        **tasks.back_in_queue(),
+        TASK.c.queue_order: queues.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id),
+        TASK.c.queued_at: now(),
+        TASK.c.failed_attempts: 0,
+        TASK.c.completed_at: None,
+        TASK.c.result: None,
+        TASK.c.errors: sa.bindparam("kept_errors", type_=TASK.c.errors.type),
+        TASK.c.ended_by_id: None,
+        TASK.c.reason: None,
+    }
+    if internal:
+        anew |= tasks.born_claimed(sa.bindparam("seconds", type_=sa.Float()))
+    return (
+        sa.update(TASK)
+        .where(
+            TASK.c.id == sa.bindparam("ended", type_=TASK.c.id.type),
+            in_states(TERMINAL),
+            TASK.c.attempt == sa.bindparam("tried", type_=TASK.c.attempt.type),
+            queues.of_job(JOB.c.deleted).is_(False),
+        )
+        .values(anew)
+        .returning(*tasks.SHOWN, TASK.c.queue_order)
+    )
+
+
+# Their jobs are locked, so that no soft-deletion comes in between; where nothing is locked,
+# what was read here may be over by the time of the write.
+_ENDED = (
+    sa.select(
+        TASK.c.id,
+        TASK.c.attempt,
+        TASK.c.errors,
+        TASK.c.room_id,
+        TASK.c.created_by_id,
+        TASK.c.holder_id,
+        JOB.c.room_id.label("of_room"),
+    )
+    .join(JOB, TASK.c.job_id == JOB.c.id)
+    .where(TASK.c.id.in_(sa.bindparam("tasks", expanding=True)))
+    .order_by(TASK.c.created_at, TASK.c.id)
+    .with_for_update(read=True, key_share=True, of=JOB)
+)
+
+
+async def retry(
+    session: AsyncSession,
+    task_id: UUID,
+    caller: Caller,
+    may_enter: RoomAccess,
+    settings: JobLibSettings,
+) -> TaskView:
+    """Set a terminal task going again, with all its attempts before it.
+
+    Raises
+    ------
+    ProblemException
+        ``task-not-found``, ``forbidden``, ``invalid-task-transition``,
+        ``quota-exceeded``, or ``job-not-found`` when its job is gone.
+    """
+    row = (await execute(session, _ENDED, {"tasks": [task_id]})).one_or_none()
+    row = await tasks.require_own(session, row, task_id, caller, may_enter, "retry")
+    retried = await _retry(session, [row], settings)
+    if not retried:
+        gone = sa.select(queues.of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
+        if await scalar(session, gone):
+            raise exceptions.JobNotFound.exception("job not found: the task's job is gone")
+        raise exceptions.InvalidTaskTransition.exception("only a terminal task can be tried again")
+    return retried[0]
+
+
+async def retry_many(
+    session: AsyncSession, task_ids: Sequence[UUID], settings: JobLibSettings
+) -> list[TaskView]:
+    """Set those of the tasks that have ended, and whose job is there, going again.
+
+    Raises
+    ------
+    ProblemException
+        ``quota-exceeded`` of one of their submitters.
+    """
+    ended = await execute(session, _ENDED, {"tasks": task_ids})
+    return await _retry(session, ended.all(), settings)
+
+
+async def _retry(
+    session: AsyncSession, rows: Sequence[sa.Row[Any]], settings: JobLibSettings
+) -> list[TaskView]:
+    retried: list[Any] = []
+    places = defaultdict[UUID | None, list[int]](list)
+    # one by one: the place of each is behind those before
+    for row in rows:
+        internal = row.of_room == INTERNAL_ROOM
+        names = {
+            "ended": row.id,
+            "tried": row.attempt,
+            # or each retry would make it longer
+            "kept_errors": "\n".join(tasks.last_errors(row.errors)) or None,
+            "seconds": settings.internal_redispatch_seconds,
+        }
+        for task in await execute(session, _retrying(internal), names):
+            retried.append(task)
+            if not internal:
+                places[row.created_by_id].append(task.queue_order)
+    for user_id, taken in places.items():
+        await submissions.check_waiting(session, user_id, settings, taken)
+    return await tasks.with_positions(session, retried, settings)
 
 
 async def delete(session: AsyncSession, task_ids: Sequence[UUID]) -> list[UUID]:

@@ -103,7 +103,7 @@ async def change_tasks(
         count = len(cancelled)
     elif body.action == "retry":
         await deps.check_writable(context.request, room_id)
-        retried = await submissions.retry_many(session, ids, settings)
+        retried = await operations.retry_many(session, ids, settings)
         await _retried(context, session, retried)
         count = len(retried)
     else:
@@ -400,7 +400,7 @@ async def retry_task(
 ) -> Response:
     """Set a task that has ended going again."""
     caller, settings = context.caller, context.settings
-    task = await submissions.retry(session, task_id, caller, may_enter, settings)
+    task = await operations.retry(session, task_id, caller, may_enter, settings)
     # its submitter reads it wherever it is, and retries it where they still may submit
     await enter(session, caller, task.room_id, may_enter, _submitting(task.job_name))
     await deps.check_writable(context.request, task.room_id)

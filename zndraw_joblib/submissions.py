@@ -2,7 +2,6 @@
 
 import hashlib
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,17 +10,16 @@ from uuid import UUID
 import sqlalchemy as sa
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql.dml import ReturningUpdate
 from uuid_utils.compat import uuid7
 
 from zndraw_joblib import exceptions, jobs, queues, tasks, telemetry
-from zndraw_joblib.database import elements, execute, member, now, number, returned, scalar
+from zndraw_joblib.database import elements, execute, member, now, number, returned
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, WaitingFor, canonical
-from zndraw_joblib.models import JOB, TASK, constant, in_states, queued
+from zndraw_joblib.lifecycle import TaskStatus, WaitingFor, canonical
+from zndraw_joblib.models import JOB, TASK, constant, queued
 from zndraw_joblib.schemas import TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.workers import Caller, RoomAccess, check_quota
+from zndraw_joblib.workers import Caller, check_quota
 
 
 class Submission(NamedTuple):
@@ -209,7 +207,7 @@ async def submit(
         return await _earlier(session, target, first, len(requests), settings)
     if others:
         rows = await _insert_others(session, target, rows[0], others)
-    await _check_quota(session, caller.id, settings, [row.queue_order for row in rows])
+    await check_waiting(session, caller.id, settings, [row.queue_order for row in rows])
     if others and not target.internal:
         rows = await _placed(session, target.id, rows, settings)
     elif not target.internal:
@@ -317,123 +315,11 @@ async def _placed(
     return [tasks.waiting(row, position(row)) for row in rows]
 
 
-@lru_cache(maxsize=2)
-def _retrying(internal: bool) -> ReturningUpdate[Any]:
-    """Return what makes a task that has ended as it was when it was submitted."""
-    anew = {
-        **tasks.back_in_queue(),
-        TASK.c.queue_order: queues.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id),
-        TASK.c.queued_at: now(),
-        TASK.c.failed_attempts: 0,
-        TASK.c.completed_at: None,
-        TASK.c.result: None,
-        TASK.c.errors: _parameter("kept_errors", TASK.c.errors),
-        TASK.c.ended_by_id: None,
-        TASK.c.reason: None,
-    }
-    if internal:
-        anew |= tasks.born_claimed(sa.bindparam("seconds", type_=sa.Float()))
-    return (
-        sa.update(TASK)
-        .where(
-            TASK.c.id == _parameter("ended", TASK.c.id),
-            in_states(TERMINAL),
-            TASK.c.attempt == _parameter("tried", TASK.c.attempt),
-            queues.of_job(JOB.c.deleted).is_(False),
-        )
-        .values(anew)
-        .returning(*tasks.SHOWN, TASK.c.queue_order)
-    )
-
-
-# Their jobs are locked, so that no soft-deletion comes in between; where nothing is locked,
-# what was read here may be over by the time of the write.
-_ENDED = (
-    sa.select(
-        TASK.c.id,
-        TASK.c.attempt,
-        TASK.c.errors,
-        TASK.c.room_id,
-        TASK.c.created_by_id,
-        TASK.c.holder_id,
-        JOB.c.room_id.label("of_room"),
-    )
-    .join(JOB, TASK.c.job_id == JOB.c.id)
-    .where(TASK.c.id.in_(sa.bindparam("tasks", expanding=True)))
-    .order_by(TASK.c.created_at, TASK.c.id)
-    .with_for_update(read=True, key_share=True, of=JOB)
-)
-
-
-async def retry(
-    session: AsyncSession,
-    task_id: UUID,
-    caller: Caller,
-    may_enter: RoomAccess,
-    settings: JobLibSettings,
-) -> TaskView:
-    """Set a terminal task going again, with all its attempts before it.
-
-    Raises
-    ------
-    ProblemException
-        ``task-not-found``, ``forbidden``, ``invalid-task-transition``,
-        ``quota-exceeded``, or ``job-not-found`` when its job is gone.
-    """
-    row = (await execute(session, _ENDED, {"tasks": [task_id]})).one_or_none()
-    row = await tasks.require_own(session, row, task_id, caller, may_enter, "retry")
-    retried = await _retry(session, [row], settings)
-    if not retried:
-        gone = sa.select(queues.of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
-        if await scalar(session, gone):
-            raise exceptions.JobNotFound.exception("job not found: the task's job is gone")
-        raise exceptions.InvalidTaskTransition.exception("only a terminal task can be tried again")
-    return retried[0]
-
-
-async def retry_many(
-    session: AsyncSession, task_ids: Sequence[UUID], settings: JobLibSettings
-) -> list[TaskView]:
-    """Set those of the tasks that have ended, and whose job is there, going again.
-
-    Raises
-    ------
-    ProblemException
-        ``quota-exceeded`` of one of their submitters.
-    """
-    ended = await execute(session, _ENDED, {"tasks": task_ids})
-    return await _retry(session, ended.all(), settings)
-
-
-async def _retry(
-    session: AsyncSession, rows: Sequence[sa.Row[Any]], settings: JobLibSettings
-) -> list[TaskView]:
-    retried: list[Any] = []
-    places = defaultdict[UUID | None, list[int]](list)
-    # one by one: the place of each is behind those before
-    for row in rows:
-        internal = row.of_room == INTERNAL_ROOM
-        names = {
-            "ended": row.id,
-            "tried": row.attempt,
-            # or each retry would make it longer
-            "kept_errors": "\n".join(tasks.last_errors(row.errors)) or None,
-            "seconds": settings.internal_redispatch_seconds,
-        }
-        for task in await execute(session, _retrying(internal), names):
-            retried.append(task)
-            if not internal:
-                places[row.created_by_id].append(task.queue_order)
-    for user_id, taken in places.items():
-        await _check_quota(session, user_id, settings, taken)
-    return await tasks.with_positions(session, retried, settings)
-
-
 # A quota up to here is counted with each submission: it takes a millisecond.
 ALWAYS_COUNTED = 10_000
 
 
-async def _check_quota(
+async def check_waiting(
     session: AsyncSession, user_id: UUID | None, settings: JobLibSettings, places: Iterable[int]
 ) -> None:
     """Make sure that a user had room for what just took ``places`` in a queue.
