@@ -394,8 +394,10 @@ class JobManager:
     def read(self, provider: str, /, **params: Any) -> Any:
         """Return the data of a provider, by its full name: JSON unpacked, all else as bytes.
 
-        A KeyError when there is no such provider, a ValueError when it fails, and a
-        ProviderTimeoutError when it does not answer.
+        Raises
+        ------
+        KeyError, ValueError, ProviderTimeoutError
+            When there is no such provider, when it fails, when it does not answer.
         """
         return self._rooms.read(provider, params)
 

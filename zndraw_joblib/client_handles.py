@@ -117,14 +117,20 @@ class TaskHandle(str):
     def cancel(self) -> bool:
         """Cancel the task, and return whether it is: not if it had ended before.
 
-        A PermissionError when it is another user's.
+        Raises
+        ------
+        PermissionError, KeyError
+            When it is another user's; when there is no such task.
         """
         return self.keep(self.view.cancel(self)).status == TaskStatus.CANCELLED
 
     def retry(self) -> Self:
         """Set the task going again, which has ended; its result is gone then.
 
-        A ValueError when it has not ended, a PermissionError when it is another user's.
+        Raises
+        ------
+        ValueError, PermissionError, KeyError
+            When it has not ended; when it is another user's; when there is no such task.
         """
         self.keep(self.view.retry(self))
         return self
