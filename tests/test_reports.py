@@ -389,3 +389,74 @@ async def test_a_large_report_that_is_none_changes_nothing(app, ada):
     assert (await read(ada, task))["status"] == "running"
     limits = (await ada.get("/limits")).json()
     assert (limits["max_payload_bytes"], limits["max_result_bytes"]) == (1000, 3000)
+
+
+async def test_what_is_interrupted_costs_no_attempt_so_many_times(ada, bob, events):
+    worker = await offer(ada, max_attempts=1, max_interruptions=2)
+    await submit(ada)
+    behind = await submit(ada)
+    for count in (1, 2):
+        (task,) = await claim(ada, worker, start=count == 2)
+        said = {"attempt": count, "interrupted": True}
+        if count == 1:
+            await report(ada, task, "running", attempt=1)
+        problem(await report(bob, task, "pending", **said), 403, "forbidden")
+        lost = await report(ada, task, "pending", **said | {"attempt": count + 1})
+        problem(lost, 409, "lease-lost")
+        events.clear()
+        answer = (await report(ada, task, "pending", **said)).json()
+        assert (answer["status"], answer["attempt"], answer["interruptions"]) == (
+            "pending",
+            count,
+            count,
+        )
+        # in its old place
+        assert (answer["queue_position"], answer["worker_id"], answer["errors"]) == (1, None, [])
+        assert [e.data["status"] for e in events if e.event == "task_status_event"] == ["pending"]
+        # it is nobody's now
+        problem(await report(ada, task, "pending", **said), 409, "lease-lost")
+    (task,) = await claim(ada, worker, start=True)
+    ended = (await report(ada, task, "pending", attempt=3, interrupted=True)).json()
+    assert (ended["status"], ended["error_type"], ended["interruptions"]) == (
+        "failed",
+        "worker_lost",
+        2,
+    )
+    assert ended["error"] == "Interrupted too often"
+    (task,) = await claim(ada, worker, start=True)
+    assert task["id"] == behind["id"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"status": "pending"},
+        {"status": "completed", "attempt": 1},
+        {"status": "pending", "attempt": 1, "interrupted": "yes"},
+    ],
+)
+async def test_an_interruption_is_of_a_certain_attempt(ada, said):
+    worker = await offer(ada)
+    await submit(ada)
+    (task,) = await claim(ada, worker, start=True)
+    said = {"interrupted": True, **said}
+    problem(await report(ada, task, **said), 422, "invalid-request")
+    reports = {"reports": [{"id": task["id"], **said}]}
+    problem(await ada.patch("/tasks", json=reports), 422, "invalid-request")
+    assert (await read(ada, task)) == task
+
+
+async def test_one_request_interrupts_several(ada):
+    worker = await offer(ada, max_attempts=1, max_interruptions=1)
+    for _ in range(3):
+        await submit(ada)
+    tasks = await claim(ada, worker, max_tasks=2, start=True)
+    first = tasks[0]
+    await report(ada, first, "pending", attempt=1, interrupted=True)
+    (again, new) = await claim(ada, worker, max_tasks=2, start=True)
+    assert again["id"] == first["id"]
+    said = {"status": "pending", "interrupted": True}
+    reports = [{"id": t["id"], "attempt": t["attempt"], **said} for t in (again, tasks[1], new)]
+    outcomes = (await ada.patch("/tasks", json={"reports": reports})).json()["outcomes"]
+    states = [(o["task"]["status"], o["task"]["interruptions"]) for o in outcomes]
+    assert states == [("failed", 1), ("pending", 1), ("pending", 1)]

@@ -5,6 +5,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack, overload
 from uuid import UUID
@@ -12,7 +13,7 @@ from uuid import UUID
 from zndraw_joblib.client_api import Api, HostApi
 from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
 from zndraw_joblib.client_handles import Listing, TaskFailed, TaskHandle, View, as_completed, gather
-from zndraw_joblib.client_hands import Hands, Readers, executor_of
+from zndraw_joblib.client_hands import Allocation, Hands, Readers, executor_of
 from zndraw_joblib.client_shutdown import Shutdown
 from zndraw_joblib.client_sockets import Socket
 from zndraw_joblib.client_transport import Transport
@@ -69,6 +70,11 @@ class JobManager:
         Called once in each child; a dict that it returns is added to ``run_kwargs``.
     kill_after : float
         Seconds until a task that is to stop, and doesn't, is ended with its child.
+    until : datetime or float, optional
+        When the worker leaves by itself, or in how many seconds. What runs then goes on at
+        another worker; a job whose ``expected_seconds`` don't fit any more is not begun.
+    idle_seconds : float, optional
+        After so long without a task the worker leaves.
 
     Examples
     --------
@@ -92,6 +98,8 @@ class JobManager:
         isolate: bool = False,
         setup: Callable[[], Any] | None = None,
         kill_after: float = 10.0,
+        until: datetime | float | None = None,
+        idle_seconds: float | None = None,
     ) -> None:
         self.api = api
         self.polling_interval = polling_interval
@@ -108,6 +116,9 @@ class JobManager:
         self._readers = Readers(self._transport, self._registrations, life)
         self._shutdown = Shutdown(self._claims, self._heartbeat, self._readers, grace_seconds)
         self._executor = executor_of(life, execute, isolate, setup, kill_after)
+        self._allocation = Allocation(until, idle_seconds)
+        if self._executor is None and (until, idle_seconds) != (None, None):
+            raise ValueError("until and idle_seconds are for workers that execute: give execute")
         self._socket = self._own_socket = tsio if isinstance(tsio, Socket) else Socket(tsio)
         self._registrations.listen_to(self._socket)
         self._socket.on(TaskStatusEvent.event_name, self._held.on_status)
@@ -409,8 +420,15 @@ class JobManager:
                 return
             self._heartbeat.start()
             self._socket.open()
-            options = (self.concurrency, self.polling_interval)
-            self._shutdown.hands = Hands(self._claims, self._heartbeat, self._executor, *options)
+            self._shutdown.hands = Hands(
+                self._claims,
+                self._heartbeat,
+                self._executor,
+                self.concurrency,
+                self.polling_interval,
+                self._allocation,
+                self._shutdown.leave,
+            )
 
     def wait(self) -> bool:
         """Serve until `disconnect`, or in the main thread until SIGINT or SIGTERM.

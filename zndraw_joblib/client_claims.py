@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -126,9 +126,15 @@ class Claims:
     _unanswered: deque[str] = field(default_factory=deque)
 
     def claim(
-        self, limit: int, wait: int, *, start: bool = False, stop: threading.Event | None = None
+        self,
+        limit: int,
+        wait: int,
+        *,
+        start: bool = False,
+        stop: threading.Event | None = None,
+        jobs: Sequence[str] | None = None,
     ) -> tuple[list[TaskOffer], bool]:
-        """Return what was claimed, and whether the host waited for it."""
+        """Return what was claimed, of some of the jobs or all, and whether the host waited."""
         try:
             # the same one until an answer was read: a claim whose answer got lost
             # is not made a second time but answered a second time
@@ -142,6 +148,8 @@ class Claims:
                 body["max_tasks"] = limit
             if start:
                 body["start"] = True
+            if jobs is not None:
+                body["jobs"] = jobs
             return self.transport.send(
                 "post",
                 path("tasks", "claim"),
@@ -222,6 +230,20 @@ class Claims:
             except Exception as exc:
                 log.warning("could not hand back task %s: %s", offer.task_id, exc)
 
+    def interrupt(self, tasks: Sequence[ClaimedTask[Any]], **options: Any) -> None:
+        """Let other workers have tasks that are at work here, and can't go on."""
+        most = self.transport.limits().max_reports if len(tasks) > 1 else 1
+        for first in range(0, len(tasks), most):
+            some = tasks[first : first + most]
+            reports = [report_of(t, TaskStatus.PENDING) | {"interrupted": True} for t in some]
+            sent = {report["id"]: json.dumps(report).encode() for report in reports}
+            agreed = self.report_together(sent, **options)
+            for task in some:
+                if task.task_id in agreed:
+                    self.note("interrupted", task)
+                else:
+                    log.warning("task %s could not be given back", task.task_id)
+
     def note(self, event: str, task: ClaimedTask[Any]) -> None:
         """Log what becomes of a task."""
         fields = {
@@ -282,7 +304,7 @@ class Claims:
         log.warning("task %s: %s was refused: %s", report["id"], report["status"], answer.reason)
         return False
 
-    def report_together(self, reports: dict[str, bytes]) -> set[str]:
+    def report_together(self, reports: dict[str, bytes], **options: Any) -> set[str]:
         """Report in one request; return the ids of those with which the host agreed."""
 
         def read(answer: dict[str, Any]) -> set[str]:
@@ -296,8 +318,8 @@ class Claims:
                 read=read,
                 content=b'{"reports":[%s]}' % b",".join(reports.values()),
                 headers={"Content-Type": "application/json"},
-                retries=BATCH_RETRIES,
                 stop=self.life.aborting,
+                **{"retries": BATCH_RETRIES, **options},
             )
         except BaseException as exc:
             log.warning("could not report %s tasks together: %s", len(reports), exc)

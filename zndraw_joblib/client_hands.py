@@ -6,8 +6,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,10 @@ MOMENT_SECONDS = 0.002
 LAST_CLAIM_SECONDS = 1.0
 # how long code may go on after its attempt has ended, until the log says so
 STUCK_SECONDS = 10.0
+# what is left of an allocation when its tasks are interrupted: to end them, and to say so
+RESERVED_SECONDS = 8.0
+# how long a worker whose jobs don't fit any more waits for others to be registered
+SETTLED_SECONDS = 5.0
 PROVIDER_THREADS = 4
 ANSWER_RETRIES = 3
 
@@ -54,6 +59,63 @@ def executor_of(
     return None if execute is None else Threads(execute)
 
 
+class Allocation:
+    """How long a worker may stay: until a moment, and without a task for so long.
+
+    Parameters
+    ----------
+    until : datetime or float, optional
+        The moment, or the seconds from now. Running tasks are interrupted shortly before.
+    idle_seconds : float, optional
+        After so long without a task the worker leaves.
+
+    Raises
+    ------
+    ValueError
+        When the moment has passed.
+    """
+
+    def __init__(self, until: datetime | float | None, idle_seconds: float | None) -> None:
+        if isinstance(until, datetime):
+            # without a zone it is local time
+            until = until.timestamp() - time.time()
+        seconds = math.inf if until is None else until
+        if seconds <= 0:
+            raise ValueError("until is over: the worker could not begin")
+        # a quarter of a very short one: there is to be time for tasks
+        self._leave_at = time.monotonic() + seconds - min(RESERVED_SECONDS, seconds / 4)
+        self._idle_seconds = math.inf if idle_seconds is None else idle_seconds
+        self._idle_since = time.monotonic()
+
+    def work(self) -> None:
+        """Note that the worker is not idle."""
+        self._idle_since = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Return for how many seconds tasks may still run."""
+        return self._leave_at - time.monotonic()
+
+    @property
+    def idle(self) -> float:
+        """Return for how many seconds there has been no task."""
+        return time.monotonic() - self._idle_since
+
+    @property
+    def patience(self) -> float:
+        """Return how many seconds the worker stays if no task comes."""
+        return min(self.left, self._idle_seconds - self.idle)
+
+    def next_claim(self, jobs: Mapping[str, Offered]) -> tuple[list[str] | None, float]:
+        """Return for which jobs a claim may be, None for all, and for how many seconds."""
+        left = self.left
+        expected = {name: job.options.get("expected_seconds") or 0 for name, job in jobs.items()}
+        fits = [name for name, seconds in expected.items() if seconds <= left]
+        # what fits by now, is to fit when the claim is answered
+        longest = min((left - expected[name] for name in fits), default=0)
+        return None if len(fits) == len(jobs) else fits, min(self.patience, longest)
+
+
 @dataclass
 class Ended:
     """A task that is over, what is reported of it, and whether the host agreed."""
@@ -73,6 +135,9 @@ class Hands:
     executor: Executor
     concurrency: int
     polling_interval: float
+    allocation: Allocation
+    #: given why: lets the worker leave by itself
+    leave: Callable[[str], None]
     #: hands that can take tasks, and those that have one whose end was not reported yet
     _open: int = 0
     _busy: int = 0
@@ -130,9 +195,27 @@ class Hands:
         try:
             while not self._life.stopping.is_set():
                 self._warn_of_stuck()
+                if why := self._why_to_leave():
+                    self.leave(why)
+                    return
                 self._claim()
         except BaseException as exc:
             self._life.give_up(exc)
+
+    def _why_to_leave(self) -> str:
+        if self._busy or not self._open:
+            self.allocation.work()
+        if self.allocation.left <= 0:
+            return "the time until it was to leave is over"
+        if self._busy or not self._open:
+            return ""
+        if self.allocation.patience <= 0:
+            return "no task came for idle_seconds"
+        jobs, _ = self.allocation.next_claim(self.claims.registrations.jobs.copy())
+        # there may be others in a moment
+        if jobs == [] and self.allocation.idle >= SETTLED_SECONDS:
+            return "no job fits in the time that is left"
+        return ""
 
     def _claim(self) -> None:
         free = self._wait_for_free_hands()
@@ -147,8 +230,13 @@ class Hands:
             if not self.heartbeat.draining:
                 if free > 1:
                     free = min(free, self.claims.transport.limits().max_claim)
-                wait = self.claims.transport.longest_wait
-                offers, waited = self.claims.claim(free, wait, start=self._starts, stop=stop)
+                known = self.claims.registrations.jobs.copy()
+                jobs, longest = self.allocation.next_claim(known)
+                if jobs != []:
+                    wait = math.ceil(min(self.claims.transport.longest_wait, longest))
+                    offers, waited = self.claims.claim(
+                        free, wait, start=self._starts, stop=stop, jobs=jobs
+                    )
         except Exception as exc:
             if stop.is_set():
                 if isinstance(exc, Unreachable):
@@ -165,12 +253,13 @@ class Hands:
         for offer in offers:
             self._pool.submit(partial(self._run, offer))
         if not offers and not waited:
-            self._life.wake.wait(pause)
+            self._life.wake.wait(max(0.0, min(self.allocation.left, pause)))
 
     def _wait_for_free_hands(self) -> int:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._busy < self._open or self._life.stopping.is_set(), STUCK_SECONDS
+                lambda: self._busy < self._open or self._life.stopping.is_set(),
+                max(0.0, min(self.allocation.left, STUCK_SECONDS)),
             )
             return max(0, self._open - self._busy)
 

@@ -9,17 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from zndraw_joblib.client_api import HostApi
 from zndraw_joblib.client_claims import LAST_RETRIES, Claims, Heartbeat
 from zndraw_joblib.client_hands import Hands, Readers
 from zndraw_joblib.client_transport import path
 from zndraw_joblib.client_worker import Life
+from zndraw_joblib.extension import ClaimedTask
 from zndraw_joblib.lifecycle import WorkerState
 from zndraw_joblib.telemetry import SafeLogger
 
 LAST_THREAD_SECONDS = 2.0
 LAST_REQUEST_SECONDS = 5.0
+# in which tasks that have to stop may do so, and child processes are ended
+LAST_TASK_SECONDS = 4.0
 AT_ONCE_SECONDS = 1.0
 
 log = SafeLogger(logging.getLogger(__name__))
@@ -78,6 +82,12 @@ class Shutdown:
         log.error("giving up: %s", exc)
         _in_thread(self.begin)
 
+    def leave(self, why: str) -> None:
+        """End the worker, which has stayed as long as it was to."""
+        log.warning("leaving: %s", why)
+        self.grace_seconds = 0.0
+        _in_thread(self.begin)
+
     def wait(self) -> bool:
         """Return when the worker has ended, whether its tasks had; raise if it gave up."""
         in_main = threading.current_thread() is threading.main_thread()
@@ -127,9 +137,20 @@ class Shutdown:
         if not hands.finish(deadline):
             self._left = True
             log.warning("tasks still run after %s s of grace", self.grace_seconds)
+            tasks = self._interruptible()
+            self.claims.held.end_all()
+            hands.executor.close()
+            hands.finish(time.monotonic() + LAST_TASK_SECONDS)
+            self.claims.interrupt(tasks, timeout=LAST_REQUEST_SECONDS)
+
+    def _interruptible(self) -> list[ClaimedTask[Any]]:
+        # a host that counts no attempts knows of no interruptions either
+        held = self.claims.held.all()
+        return [task for task in held if not task.ended and task.attempt is not None]
 
     def _leave_at_once(self) -> None:
         self._left = True
+        self.claims.interrupt(self._interruptible(), retries=0, timeout=AT_ONCE_SECONDS)
         self.claims.life.aborting.set()
         self.claims.held.end_all()
         self.claims.registrations.delete_worker(retries=0, timeout=AT_ONCE_SECONDS)

@@ -121,6 +121,7 @@ MAX_ATTEMPTS = 100
 MAX_PRIORITY = 1000
 
 WORKER_LOST_ERROR = "Worker disconnected"
+INTERRUPTED_ERROR = "Interrupted too often"
 TIMEOUT_ERROR = "Ran longer than the job allows"
 INTERNAL_TIMEOUT_ERROR = "Internal task timed out"
 

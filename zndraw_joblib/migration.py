@@ -24,6 +24,8 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("retry_delay_seconds", sa.Float(), False),
         ("timeout_seconds", sa.Float(), True),
         ("start_timeout_seconds", sa.Float(), True),
+        ("max_interruptions", sa.Integer(), False),
+        ("expected_seconds", sa.Float(), True),
         ("paused", sa.Boolean(), False),
     ],
     "worker": [
@@ -58,6 +60,7 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("traceparent", sa.String(55), True),
         ("revision", sa.Integer(), False),
         ("payload_checked", sa.Boolean(), False),
+        ("interruptions", sa.Integer(), False),
         ("ended_by_id", sa.Uuid(), True),
         ("reason", sa.String(), True),
     ],
@@ -237,6 +240,7 @@ def _fill(connection: sa.Connection) -> None:
             created_at=_stored(job.c.created_at),
             max_attempts=1,
             retry_delay_seconds=0.0,
+            max_interruptions=10,
             paused=sa.false(),
         )
     )
@@ -318,6 +322,7 @@ def _filled(task: Any, before: Any) -> dict[str, Any]:
         "dispatches": 1,
         "revision": 1,
         "payload_checked": sa.false(),
+        "interruptions": 0,
     }
 
 

@@ -72,6 +72,8 @@ class Job(Base):
     retry_delay_seconds: Mapped[float] = mapped_column(default=0.0)
     timeout_seconds: Mapped[float | None]
     start_timeout_seconds: Mapped[float | None]
+    max_interruptions: Mapped[int] = mapped_column(default=10)
+    expected_seconds: Mapped[float | None]
     paused: Mapped[bool] = mapped_column(default=False)
 
     @property
@@ -256,6 +258,7 @@ class Task(Base):
         default=1, onupdate=literal_column("task.revision + 1", Integer)
     )
     payload_checked: Mapped[bool] = mapped_column(default=True)
+    interruptions: Mapped[int] = mapped_column(default=0)
     ended_by_id: Mapped[UUID | None]
     reason: Mapped[str | None]
 

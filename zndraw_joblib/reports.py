@@ -17,8 +17,10 @@ from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
 from zndraw_joblib.lifecycle import (
     HELD,
+    INTERRUPTED_ERROR,
     REPORTABLE,
     TERMINAL,
+    ErrorType,
     TaskStatus,
     Written,
     equal_json,
@@ -65,10 +67,11 @@ def cancelled(user_id: Any, reason: Any) -> dict[Any, Any]:
     }
 
 
-def _reported(status: TaskStatus, count: int) -> dict[Any, Any]:
+def _reported(status: TaskStatus, interrupted: bool, count: int) -> dict[Any, Any]:
     """Return what ``count`` reports of one status make of their tasks."""
     if status is TaskStatus.PENDING:
-        return back_in_queue()
+        again = {TASK.c.interruptions: TASK.c.interruptions + 1} if interrupted else {}
+        return back_in_queue() | again
     if status is TaskStatus.RUNNING:
         return {
             TASK.c.status: status,
@@ -110,7 +113,9 @@ DELIVERED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.PENDI
 
 
 @lru_cache(maxsize=128)
-def _moving(status: TaskStatus, superuser: bool, count: int, keyed: bool) -> ReturningUpdate[Any]:
+def _moving(
+    status: TaskStatus, interrupted: bool, superuser: bool, count: int, keyed: bool
+) -> ReturningUpdate[Any]:
     # built once for each shape
     ids = [sa.bindparam(f"task_{n}", type_=TASK.c.id.type) for n in range(count)]
     leased = _each("attempt", TASK.c.attempt.type, count)
@@ -118,12 +123,12 @@ def _moving(status: TaskStatus, superuser: bool, count: int, keyed: bool) -> Ret
         sa.update(TASK)
         .where(
             TASK.c.id.in_(ids),
-            rechecked(_may_become(status)),
+            rechecked(_may_become(status, interrupted)),
             _may_report(superuser, status, sa.bindparam("holder"), sa.bindparam("submitter")),
             TASK.c.attempt == sa.func.coalesce(leased, TASK.c.attempt),
             _of_this_delivery(status, leased) if keyed else sa.true(),
         )
-        .values(_reported(status, count))
+        .values(_reported(status, interrupted, count))
         .returning(*SHOWN)
     )
 
@@ -147,6 +152,7 @@ _NOBODY = UUID(int=0)
 async def _move(
     session: AsyncSession,
     status: TaskStatus,
+    interrupted: bool,
     reports: Mapping[UUID, TaskUpdateRequest],
     caller: Caller,
     settings: JobLibSettings,
@@ -174,8 +180,32 @@ async def _move(
             f"retryable_{n}": report.retryable,
             f"entry_{n}": error_entry(report.error, report.error_type),
         }
-    moving = _moving(status, caller.is_superuser, count, key is not None)
+    moving = _moving(status, interrupted, caller.is_superuser, count, key is not None)
     return await change(session, moving, settings, names)
+
+
+async def _move_all(
+    session: AsyncSession,
+    reports: Mapping[UUID, TaskUpdateRequest],
+    caller: Caller,
+    settings: JobLibSettings,
+    key: str | None,
+) -> dict[UUID, TaskView]:
+    """Move those tasks that are the caller's to move; what is interrupted too often fails."""
+    moved: dict[UUID, TaskView] = {}
+    for kind in {(report.status, report.interrupted): None for report in reports.values()}:
+        alike = {i: r for i, r in reports.items() if (r.status, r.interrupted) == kind}
+        tasks = await _move(session, *kind, alike, caller, settings, key)
+        moved |= {task.id: task for task in tasks}
+    too_often = {
+        task_id: _interrupted_too_often(report)
+        for task_id, report in reports.items()
+        if report.interrupted and task_id not in moved
+    }
+    if too_often:
+        tasks = await _move(session, TaskStatus.FAILED, False, too_often, caller, settings, key)
+        moved |= {task.id: task for task in tasks}
+    return moved
 
 
 # By id: two requests that lock in two orders would wait for each other.
@@ -260,11 +290,7 @@ async def report_many(
     """
     if len(reports) > 1:
         await lock(session, reports)
-    moved: dict[UUID, TaskView] = {}
-    for status in {report.status: None for report in reports.values()}:
-        alike = {i: r for i, r in reports.items() if r.status is status}
-        tasks = await _move(session, status, alike, caller, settings, key)
-        moved |= {task.id: task for task in tasks}
+    moved = await _move_all(session, reports, caller, settings, key)
     current: dict[UUID, sa.Row[Any]] = {}
     if unmoved := reports.keys() - moved.keys():
         # nothing moved: only now is it worth a read to tell why
@@ -286,7 +312,8 @@ async def report_many(
                     raise _not_yours(row, request)
                 operator = Caller(caller.id, is_superuser=True)
                 alone = {task_id: request}
-                if done := await _move(session, request.status, alone, operator, settings, key):
+                kind = (request.status, request.interrupted)
+                if done := await _move(session, *kind, alone, operator, settings, key):
                     outcomes.append(Reported(done[0], changed=True))
                     continue
             outcomes.append(await _repeated(session, row, request, key))
@@ -295,8 +322,16 @@ async def report_many(
     return outcomes
 
 
-def _may_become(status: TaskStatus) -> sa.ColumnElement[bool]:
+def _interrupted_too_often(request: TaskUpdateRequest) -> TaskUpdateRequest:
+    """Return the report of a failed attempt that takes an interruption's place."""
+    ended = {"error": INTERRUPTED_ERROR, "error_type": ErrorType.WORKER_LOST}
+    return request.model_copy(update={"status": TaskStatus.FAILED, "interrupted": False, **ended})
+
+
+def _may_become(status: TaskStatus, interrupted: bool) -> sa.ColumnElement[bool]:
     allowed = in_states(REPORTABLE.get(status, frozenset()))
+    if interrupted:
+        return sa.and_(allowed, TASK.c.interruptions < of_job(JOB.c.max_interruptions))
     if status is not TaskStatus.PENDING:
         return allowed
     started = sa.func.coalesce(TASK.c.started_at, TASK.c.claimed_at)

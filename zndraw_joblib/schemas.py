@@ -1,7 +1,7 @@
 """What goes over the wire: request and response models."""
 
 from datetime import datetime
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Self, TypeVar
 from uuid import UUID
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -112,6 +112,8 @@ class PolicyResponse(Model):
     retry_delay_seconds: float = 0
     timeout_seconds: float | None = None
     start_timeout_seconds: float | None = None
+    max_interruptions: int = 10
+    expected_seconds: float | None = None
 
 
 class JobPolicy(Model):
@@ -121,6 +123,11 @@ class JobPolicy(Model):
     retry_delay_seconds: Seconds = 0
     timeout_seconds: Limit | None = None
     start_timeout_seconds: Limit | None = None
+    max_interruptions: Integer = Field(default=10, ge=0, le=MAX_ATTEMPTS)
+    """How often a running task may be given back, by workers that have to leave, until that
+    counts as a failed attempt."""
+    expected_seconds: Limit | None = None
+    """How long a run takes: a worker that is to leave sooner takes no such task."""
 
 
 class JobRegisterRequest(JobPolicy):
@@ -274,6 +281,8 @@ class TaskResponse(Model):
     """The user who cancelled it."""
     reason: str | None = None
     """Why it was cancelled."""
+    interruptions: int = 0
+    """How often a worker had to leave while it ran."""
     abridged: bool = False
     """Too large for an answer with many: `payload`, `result` and `errors` are left out and
     `error` is cut. The task itself tells them."""
@@ -313,6 +322,14 @@ class TaskUpdateRequest(Model):
     result: Json = None
     reason: Message | None = None
     """Of a cancel: why. The first one stays."""
+    interrupted: bool = Field(default=False, strict=True)
+    """Of `pending`: the task was at work, and its worker has to leave."""
+
+    @model_validator(mode="after")
+    def _interrupts(self) -> Self:
+        if self.interrupted and (self.status is not TaskStatus.PENDING or self.attempt is None):
+            raise ValueError("what is interrupted becomes pending, and is a certain attempt")
+        return self
 
 
 class TaskReport(TaskUpdateRequest):
