@@ -263,13 +263,13 @@ async def test_a_due_task_takes_its_place_though_others_wait(ada, session_maker)
 
 
 async def test_a_waiting_claim_is_woken_for_the_jobs_that_it_names(app, ada):
-    app.state.joblib_settings.recheck_seconds = 60
+    app.state.joblib_settings.recheck_seconds = 600
     worker = await offer(ada)
     await register(ada, "Scale", worker_id=worker)
 
     async def wait_for(job):
         answer = await ada.post(
-            "/tasks/claim", json={"worker_id": worker, "jobs": [job]}, headers={"Prefer": "wait=20"}
+            "/tasks/claim", json={"worker_id": worker, "jobs": [job]}, headers={"Prefer": "wait=60"}
         )
         return ids(answer.json()["tasks"])
 
@@ -277,7 +277,9 @@ async def test_a_waiting_claim_is_woken_for_the_jobs_that_it_names(app, ada):
         await anyio.sleep(0.5)
         return ids([await submit(ada, job) for job in (ROTATE, SCALE)])
 
-    scale, rotate, tasks = await at_once(wait_for(SCALE), wait_for(ROTATE), submit_both())
+    # before they would look once more by themselves
+    with anyio.fail_after(30):
+        scale, rotate, tasks = await at_once(wait_for(SCALE), wait_for(ROTATE), submit_both())
     assert [*rotate, *scale] == tasks
     body = {"worker_id": worker, "jobs": []}
     problem(await ada.post("/tasks/claim", json=body), 422, "invalid-request")
