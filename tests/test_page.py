@@ -488,6 +488,36 @@ async def test_a_form_has_a_field_for_each_kind(page: Any, server: str, ada: Use
     )
 
 
+async def test_what_waits_says_why_and_what_has_ended_can_go(
+    page: Any, server: str, ada: User, admin: User, session_maker: SessionMaker
+):
+    expect = playwright.expect
+    worker = await steps.offer(ada, worker={"name": "node7:42"})
+    ended = await steps.submit(ada)
+    await steps.report(ada, ended, "cancelled", reason="no use")
+    await steps.submit(ada)
+    await page.goto(f"{server}/#lab")
+    await log_in(page, ada)
+    waiting = lane(page, "waiting")
+    await expect(waiting).to_contain_text("place 1")
+    await expect(page.locator(".worker")).to_contain_text("node7:42")
+    for paused in (True, False):
+        await admin.patch(f"/rooms/lab/jobs/{steps.JOB}", json={"paused": paused})
+        for shown, word in ((page.locator("#jobs"), "paused"), (waiting, "its job is paused")):
+            told = expect(shown)
+            await (told.to_contain_text(word) if paused else told.not_to_contain_text(word))
+    await ada.delete(f"/workers/{worker}")
+    await expect(waiting).to_contain_text("no worker is alive")
+    await lane(page, "ended").get_by_role("button", name="Delete").click()
+    await expect(lane(page, "ended")).to_have_count(0)
+    # another one hears of it
+    await steps.report(ada, await steps.submit(ada), "cancelled")
+    await expect(lane(page, "ended")).to_have_count(1)
+    body = {"action": "delete", "status": "cancelled"}
+    assert (await admin.post("/rooms/lab/tasks/bulk", json=body)).json()["count"] == 1
+    await expect(lane(page, "ended")).to_have_count(0)
+
+
 async def test_nobody_is_left_out(page: Any, server: str, ada: User):
     expect = playwright.expect
     worker = await steps.offer(ada, "Everything", schema=Everything.model_json_schema())
