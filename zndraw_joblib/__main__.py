@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from getpass import getpass
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from zndraw_joblib.client import Extension, JobManager, TaskFailed
 from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_user import Rooms
 from zndraw_joblib.exceptions import describe
+from zndraw_joblib.execution import run_extension
 from zndraw_joblib.extension import nearest
 from zndraw_joblib.lifecycle import GLOBAL_ROOM, TaskStatus
 from zndraw_joblib.schemas import JobPolicy, TaskResponse
@@ -139,9 +141,23 @@ def _add_work(commands: Any) -> None:
         help="how long tasks may go on when the worker is to end; %(default)s",
     )  # fmt: skip
     work.add_argument(
+        "--until", type=_moment, metavar="SECONDS|TIME",
+        help="when it leaves by itself: in so many seconds, or at 2030-01-31T18:00",
+    )  # fmt: skip
+    work.add_argument(
+        "--idle-seconds", type=float, metavar="SECONDS", help="without a task, until it leaves"
+    )
+    work.add_argument(
         "--policy", action="append", default=[], metavar="name=value",
         help="how the tasks are tried, as max_attempts=3",
     )  # fmt: skip
+
+
+def _moment(given: str) -> float | datetime:
+    try:
+        return float(given)
+    except ValueError:
+        return datetime.fromisoformat(given).astimezone()
 
 
 def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -151,10 +167,13 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
     # where `python -m` looks first, and an installed command doesn't
     sys.path.insert(0, os.getcwd())
     return {
+        "execute": run_extension,
         "concurrency": options.concurrency,
         "isolate": options.isolate,
         "setup": _imported(options.setup) if options.setup else None,
         "grace_seconds": options.grace,
+        "until": options.until,
+        "idle_seconds": options.idle_seconds,
     }
 
 

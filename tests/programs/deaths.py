@@ -88,6 +88,9 @@ class Room:
         while task and found["status"] not in states.split() and time.monotonic() < deadline:
             with suppress(httpx.TransportError):
                 found = await processes.read(self.http, f"/tasks/{task}")
+            if found.get("interruptions"):
+                # it waits for another worker
+                break
             await asyncio.sleep(0.1)
         return found
 
@@ -121,9 +124,11 @@ async def die(way: Way, isolated: bool, host: Host, log: Path, restart: Any = No
 
 
 def told(ended: Any, took: float, other: Any, last: Any) -> str:
+    if ended.get("interruptions"):
+        ended = {"status": "pending"}
     why = f" (`{ended['error_type']}`)" if ended.get("error_type") else ""
     lost = []
-    if other["status"] != "completed":
+    if other["status"] != "completed" and not other.get("interruptions"):
         lost.append("the task beside it")
     if last["status"] != "completed":
         lost.append("the worker")
