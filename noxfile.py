@@ -44,11 +44,15 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, layout and types."""
-    install(session, "lint", "host")
+    """Check style, layout and types: of the package, the example host and the docs' code."""
+    install(session, "lint", "test")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    host = ("docs/host.py", "docs/internal_jobs.py", "docs/monitoring.py")
+    session.run("mypy", *host, env={"MYPYPATH": "docs"})
+    session.run("pyright", "--pythonpath", f"{session.bin}/python")
+    session.run("python", "tests/programs/page_types.py", env={"PYTHONPATH": SUITE})
 
 
 @nox.session

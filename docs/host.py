@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -29,6 +29,7 @@ from internal_jobs import EXTENSIONS, SERVICE_ID, make_executor, make_mint_token
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
+from socketio.exceptions import ConnectionRefusedError
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -92,7 +93,7 @@ def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
         try:
             await auth.current_user_scoped_session(maker, strategy, token)
         except HTTPException as exc:
-            raise socketio.exceptions.ConnectionRefusedError(exc.detail) from None
+            raise ConnectionRefusedError(exc.detail) from None
         # every room sees what is registered for all
         await tsio.enter_room(sid, room_channel("@global"))
 
@@ -105,7 +106,13 @@ def socket_server(app: FastAPI, redis_url: str | None) -> socketio.AsyncServer:
     ):
         for verb, change in (("join", tsio.enter_room), ("leave", tsio.leave_room)):
 
-            async def handle(sid: str, data: Any, key=key, channel=channel, change=change) -> None:
+            async def handle(
+                sid: str,
+                data: Any,
+                key: str = key,
+                channel: Callable[[str], str] = channel,
+                change: Any = change,
+            ) -> None:
                 name = data.get(key) if isinstance(data, dict) else None
                 # each is kept as long as the connection
                 if isinstance(name, str) and len(name) <= MAX_NAME:
@@ -221,7 +228,7 @@ def create_app() -> FastAPI:
         state.wakeups = joblib.PgWakeups(state.engine)
     state.tsio = socket_server(app, state.redis_url)
     # beneath whichever path the app itself is served
-    app.mount("/socket.io", socketio.ASGIApp(state.tsio, socketio_path=None))
+    app.mount("/socket.io", socketio.ASGIApp(state.tsio, socketio_path="/"))
     app.add_exception_handler(joblib.ProblemException, joblib.problem_exception_handler)
     app.add_exception_handler(RequestValidationError, joblib.problem_exception_handler)
     app.include_router(joblib.router)

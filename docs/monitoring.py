@@ -1,7 +1,7 @@
 """What the example host shows of itself: a page for people, numbers for Prometheus.
 
-The page is ``page.html`` as it stands, and is told what its users are called. The numbers are served where ``METRICS_TOKEN`` is
-set, to whoever brings it::
+The page is ``page.html`` as it stands, and is told what its users are called. The numbers are
+served where ``METRICS_TOKEN`` is set, to whoever brings it::
 
     scrape_configs:
       - job_name: zndraw-joblib
@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Annotated
 from uuid import UUID
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-from sqlalchemy import select
 from zndraw_auth import SessionDep, User, current_active_user
 
 from zndraw_joblib import JobStats, queue_stats
 from zndraw_joblib.settings import settings_of
 
+USER = User.__table__.c
 PAGE = Path(__file__).parent / "page.html"
 
 router = APIRouter(include_in_schema=False)
@@ -42,7 +43,7 @@ async def names(
     session: SessionDep, id: Annotated[list[UUID], Query(max_length=100)]
 ) -> dict[UUID, str]:
     """Tell what users are called: their addresses up to the ``@``."""
-    found = await session.execute(select(User.id, User.email).where(User.id.in_(id)))
+    found = await session.execute(sa.select(USER.id, USER.email).where(USER.id.in_(id)))
     return {row.id: row.email.partition("@")[0] for row in found}
 
 

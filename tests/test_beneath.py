@@ -48,7 +48,7 @@ def cut_off_by_a_proxy(app: FastAPI) -> Any:
 
 def routed(app: FastAPI) -> Any:
     app.include_router(joblib.router, prefix="/a tool")
-    sockets = socketio.ASGIApp(app.state.tsio, socketio_path=None)
+    sockets = socketio.ASGIApp(app.state.tsio, socketio_path="/")
     app.mount("/a tool/socket.io", sockets)
     return app
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from inspect import Parameter, signature
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from zndraw_joblib.client import Category, Extension, JobManager
 from zndraw_joblib.client_claims import Claims, HeldTasks
 from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_worker import Life
+from zndraw_joblib.execution import Options
 from zndraw_joblib.testing import Host
 
 # where a test fails, what it waits for hangs
@@ -271,3 +273,9 @@ def test_a_class_that_is_defined_anew_is_served_where_it_is(host, monkeypatch):
         first.wait()
     assert [worker.id for worker in second.workers("lab")] == [second.worker_id]
     second.disconnect()
+
+
+def test_connect_shows_every_option_of_a_manager():
+    parameters = signature(JobManager.__init__).parameters.values()
+    options = {p.name: p.annotation for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
+    assert options == Options.__annotations__

@@ -98,11 +98,10 @@ async def test_replicas_prepare_one_database_at_once(page: Path):
 
 
 async def test_the_tutorial_leads_from_nothing_to_a_result(elsewhere: Path):
-    text = TUTORIAL.read_text()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    programs = re.findall(r"as\s`(\w+\.py)`.*?```python\n(.*?)```", text, re.DOTALL)
+    programs = pages.programs(TUTORIAL)
     assert len(programs) == len(pages.blocks(TUTORIAL, "python"))
     for name, code in programs:
         (elsewhere / name).write_text(code.replace("8000", port))

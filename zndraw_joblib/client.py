@@ -20,7 +20,7 @@ from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_user import Rooms, Submissions, Submitting
 from zndraw_joblib.client_worker import Life, Offered, Registering, Registrations, in_notebook
 from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
-from zndraw_joblib.execution import Execute, Threads, run_extension
+from zndraw_joblib.execution import Execute, Options, Threads, run_extension
 from zndraw_joblib.extension import Category, ClaimedTask, Extension, TaskCancelled, category_of
 from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus
 from zndraw_joblib.provider import Provider
@@ -132,7 +132,7 @@ class JobManager:
         token: str | None = None,
         user: str | None = None,
         password: str | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Self:
         """Return a manager for the host at ``url``, with a Socket.IO connection of its own.
 

@@ -176,7 +176,7 @@ class Submissions:
         """Submit payloads, each to the first of some jobs that is there."""
         key = how.get("idempotency_key") or uuid.uuid4().hex
         # what is not asked for is left out: an older host does not know it
-        options = {word: how[word] for word in ("priority", "delay_seconds") if how.get(word)}
+        options = {w: value for w in ("priority", "delay_seconds") if (value := how.get(w))}
         bodies = ((jobs, _encoded({"payload": payload, **options})) for jobs, payload in tasks)
         handles: Listing[TaskHandle] = Listing()
         number = 0

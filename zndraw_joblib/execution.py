@@ -9,10 +9,11 @@ import logging
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from socket import gethostname
 from tempfile import gettempdir
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from zndraw_joblib.encoding import as_json
 from zndraw_joblib.exceptions import describe, storable
@@ -24,6 +25,23 @@ log = SafeLogger(logging.getLogger(__name__))
 
 Report = dict[str, Any]
 Execute = Callable[[ClaimedTask[Any]], Any]
+
+
+class Options(TypedDict, total=False):
+    """How a `JobManager` works; what it means is told there."""
+
+    execute: Execute | None
+    heartbeat_interval: float
+    polling_interval: float
+    max_unreachable_seconds: float
+    max_startup_retries: int
+    concurrency: int
+    grace_seconds: float
+    isolate: bool
+    setup: Callable[[], Any] | None
+    kill_after: float
+    until: datetime | float | None
+    idle_seconds: float | None
 
 
 class _Attempt(Protocol):

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic
 
 import pydantic_core
 from pydantic import AliasChoices, AliasPath, BaseModel
 from pydantic.fields import FieldInfo
+from typing_extensions import TypeVar
 
 from zndraw_joblib.encoding import encode, unfit
 from zndraw_joblib.lifecycle import UNPRINTABLE
@@ -19,7 +20,7 @@ from zndraw_joblib.lifecycle import UNPRINTABLE
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
 
-E = TypeVar("E", bound="Extension")
+E = TypeVar("E", bound="Extension", default=Any)
 
 
 class Category(StrEnum):
@@ -61,8 +62,11 @@ class Extension(BaseModel, ABC):
     nan_as_null: ClassVar[bool] = False
 
     @abstractmethod
-    def run(self, vis: Any, **kwargs: Any) -> Any:
-        """Do the work on ``vis``; ``kwargs`` are those given at registration."""
+    def run(self, vis: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Do the work on ``vis``; ``kwargs`` are those given at registration.
+
+        What overrides it takes of these what it needs: ``run(self, vis, *, task)``.
+        """
 
     def __init__(self, **parameters: Any) -> None:
         cls = type(self)

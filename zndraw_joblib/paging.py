@@ -71,7 +71,7 @@ class Listing:
         Where the next page begins.
     """
 
-    rows: Sequence[sa.Row[Any]]
+    rows: Sequence[Any]
     total: int
     next: Cursor | None
 
@@ -144,7 +144,7 @@ async def paginate(
         What it adds to the chosen rows, it adds to those of the page alone.
     """
     cursor = page.cursor
-    rows: Sequence[sa.Row[Any]] = []
+    rows: Sequence[Any] = []
     if page.limit:
         asked = _page(statement, table, page.limit, cursor is not None, complete)
         start = (

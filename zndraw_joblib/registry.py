@@ -70,8 +70,8 @@ class InternalRegistry:
     executor: Callable[..., Awaitable[None]]
     mint_token: MintToken | None = None
 
-    def __contains__(self, full_name: object) -> bool:
-        return full_name in self.tasks
+    def __contains__(self, name: object) -> bool:
+        return name in self.tasks
 
     async def send(self, name: str, *, subject: Any = None, **message: Any) -> None:
         """Hand a message to the broker; what the broker raises is raised.

@@ -214,7 +214,7 @@ def _raise_for_status(response: httpx.Response) -> None:
         raise kinds.get(response.status_code, ValueError)(response.json()["detail"])
 
 
-def _work(manager: JobManager) -> Iterator[tuple[ClaimedTask[Any], BaseException | None]]:
+def _work(manager: JobManager) -> Iterator[tuple[ClaimedTask, BaseException | None]]:
     """Run tasks until there are none, and yield each with what it raised."""
     while manager.worker_id is not None and (task := manager.claim()) is not None:
         error: BaseException | None = None

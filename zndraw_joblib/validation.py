@@ -292,14 +292,14 @@ class _Check:
         kinds, rule = _RULES[keyword]
         if kinds and type(value) not in kinds:
             return True
+        if keyword == "pattern":
+            return self._matches(argument, value)
         if isinstance(argument, list):
             self.spend(len(argument) // 4)
         if keyword == "uniqueItems":
             self.spend(len(value))
         if keyword == "multipleOf":
             self.spend(100)
-        if keyword == "pattern":
-            return self._matches(argument, value)
         return rule(value, argument)
 
     def _parts(

@@ -28,7 +28,7 @@ class Often(Extension):
     seconds: float = 0
     fails: bool = False
 
-    def run(self, vis: Any, *, task: ClaimedTask[Any]) -> None:
+    def run(self, vis: Any, *, task: ClaimedTask) -> None:
         end = time.monotonic() + self.seconds
         while (left := end - time.monotonic()) > 0:
             task.raise_if_cancelled()
@@ -77,7 +77,7 @@ def work(path: Path, token: str, seed: str, websocket: bool, urls: list[str]) ->
     # in minutes of forks, a process id comes again
     life = f"{os.getpid()}-{time.monotonic_ns()}"
 
-    def execute(task: ClaimedTask[Any]) -> Any:
+    def execute(task: ClaimedTask) -> Any:
         run = f"{life}-{next(runs)}"
         record(run=run, task=task.task_id, attempt=task.attempt)
         result = None

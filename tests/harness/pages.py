@@ -41,6 +41,11 @@ def blocks(page: Path, kind: str | None = None) -> list[Block]:
     return [block for block in found if kind in (None, block.kind)]
 
 
+def programs(page: Path) -> list[tuple[str, str]]:
+    """Return the programs that a page has people save, each with its name."""
+    return re.findall(r"as\s`(\w+\.py)`.*?```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
 async def run(page: Path, **names: Any) -> dict[str, Any]:
     """Run the Python blocks of a page in their order, in one namespace, and return it."""
     namespace = {"__name__": "page", **names}
