@@ -22,6 +22,9 @@ from zndraw_joblib import Category, ClaimedTask, Extension, JobManager, Provider
 
 STRUCTURES = Path(__file__).resolve().parent / "structures"
 
+# what is saved of more would be larger than 64 KiB
+MAX_SAVED_ATOMS = 500
+
 Vector = tuple[float, float, float]
 
 
@@ -81,7 +84,7 @@ class RadialDistribution(Extension):
 class Relaxation(Extension):
     """Positions and cell relaxed with EMT until no force exceeds ``fmax``, in eV/Å.
 
-    Energies are in eV per atom.
+    Energies are in eV per atom. If it is stopped half way, the next attempt goes on from there.
     """
 
     category: ClassVar[Category] = Category.MODIFIER
@@ -96,16 +99,25 @@ class Relaxation(Extension):
         atoms = self.structure.to_atoms()
         atoms.calc = EMT()
         before = atoms.get_potential_energy() / len(atoms)
+        steps = 0
+        if task is not None and (saved := task.saved):
+            atoms.set_cell(saved["cell"])
+            atoms.set_positions(saved["positions"])
+            steps = saved["steps"]
         optimizer = BFGS(FrechetCellFilter(atoms), logfile=None)
-        for _ in optimizer.irun(fmax=self.fmax, steps=self.max_steps):
+        for _ in optimizer.irun(fmax=self.fmax, steps=self.max_steps - steps):
             if task is not None:
                 task.raise_if_cancelled()
-                task.progress(optimizer.nsteps / self.max_steps)
+                done = steps + optimizer.nsteps
+                task.progress(done / self.max_steps)
+                if len(atoms) <= MAX_SAVED_ATOMS:
+                    task.save({"cell": atoms.cell[:], "positions": atoms.positions, "steps": done})
+        steps += optimizer.nsteps
         return {
             "energy_before": before,
             "energy_after": atoms.get_potential_energy() / len(atoms),
-            "converged": optimizer.nsteps < self.max_steps,
-            "steps": optimizer.nsteps,
+            "converged": steps < self.max_steps,
+            "steps": steps,
             "structure": Structure.from_atoms(atoms).model_dump(),
         }
 

@@ -398,6 +398,57 @@ async def test_progress_is_coalesced(make: MakeManager, ada: Any, meddler: Meddl
     assert task["progress_message"].startswith("step ")
 
 
+async def test_a_task_goes_on_where_it_was_stopped(make: MakeManager, ada: Any):
+    done: list[int] = []
+    refused: list[str] = []
+
+    def execute(task: ClaimedTask) -> Any:
+        state = task.saved or {"step": 0}
+        for step in range(state["step"], 6):
+            done.append(step)
+            state["step"] = step + 1
+            task.save(state)
+            if len(done) == 4:
+                for unfit in ("x" * 64 * 1024, {"e": np.nan}, object()):
+                    with pytest.raises(ValueError, match="checkpoint") as raised:
+                        task.save(unfit)
+                    refused.append(str(raised.value))
+                # it has not gone with a heartbeat yet
+                raise RuntimeError("half way")
+        return task.saved
+
+    manager = make(execute=execute, concurrency=2)
+    await run_sync(partial(manager.register, Work, policy=JobPolicy(max_attempts=2)))
+    task = await ended(ada, await submit(ada))
+    assert (task["status"], task["attempt"], task["result"]) == ("completed", 2, {"step": 6})
+    assert done == [0, 1, 2, 3, 4, 5]
+    assert refused[0].startswith("the checkpoint has 65538 bytes as JSON, and may have 65536")
+    assert "checkpoint.e is nan" in refused[1]
+
+
+async def test_a_checkpoint_that_the_host_refuses_stops_no_heartbeat(
+    make: MakeManager, ada: Any, app: Any
+):
+    app.state.joblib_settings = JobLibSettings(max_payload_bytes=50_000)
+    began, cancelled = threading.Event(), threading.Event()
+
+    def execute(task: ClaimedTask) -> Any:
+        task.save("x" * 60_000)
+        began.set()
+        while not task.cancelled:
+            time.sleep(0.01)
+        cancelled.set()
+        task.raise_if_cancelled()
+
+    manager = make(execute=execute)
+    await run_sync(manager.register, Work)
+    task = await submit(ada)
+    assert await run_sync(began.wait, HANG)
+    await ada.patch(f"/tasks/{task}", json={"status": "cancelled"})
+    # with a heartbeat
+    assert await run_sync(cancelled.wait, HANG)
+
+
 # --- faults ---
 
 

@@ -45,6 +45,7 @@ CLIENT = [
     "client_user",
     "client_worker",
     "client_claims",
+    "client_heartbeat",
     "client_isolation",
     "client_hands",
     "client_shutdown",

@@ -79,6 +79,16 @@ def test_a_crash_is_tried_again_as_the_policy_says(host: Host):
     assert [error.error_type for error in task.errors] == ["crashed", "crashed"]
 
 
+def test_a_crashed_task_goes_on_where_it_was(host: Host):
+    manager = isolated(host)
+    manager.register(Odd, room="lab", policy=JobPolicy(max_attempts=3))
+    raised, crashed = run(manager, "steps", "steps and crash")
+    for task in (raised, crashed):
+        assert (task.status, task.attempt) == ("completed", 2)
+        assert task.result["steps"] == list(range(5, 10))
+    assert [task.errors[0].error_type for task in (raised, crashed)] == ["user_error", "crashed"]
+
+
 def test_code_that_holds_the_lock_loses_nothing(host: Host):
     host.app.state.joblib_settings = JobLibSettings(worker_timeout_seconds=1)
     manager = isolated(host)

@@ -283,6 +283,50 @@ async def test_a_heartbeat_carries_progress_and_brings_what_to_stop(ada, bob, ev
         assert (task["progress"], task["progress_message"]) == shown
 
 
+async def test_what_an_attempt_saved_goes_to_the_next_one(ada, events):
+    worker = await offer(ada, max_attempts=2)
+    other = await submit(ada)
+    submitted = await submit(ada)
+    held = {task["id"]: task for task in await claim(ada, worker, max_tasks=2)}
+    assert all(task["checkpoint"] is None for task in held.values())
+    task = held[submitted["id"]]
+
+    async def save(checkpoint, attempt=1, **more):
+        said = {"id": task["id"], "attempt": attempt, "checkpoint": checkpoint, **more}
+        beats = {"tasks": [{"id": other["id"], "attempt": 1, "message": "busy"}, said]}
+        answer = await ada.patch(f"/workers/{worker}", json=beats)
+        return answer.status_code, (await read(ada, task))["checkpoint"]
+
+    state = {"step": 2.0, "é": [1, None, True]}
+    assert await save(state, progress=0.5) == (200, state)
+    assert (await read(ada, task))["progress"] == 0.5
+    assert (await read(ada, other))["checkpoint"] is None
+    # what a heartbeat doesn't tell it doesn't take back, nor what another attempt says
+    assert await save(None) == await save("late", attempt=7) == (200, state)
+    full = "é" * (32 * 1024 - 1)
+    assert await save(full + "a") == (422, state)
+    assert await save(full) == (200, full)
+    assert await save(0) == (200, 0)
+    for listed in (
+        (await ada.get("/rooms/lab/tasks")).json()["items"],
+        (await ada.post("/tasks/query", json={"ids": [task["id"]]})).json()["tasks"],
+    ):
+        assert all(task["checkpoint"] is None for task in listed)
+    assert "checkpoint" not in events[-1].data
+
+    await report(ada, task, "failed", attempt=1)
+    (again,) = await claim(ada, worker)
+    assert (again["attempt"], again["checkpoint"]) == (2, 0)
+    assert await save([1], attempt=2) == (200, [1])
+    for status, kept in (("failed", [1]), ("completed", None)):
+        ended = await report(ada, again, status, attempt=again["attempt"])
+        assert (ended.json()["status"], ended.json()["checkpoint"]) == (status, [1])
+        # what has come to its end begins anew
+        assert (await ada.post(f"/tasks/{task['id']}/retry")).json()["checkpoint"] == kept
+        (again,) = await claim(ada, worker, start=True)
+        assert again["checkpoint"] == kept
+
+
 @pytest.mark.parametrize("count", [1, 256])
 async def test_a_heartbeat_of_any_permitted_size(ada, session_maker, count):
     worker = await offer(ada)

@@ -11,9 +11,10 @@ from typing import Any, Self, TypeVar, Unpack, overload
 from uuid import UUID
 
 from zndraw_joblib.client_api import Api, HostApi
-from zndraw_joblib.client_claims import Claims, Heartbeat, HeldTasks
+from zndraw_joblib.client_claims import Claims, HeldTasks
 from zndraw_joblib.client_handles import Listing, TaskFailed, TaskHandle, View, as_completed, gather
 from zndraw_joblib.client_hands import Allocation, Hands, Readers, executor_of
+from zndraw_joblib.client_heartbeat import Heartbeat
 from zndraw_joblib.client_shutdown import Shutdown
 from zndraw_joblib.client_sockets import Socket
 from zndraw_joblib.client_transport import Transport

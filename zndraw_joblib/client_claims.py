@@ -1,9 +1,8 @@
-"""What a worker claims, holds and reports of tasks, and the heartbeat that keeps them."""
+"""What a worker claims, holds and reports of tasks."""
 
 import json
 import logging
 import threading
-import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,23 +12,20 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field
 
-from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, SlowDown, Unreachable
+from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, SlowDown
 from zndraw_joblib.client_transport import FIRST_DELAY_SECONDS, Transport, path, prefer
 from zndraw_joblib.client_worker import Life, Registrations
 from zndraw_joblib.encoding import as_json
 from zndraw_joblib.exceptions import describe, storable
 from zndraw_joblib.execution import Report, keep_result, report_of
 from zndraw_joblib.extension import ClaimedTask
-from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, WorkerState
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.telemetry import SafeLogger
 
 # what a host says of a result that it won't keep
 REFUSED = frozenset({400, 413, 422})
 BATCH_RETRIES = 2
 LAST_RETRIES = 3
-PAUSE_AFTER_ERROR_SECONDS = 5.0
-# with tasks at hand: how long a cancel takes to arrive where no websocket brings it
-BUSY_BEAT_SECONDS = 0.5
 
 log = SafeLogger(logging.getLogger(__name__))
 
@@ -48,6 +44,7 @@ class TaskOffer(BaseModel):
     # a host that doesn't count attempts doesn't send them
     attempt: int | None = None
     traceparent: str | None = None
+    checkpoint: Any = None
 
 
 class Unread(NamedTuple):
@@ -213,6 +210,7 @@ class Claims:
             job.given,
             attempt=offer.attempt,
             traceparent=offer.traceparent,
+            saved=offer.checkpoint,
         )
         self.held.add(task)
         self.note("claimed", task)
@@ -350,121 +348,3 @@ class Claims:
             self._send(failure_of(report, error), retries=LAST_RETRIES)
         except BaseException:
             self.life.give_up(exc)
-
-
-@dataclass
-class Heartbeat:
-    """The thread that shows the host that the worker lives, and how far its tasks are."""
-
-    claims: Claims
-    interval: float
-    draining: bool = False
-    _host_counts_attempts: bool = True
-    _started: bool = False
-    _due: threading.Event = field(default_factory=threading.Event)
-    _put_again_at: float = 0.0
-    #: how many hands are stuck, as the host knows it
-    _told_stuck: int = 0
-
-    def __post_init__(self) -> None:
-        self._life = self.claims.life
-
-    def start(self) -> None:
-        """Begin, if it has not begun."""
-        if not self._started:
-            self._started = True
-            self._life.start("heartbeat", self._run)
-
-    def hurry(self) -> None:
-        """Have the next heartbeat soon: there is a task to ask about."""
-        if self._host_counts_attempts:
-            self._due.set()
-
-    def close(self) -> None:
-        """Send no more of them, after ``aborting`` was set."""
-        self._due.set()
-
-    def send(self, **options: Any) -> bool:
-        """Send a heartbeat; return whether the host has lost registrations."""
-        before = self.claims.registrations.counts()
-        # hosts that count no attempts have no use for the tasks in a heartbeat
-        tasks = [task for task in self.claims.held.all() if task.attempt is not None]
-        most = self.claims.transport.limits().max_heartbeat_tasks if len(tasks) > 1 else 1
-        for first in range(0, len(tasks) or 1, most):
-            some = tasks[first : first + most]
-            answer = self._send(some, options)
-            # these objects, not what is held under their ids by now
-            stop = {*(answer.get("cancelled") or ()), *(answer.get("lost") or ())}
-            for task in some:
-                if task.task_id in stop:
-                    task.end()
-        for task in self.claims.held.all():
-            if task.ended:
-                # there is nothing more to report or to learn
-                self.claims.held.discard(task)
-        self._host_counts_attempts = "cancelled" in answer
-        self.draining = answer.get("desired_state") == WorkerState.DRAINING
-        # only what was offered all the time that the heartbeat was under way
-        after = self.claims.registrations.counts()
-        return any(
-            isinstance(answer.get(kind), int) and answer[kind] < min(before[kind], after[kind])
-            for kind in before
-        )
-
-    def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
-        entries = [{"id": t.task_id, "attempt": t.attempt, **t.unsent_progress()} for t in tasks]
-        stuck = len(self.claims.held.stuck())
-        content: dict[str, Any] = {"tasks": entries} if tasks else {}
-        if stuck != self._told_stuck:
-            content["stuck"] = stuck
-        if content:
-            options = {"json": content, **options}
-
-        def ask(worker_id: UUID) -> Answer:
-            def read(body: dict[str, Any]) -> dict[str, Any]:
-                if UUID(body["id"]) != worker_id:
-                    raise ValueError("it is about another worker")
-                return body
-
-            return self.claims.transport.send(
-                "patch", path("workers", worker_id), read=read, **options
-            )
-
-        answer: dict[str, Any] = self.claims.registrations.as_worker(ask).value
-        self._told_stuck = stuck
-        return answer
-
-    def _run(self) -> None:
-        pause = self.interval
-        while not self._life.aborting.is_set():
-            if self._due.wait(pause):
-                self._due.clear()
-                self._life.stopping.wait(min(BUSY_BEAT_SECONDS, self.interval))
-            if self._life.aborting.is_set():
-                return
-            try:
-                pause = self._beat()
-            except BaseException:
-                log.exception("no heartbeat")
-                pause = min(PAUSE_AFTER_ERROR_SECONDS, self.interval)
-
-    def _beat(self) -> float:
-        try:
-            lost = self.send(stop=self._life.aborting)
-            now = time.monotonic()
-            if lost and now - self._put_again_at > self.interval / 2:
-                # not more often: the host may have reasons of its own
-                self._put_again_at = now
-                self.claims.registrations.put_again()
-        except SlowDown:
-            return self.interval
-        except (Unreachable, PermissionError) as exc:
-            if not self._life.aborting.is_set():
-                # the worker may have been deleted under this heartbeat
-                self._life.give_up(exc)
-            return self.interval
-        # of a host that doesn't count attempts a heartbeat learns nothing of tasks
-        held = self.claims.held
-        untold = len(held.stuck()) != self._told_stuck
-        busy = self._host_counts_attempts and (held.all() or untold)
-        return min(BUSY_BEAT_SECONDS, self.interval) if busy else self.interval

@@ -14,7 +14,8 @@ from typing import Any
 
 from zndraw_joblib import provider, telemetry
 from zndraw_joblib.client_api import SlowDown, Unreachable
-from zndraw_joblib.client_claims import Claims, Heartbeat, TaskOffer
+from zndraw_joblib.client_claims import Claims, TaskOffer
+from zndraw_joblib.client_heartbeat import Heartbeat
 from zndraw_joblib.client_transport import Transport, path
 from zndraw_joblib.client_worker import Life, Offered, Pool, Registrations
 from zndraw_joblib.exceptions import describe
@@ -305,6 +306,8 @@ class Hands:
             report = report_of(offer, TaskStatus.FAILED, error=describe(exc))
         try:
             if report is not None:
+                if task is not None and report["status"] != TaskStatus.COMPLETED:
+                    self.heartbeat.send_checkpoint(task)
                 reported = self._report_together(report)
                 if not reported:
                     self.claims.report(report)

@@ -42,7 +42,7 @@ TERM_SECONDS = 2.0
 # how long a child may take to end with its worker
 CLOSE_SECONDS = 1.0
 #: What crosses the pipe of a task, beside class, ``run_kwargs`` and parameters.
-ABOUT = ("task_id", "job_name", "room_id", "attempt", "traceparent")
+ABOUT = ("task_id", "job_name", "room_id", "attempt", "traceparent", "saved")
 
 log = SafeLogger(logging.getLogger(__name__))
 
@@ -163,7 +163,9 @@ class Processes:
             if message is not None and message[0] == "report":
                 report: Report | None = json.loads(message[1])
                 return report
-            if message is not None:
+            if message is not None and message[0] == "checkpoint":
+                task.save(json.loads(message[1]))
+            elif message is not None:
                 task.progress(*message[1:])
             if task.cancelled and kill_at == math.inf:
                 kill_at = time.monotonic() + self._kill_after
@@ -286,6 +288,7 @@ class _Tasks:
             else:
                 report = perform(execute, task)
             with self._lock:
+                self._send_checkpoint(task)
                 self._task = None
             self._send("report", json.dumps(report))
 
@@ -339,10 +342,18 @@ class _Tasks:
 
     def _send_progress(self) -> None:
         with self._lock:
-            if self._task is not None and (new := self._task.unsent_progress()):
+            if self._task is None:
+                return
+            self._send_checkpoint(self._task)
+            if new := self._task.unsent_progress():
                 self._connection.send(
                     ("progress", new.get("progress", math.nan), new.get("message"))
                 )
+
+    def _send_checkpoint(self, task: ClaimedTask[Any]) -> None:
+        if checkpoint := task.unsent_checkpoint():
+            self._connection.send(("checkpoint", checkpoint))
+            task.keep_checkpoint(checkpoint)
 
     def _send(self, *message: Any) -> None:
         with self._lock:

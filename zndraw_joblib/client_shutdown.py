@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 from zndraw_joblib.client_api import HostApi
-from zndraw_joblib.client_claims import LAST_RETRIES, Claims, Heartbeat
+from zndraw_joblib.client_claims import LAST_RETRIES, Claims
 from zndraw_joblib.client_hands import Hands, Readers
+from zndraw_joblib.client_heartbeat import Heartbeat
 from zndraw_joblib.client_transport import path
 from zndraw_joblib.client_worker import Life
 from zndraw_joblib.extension import ClaimedTask
@@ -141,6 +142,8 @@ class Shutdown:
             self.claims.held.end_all()
             hands.executor.close()
             hands.finish(time.monotonic() + LAST_TASK_SECONDS)
+            for task in tasks:
+                self.heartbeat.send_checkpoint(task)
             self.claims.interrupt(tasks, timeout=LAST_REQUEST_SECONDS)
 
     def _interruptible(self) -> list[ClaimedTask[Any]]:

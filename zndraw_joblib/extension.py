@@ -1,5 +1,6 @@
 """What a worker's author subclasses to offer a job, and is given to run it."""
 
+import json
 import math
 import threading
 import time
@@ -14,8 +15,8 @@ from pydantic import AliasChoices, AliasPath, BaseModel
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeVar
 
-from zndraw_joblib.encoding import encode, unfit
-from zndraw_joblib.lifecycle import UNPRINTABLE
+from zndraw_joblib.encoding import as_json, encode, unfit
+from zndraw_joblib.lifecycle import MAX_CHECKPOINT_BYTES, UNPRINTABLE
 
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
@@ -102,6 +103,8 @@ class ClaimedTask(Generic[E]):
         Which attempt this is; None when the host doesn't count them.
     traceparent : str, optional
         The trace that it was submitted in (W3C Trace Context).
+    saved : object, optional
+        What an earlier attempt saved.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class ClaimedTask(Generic[E]):
         run_kwargs: dict[str, Any] | None = None,
         attempt: int | None = None,
         traceparent: str | None = None,
+        saved: Any = None,
     ) -> None:
         self.task_id = task_id
         self.job_name = job_name
@@ -126,6 +130,8 @@ class ClaimedTask(Generic[E]):
         self._progress: tuple[float, str | None] | None = None
         self._sent: tuple[float, str | None] | None = None
         self._sent_at = 0.0
+        # as JSON: what was saved may change afterwards
+        self._checkpoint = self._kept_checkpoint = json.dumps(saved)
 
     def __repr__(self) -> str:
         return f"ClaimedTask({self.task_id!r}, {self.job_name!r}, {self.room_id!r})"
@@ -163,6 +169,43 @@ class ClaimedTask(Generic[E]):
         """
         # nothing else: it is called in tight loops
         self._progress = (float(fraction), message)
+
+    @property
+    def saved(self) -> Any:
+        """What was saved last, in this attempt or an earlier one; None if nothing was."""
+        return json.loads(self._checkpoint)
+
+    def save(self, state: Any) -> None:
+        """Keep where the task is: if this attempt ends early, the next one finds it in `saved`.
+
+        It is sent with the next heartbeat. The task shows it, as `checkpoint`.
+
+        Parameters
+        ----------
+        state : object
+            What JSON can hold, NumPy's arrays included, in at most 64 KiB of it.
+
+        Raises
+        ------
+        ValueError
+            When it is too large, or nothing that JSON has a notation for.
+        """
+        plain = as_json(state, "checkpoint")
+        if (size := len(pydantic_core.to_json(plain))) > MAX_CHECKPOINT_BYTES:
+            raise ValueError(
+                f"the checkpoint has {size} bytes as JSON, and may have {MAX_CHECKPOINT_BYTES}:"
+                " save what is large in a file, and here where it is"
+            )
+        self._checkpoint = json.dumps(plain)
+
+    def unsent_checkpoint(self) -> str | None:
+        """Return what was saved and the host has not, as JSON."""
+        checkpoint = self._checkpoint
+        return None if checkpoint is self._kept_checkpoint else checkpoint
+
+    def keep_checkpoint(self, checkpoint: str) -> None:
+        """Note what the host has, or won't have."""
+        self._kept_checkpoint = checkpoint
 
     def cancel(self) -> None:
         """Make `cancelled` true; a run that stops for it ends the task as cancelled."""

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
+import pydantic_core
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -17,6 +18,7 @@ from pydantic import (
 )
 
 from zndraw_joblib.lifecycle import (
+    MAX_CHECKPOINT_BYTES,
     MAX_LENGTH,
     ErrorType,
     Json,
@@ -73,6 +75,16 @@ Seconds = Annotated[Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Limit = Annotated[Number, Field(ge=MIN_LIMIT, le=MAX_SECONDS, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Attempt = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
+
+
+def _of_checkpoint_size(value: Json) -> Json:
+    size = len(pydantic_core.to_json(value))
+    if size > MAX_CHECKPOINT_BYTES:
+        raise ValueError(f"has {size} bytes: a checkpoint may have {MAX_CHECKPOINT_BYTES}")
+    return value
+
+
+Checkpoint = Annotated[Json, AfterValidator(_of_checkpoint_size)]
 
 
 def _open(kind: type[StrEnum]) -> WrapValidator:

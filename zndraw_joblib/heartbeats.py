@@ -128,8 +128,8 @@ async def _store(
     reported: Sequence[TaskHeartbeat],
     settings: JobLibSettings,
 ) -> list[TaskView]:
-    """Store progress; what ended meanwhile is left to the next heartbeat."""
-    reported = [t for t in reported if t.progress is not None or t.message is not None]
+    """Store progress and checkpoints; what ended meanwhile is left to the next heartbeat."""
+    reported = [t for t in reported if (t.progress, t.message, t.checkpoint) != (None,) * 3]
     if not reported:
         return []
     fractions = ((TASK.c.id == t.id, literal(t.progress, Float)) for t in reported)
@@ -146,15 +146,16 @@ async def _store(
         .with_for_update()
     )
     # what is not reported stays: a message alone erases no progress
-    storing = (
-        update(TASK)
-        .where(rechecked(held()), TASK.c.id.in_(theirs))
-        .values(
-            {
-                TASK.c.progress: func.coalesce(case(*fractions), TASK.c.progress),
-                TASK.c.progress_message: func.coalesce(case(*messages), TASK.c.progress_message),
-            }
-        )
-        .returning(*BRIEF)
-    )
-    return await change(session, storing, settings)
+    values: dict[Any, Any] = {
+        TASK.c.progress: func.coalesce(case(*fractions), TASK.c.progress),
+        TASK.c.progress_message: func.coalesce(case(*messages), TASK.c.progress_message),
+    }
+    saved = [
+        (TASK.c.id == t.id, literal(t.checkpoint, TASK.c.checkpoint.type))
+        for t in reported
+        if t.checkpoint is not None
+    ]
+    if saved:
+        values[TASK.c.checkpoint] = case(*saved, else_=TASK.c.checkpoint)
+    storing = update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs)).values(values)
+    return await change(session, storing.returning(*BRIEF), settings)

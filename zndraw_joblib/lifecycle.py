@@ -119,6 +119,8 @@ REPORTABLE = {way.target: way.sources for way in TRANSITIONS if way.reported}
 
 MAX_ATTEMPTS = 100
 MAX_PRIORITY = 1000
+#: Of a checkpoint, as JSON without blanks.
+MAX_CHECKPOINT_BYTES = 64 * 1024
 
 WORKER_LOST_ERROR = "Worker disconnected"
 INTERRUPTED_ERROR = "Interrupted too often"

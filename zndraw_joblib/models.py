@@ -196,6 +196,8 @@ class Task(Base):
         looked for in all tasks.
     reason : str or None
         Why it was cancelled.
+    checkpoint : object
+        Where the next attempt goes on.
     """
 
     __tablename__ = "task"
@@ -261,6 +263,7 @@ class Task(Base):
     interruptions: Mapped[int] = mapped_column(default=0)
     ended_by_id: Mapped[UUID | None]
     reason: Mapped[str | None]
+    checkpoint: Mapped[Any | None] = mapped_column(JsonText)
 
 
 # What statements are made of. Of the classes, each execution would pass the ORM, which

@@ -128,6 +128,8 @@ def _retrying(internal: bool) -> ReturningUpdate[Any]:
         TASK.c.failed_attempts: 0,
         TASK.c.completed_at: None,
         TASK.c.result: None,
+        # what has not come to its end goes on
+        TASK.c.checkpoint: sa.case((TASK.c.status != TaskStatus.COMPLETED, TASK.c.checkpoint)),
         TASK.c.errors: sa.bindparam("kept_errors", type_=TASK.c.errors.type),
         TASK.c.ended_by_id: None,
         TASK.c.reason: None,

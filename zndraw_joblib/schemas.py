@@ -12,6 +12,7 @@ from zndraw_joblib.fields import (
     AnyStatus,
     AnyWaitingFor,
     Attempt,
+    Checkpoint,
     ErrorText,
     Fraction,
     Integer,
@@ -92,6 +93,8 @@ class TaskHeartbeat(Model):
     attempt: Attempt
     progress: Fraction | None = None
     message: Message | None = None
+    checkpoint: Checkpoint = None
+    """Where the next attempt is to go on, at most 64 KiB of JSON."""
 
 
 class WorkerUpdateRequest(Model):
@@ -283,6 +286,8 @@ class TaskResponse(Model):
     """Why it was cancelled."""
     interruptions: int = 0
     """How often a worker had to leave while it ran."""
+    checkpoint: Json = None
+    """What its last attempt saved, for the next one to go on from; not in listings."""
     abridged: bool = False
     """Too large for an answer with many: `payload`, `result` and `errors` are left out and
     `error` is cut. The task itself tells them."""

@@ -30,8 +30,8 @@ KEPT_OF_ERROR = 1000
 #: What a task's JSON consists of: the columns with which each row that is shown begins.
 FIELDS = tuple(TaskResponse.model_fields)
 _Shown = cast(Any, namedtuple("_Shown", FIELDS))
-_CONTENTS = ("payload", "result", "errors")
-_LARGE = tuple(TASK.c[field] for field in (*_CONTENTS, "error"))
+_CONTENTS = ("payload", "result", "errors", "checkpoint")
+_LARGE = tuple(TASK.c[field] for field in ("payload", "result", "errors", "error"))
 
 
 def _columns(
@@ -47,6 +47,9 @@ def _columns(
         if fits is not None:
             content = sa.case((fits, content), else_=kept.get(large.key, sa.null()))
         shown[large.key] = content.label(large.key)
+    # of many tasks nobody needs it
+    checkpoint = sa.type_coerce(TASK.c.checkpoint, sa.Text) if fits is None else sa.null()
+    shown["checkpoint"] = checkpoint.label("checkpoint")
     return shown
 
 
@@ -67,14 +70,15 @@ def as_json(task: TaskView, *, abridged: bool = False) -> bytes:
     values: Any = task
     fields = dict(zip(FIELDS, values, strict=False))
     fields["available_at"] = fields["available_at"] or fields["created_at"]
-    payload, result, errors = (fields.pop(content) for content in _CONTENTS)
+    payload, result, errors, checkpoint = (fields.pop(content) for content in _CONTENTS)
     if abridged:
         payload, result, errors, fields["abridged"] = None, None, None, True
     if payload in (None, "null"):
         payload = "{}"
     lines = ",".join(last_errors(errors))
-    contents = f',"payload":{payload},"result":{result or "null"},"errors":[{lines}]}}'
-    return to_json(fields)[:-1] + contents.encode()
+    contents = f',"payload":{payload},"result":{result or "null"},"errors":[{lines}]'
+    saved = f',"checkpoint":{checkpoint or "null"}}}'
+    return to_json(fields)[:-1] + contents.encode() + saved.encode()
 
 
 def waiting(row: sa.Row[Any], position: int | None, why: str | None = None) -> TaskView:

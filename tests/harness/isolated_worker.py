@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import field_validator
@@ -47,6 +48,8 @@ class Odd(Extension):
                     task.progress(0.5, "half")
                     task.raise_if_cancelled()
                     time.sleep(0.01)
+            case "steps" | "steps and crash":
+                return {"steps": list(self.steps(task))}
             case "sleep":
                 time.sleep(self.seconds)
             case "family":
@@ -55,6 +58,18 @@ class Odd(Extension):
                 child.start()
                 os._exit(5)
         return {"pid": os.getpid(), **kwargs}
+
+    def steps(self, task: ClaimedTask) -> Iterator[int]:
+        """Take ten steps, and stop half way the first time."""
+        for step in range(task.saved or 0, 10):
+            yield step
+            task.save(step + 1)
+            if step == 4 and self.what == "steps":
+                raise RuntimeError("half way")
+            if step == 4:
+                while task.unsent_checkpoint() is not None:
+                    time.sleep(0.01)
+                os._exit(1)
 
 
 def hold_the_lock(seconds: float) -> None:

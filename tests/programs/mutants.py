@@ -68,6 +68,7 @@ TESTS = {
     "wakeups": "waiting watch",
     "workers": "workers limits access sweeper jobs providers claims races",
     "client_claims": "client client_alone",
+    "client_heartbeat": "client client_alone",
     "client_hands": "client client_alone isolation",
     "client_isolation": "isolation",
     "client_shutdown": "client isolation",
