@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 DELAY = 1.0
 GROWTH = 64 * 2**20
 MIB = 2**20 - 1000
-# of 16 MiB, in a thread that lets others run
-RESULT_GROWTH = 512 * 2**20
+# of 16 MiB: its body, its text, and what the database takes
+RESULT_GROWTH = 128 * 2**20
 NOBODYS = "00000000-0000-0000-0000-000000000000"
 
 

@@ -7,7 +7,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -308,8 +307,6 @@ class Runtime:
         The requests to providers that have no answers.
     sweeper : asyncio.Task, optional
         The task that runs, or ran, the sweeper.
-    reader : ThreadPoolExecutor
-        One thread, which reads large reports one after another.
     """
 
     waiters: Waiters = field(default_factory=Waiters)
@@ -317,7 +314,6 @@ class Runtime:
     polls: dict[asyncio.AbstractEventLoop, Subscriptions] = field(default_factory=dict)
     reads: InFlight = field(default_factory=InFlight)
     sweeper: asyncio.Task[Any] | None = None
-    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def __post_init__(self) -> None:
         self.delivery = Delivery(self.waiters)

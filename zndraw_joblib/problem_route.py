@@ -1,7 +1,6 @@
 """The route class: bounded bodies in, problems out, and what OpenAPI says of both."""
 
 import logging
-from asyncio import get_running_loop
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from inspect import cleandoc, signature
@@ -19,7 +18,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from zndraw_joblib import exceptions
 from zndraw_joblib.database import without_values
-from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up, with_context
 from zndraw_joblib.events import FrozenEvent
 from zndraw_joblib.exceptions import (
@@ -102,8 +100,7 @@ class BoundedRequest(Request):
         try:
             if len(body) <= self._limit:
                 return parse_json(body)
-            reader = runtime_of(self.app).reader
-            others, result = await get_running_loop().run_in_executor(reader, take_result, body)
+            others, result = take_result(body)
             if len(others) > self._limit:
                 raise exceptions.PayloadTooLarge.exception(
                     f"without its result, a report is limited to {self._limit} bytes"
