@@ -233,8 +233,12 @@ class Claims:
         most = self.transport.limits().max_reports if len(tasks) > 1 else 1
         for first in range(0, len(tasks), most):
             some = tasks[first : first + most]
-            reports = [report_of(t, TaskStatus.PENDING) | {"interrupted": True} for t in some]
-            sent = {report["id"]: json.dumps(report).encode() for report in reports}
+            sent = {
+                t.task_id: json.dumps(
+                    report_of(t, TaskStatus.PENDING) | {"interrupted": True}
+                ).encode()
+                for t in some
+            }
             agreed = self.report_together(sent, **options)
             for task in some:
                 if task.task_id in agreed:
