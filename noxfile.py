@@ -44,7 +44,7 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, layout and types: of the package, the example host and the docs' code."""
+    """Check style, layout and types: of the package and the example host."""
     install(session, "lint", "test")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -52,6 +52,12 @@ def lint(session: nox.Session) -> None:
     host = ("docs/host.py", "docs/internal_jobs.py", "docs/monitoring.py")
     session.run("mypy", *host, env={"MYPYPATH": "docs"})
     session.run("pyright", "--pythonpath", f"{session.bin}/python")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the code in README and docs."""
+    install(session, "lint", "test")
     session.run("python", "tests/programs/page_types.py", env={"PYTHONPATH": SUITE})
 
 

@@ -119,7 +119,7 @@ def test_an_allocation_that_ends_interrupts_what_runs(host: Host, manager: JobMa
     assert status(manager, task) == ("pending", 1, 1)
 
 
-def test_only_what_fits_is_begun(host: Host, manager: JobManager, caplog: Any):
+def test_only_what_fits_is_begun(host: Host, manager: JobManager):
     ends = datetime.now(UTC) + timedelta(seconds=60)
     worker = host.manager(execute=execute, until=ends, idle_seconds=1.0, **OFTEN)
     worker.register(Slow, room="lab", policy=JobPolicy(expected_seconds=3600))
@@ -127,15 +127,15 @@ def test_only_what_fits_is_begun(host: Host, manager: JobManager, caplog: Any):
     slow, quick = manager.submit(Slow(), "lab"), manager.submit(Quick(), "lab")
     assert quick.result(timeout=HANG) == "done"
     assert worker.wait() is True
-    assert "no task came for idle_seconds" in caplog.text
     assert status(manager, slow) == ("pending", 0, 0)
 
 
-def test_a_worker_leaves_when_nothing_fits(host: Host, manager: JobManager, caplog: Any):
-    worker = host.manager(execute=execute, until=60, **OFTEN)
+def test_a_worker_leaves_when_nothing_fits(host: Host):
+    worker = host.manager(execute=execute, until=3 * HANG, **OFTEN)
     worker.register(Slow, room="lab", policy=JobPolicy(expected_seconds=3600))
+    began = time.monotonic()
     assert worker.wait() is True
-    assert "no job fits in the time that is left" in caplog.text
+    assert time.monotonic() - began < HANG
 
 
 def test_who_executes_nothing_can_not_be_idle(host: Host):

@@ -1,4 +1,4 @@
-"""Check the types of the code blocks of README and docs; ``nox -s lint`` runs it.
+"""Check the types of the code blocks of README and docs; ``nox -s types`` runs it.
 
 They are not strict, as the package and the example host are: who reads a page need not be
 told of types.
