@@ -37,10 +37,10 @@ Steps = dict[str, Callable[[int], Awaitable[Any]]]
 
 FILL = """
 INSERT INTO task (id, job_id, job_name, room_id, payload, status, priority, queue_order,
-    attempt, failed_attempts, max_attempts, batch_index, dispatches, revision,
+    attempt, failed_attempts, max_attempts, batch_index, dispatches, revision, interruptions,
     payload_checked, created_at, queued_at, completed_at, available_at)
 SELECT {id}, job.id, '@global:modifiers:' || name, 'room' || (n % 7), '{{}}', '{status}', 0, n,
-    0, 0, 1, 0, 1, 1, true, {moment}, {moment}, {completed}, {available}
+    0, 0, 1, 0, 1, 1, 0, true, {moment}, {moment}, {completed}, {available}
 FROM {numbers} JOIN job ON job.name = 'J' || (n % {jobs})
 """
 SQL = {
