@@ -409,7 +409,7 @@ async def test_a_task_goes_on_where_it_was_stopped(make: MakeManager, ada: Any):
             state["step"] = step + 1
             task.save(state)
             if len(done) == 4:
-                for unfit in ("x" * 64 * 1024, {"e": np.nan}, object()):
+                for unfit in ("x" * 64 * 1024, {"e": np.nan}, object(), None):
                     with pytest.raises(ValueError, match="checkpoint") as raised:
                         task.save(unfit)
                     refused.append(str(raised.value))

@@ -518,6 +518,21 @@ async def test_what_waits_says_why_and_what_has_ended_can_go(
     await expect(lane(page, "ended")).to_have_count(0)
 
 
+async def test_a_superuser_pauses_a_job(page: Any, server: str, ada: User, admin: User):
+    expect = playwright.expect
+    await steps.offer(ada)
+    await steps.submit(ada)
+    await enter(page, server, admin)
+    waiting = lane(page, "waiting")
+    await page.locator("#jobs button").click()
+    await page.get_by_role("button", name="Pause").click()
+    await expect(page.locator("#said")).to_have_text("Rotate is paused.")
+    await expect(waiting).to_contain_text("its job is paused")
+    await page.get_by_role("button", name="Resume").click()
+    await expect(waiting).to_contain_text("place 1")
+    await expect(page.get_by_role("button", name="Pause")).to_be_visible()
+
+
 async def test_nobody_is_left_out(page: Any, server: str, ada: User):
     expect = playwright.expect
     worker = await steps.offer(ada, "Everything", schema=Everything.model_json_schema())

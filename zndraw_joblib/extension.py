@@ -188,9 +188,11 @@ class ClaimedTask(Generic[E]):
         Raises
         ------
         ValueError
-            When it is too large, or nothing that JSON has a notation for.
+            When it is too large, None, or nothing that JSON has a notation for.
         """
         plain = as_json(state, "checkpoint")
+        if plain is None:
+            raise ValueError("None can't be a checkpoint: it says that nothing was saved")
         if (size := len(pydantic_core.to_json(plain))) > MAX_CHECKPOINT_BYTES:
             raise ValueError(
                 f"the checkpoint has {size} bytes as JSON, and may have {MAX_CHECKPOINT_BYTES}:"
