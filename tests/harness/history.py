@@ -378,6 +378,7 @@ def nothing_runs_unseen(history: History) -> Finding:
     """Each execution is an attempt that was started, and that ended for a reason."""
     started: set[tuple[str, int]] = set()
     closed: set[tuple[str, int]] = set()
+    interrupted: set[tuple[str, int]] = set()
     cancelled: set[str] = set()
     retried: set[str] = set()
     for call in history.calls:
@@ -385,6 +386,8 @@ def nothing_runs_unseen(history: History) -> Finding:
             started.add((task_of(call), call.body["attempt"]))
         if is_report(call, "completed", "failed"):
             closed.add((task_of(call), call.body["attempt"]))
+        if is_report(call, "pending") and call.body.get("interrupted"):
+            interrupted.add((task_of(call), call.body["attempt"]))
         if is_claim(call) and call.body.get("start"):
             started |= {(task["id"], task["attempt"]) for task in views(call)}
         if is_report(call, "cancelled"):
@@ -399,6 +402,8 @@ def nothing_runs_unseen(history: History) -> Finding:
             yield f"attempt {attempt} of {task} was executed and not started"
         row = rows.get(task)
         if row is None or attempt == row.attempt or attempt in row.errors:
+            continue
+        if (task, attempt) in interrupted:
             continue
         ended = (task, attempt) in closed or task in cancelled
         if not (ended and task in retried):
