@@ -13,6 +13,7 @@ from taskiq import InMemoryBroker
 
 from zndraw_joblib import get_room_access, register_internal_jobs
 from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.submissions import ALWAYS_COUNTED
 
 NUMBER = {"properties": {"n": {"type": "integer"}}}
 BATCH = f"/rooms/lab/batches/{JOB}"
@@ -372,10 +373,11 @@ async def test_waiting_for_many(app, ada, bob):
 
 
 async def test_statements_do_not_grow_with_the_batch(app, ada, engine):
-    # no heartbeat gets due meanwhile
-    app.state.joblib_settings = JobLibSettings(worker_timeout_seconds=3600)
+    # no heartbeat gets due meanwhile, and each submission is counted
+    app.state.joblib_settings = JobLibSettings(
+        worker_timeout_seconds=3600, max_pending_tasks_per_user=ALWAYS_COUNTED
+    )
     worker = await offer(ada, max_attempts=2)
-    # as it is once jobs are remembered
     await submit(ada)
     await claim(ada, worker)
     ran: list[str] = []
@@ -383,14 +385,14 @@ async def test_statements_do_not_grow_with_the_batch(app, ada, engine):
     def note(connection, cursor, statement, parameters, context, executemany):
         ran.append(statement)
 
-    async def counted(request: Any) -> tuple[int, Any]:
+    async def counted(request: Any) -> tuple[list[str], Any]:
         ran.clear()
         answer = await request
         assert answer.status_code < 300, answer.text
-        return len(ran), answer.json()
+        return list(ran), answer.json()
 
     event.listen(engine.sync_engine, "before_cursor_execute", note)
-    counts = []
+    statements = []
     for many in (2, 32):
         tasks = [{"payload": {"n": n}, "priority": n % 7} for n in range(many)]
         submitted, answer = await counted(ada.post(BATCH, json={"tasks": tasks}))
@@ -403,11 +405,12 @@ async def test_statements_do_not_grow_with_the_batch(app, ada, engine):
             for n, (id_, end) in enumerate(zip(answer["ids"], ends, strict=True))
         ]
         reported, _ = await counted(ada.patch("/tasks", json={"reports": reports}))
-        counts.append((submitted, claimed, reported, asked))
+        statements.append((submitted, claimed, reported, asked))
         await claim(ada, worker, max_tasks=32)
     event.remove(engine.sync_engine, "before_cursor_execute", note)
     # each with the one that looks the user up
-    assert counts == [(1 + 4, 1 + 1, 1 + 4, 1 + 2)] * 2
+    counts = [tuple(map(len, of_batch)) for of_batch in statements]
+    assert counts == [(1 + 5, 1 + 1, 1 + 4, 1 + 2)] * 2, statements
 
 
 async def test_ids_of_a_batch_are_in_its_order_and_of_its_time(ada):

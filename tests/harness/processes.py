@@ -73,7 +73,8 @@ def start(*command: Any, log: Path, python: str = sys.executable, **env: str) ->
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **env},
+            # a line is written as one: what is printed and what is logged share a file
+            env={**os.environ, "PYTHONUNBUFFERED": "", **env},
             start_new_session=True,
         )
     return Process(popen, log)
