@@ -4,23 +4,8 @@ import json
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
+import sqlalchemy as sa
 from pydantic_core import to_json
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    CursorResult,
-    DateTime,
-    Dialect,
-    Executable,
-    Float,
-    Integer,
-    Select,
-    Text,
-    TypeDecorator,
-    literal,
-    literal_column,
-)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -38,37 +23,37 @@ T = TypeVar("T")
 upsert = postgresql.insert
 
 
-class UtcDateTime(TypeDecorator[datetime]):
+class UtcDateTime(sa.TypeDecorator[datetime]):
     """A moment; it comes back with its zone from databases that keep none, too."""
 
-    impl = DateTime(timezone=True)
+    impl = sa.DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC)
 
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         if value is None or value.tzinfo is not None:
             return value
         return value.replace(tzinfo=UTC)
 
 
-class JsonText(TypeDecorator[Any]):
+class JsonText(sa.TypeDecorator[Any]):
     """JSON, kept as text.
 
     SQLite makes other numbers of bare ones in a column of type JSON, and PostgreSQL has to
     read the whole of one to tell its size.
     """
 
-    impl = Text
+    impl = sa.Text
     cache_ok = True
 
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
         if value is None or isinstance(value, Written):
             return value
         return to_json(value).decode()
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> Any:
         if value is None:
             return None
         with uncollected():
@@ -102,8 +87,10 @@ class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL functio
     type = UtcDateTime()
     inherit_cache = True
 
-    def __init__(self, *offset: float | ColumnElement[Any]) -> None:
-        super().__init__(*(literal(o, Float) if isinstance(o, (int, float)) else o for o in offset))
+    def __init__(self, *offset: float | sa.ColumnElement[Any]) -> None:
+        super().__init__(
+            *(sa.literal(o, sa.Float) if isinstance(o, (int, float)) else o for o in offset)
+        )
 
 
 @compiles(now)
@@ -126,7 +113,7 @@ def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
 class seconds_between(FunctionElement[float]):  # noqa: N801
     """The seconds from one moment to a later one."""
 
-    type = Float()
+    type = sa.Float()
     inherit_cache = True
 
 
@@ -140,7 +127,7 @@ written(
 class microseconds(FunctionElement[int]):  # noqa: N801
     """The database's clock as a number, since 1970."""
 
-    type = BigInteger()
+    type = sa.BigInteger()
     inherit_cache = True
 
 
@@ -158,7 +145,7 @@ written(
 class noise(FunctionElement[float]):  # noqa: N801
     """A random number between 0 and 1, drawn for each row."""
 
-    type = Float()
+    type = sa.Float()
     inherit_cache = True
 
 
@@ -168,7 +155,7 @@ written(noise, "random()", sqlite="(0.5 + random() / 18446744073709551616.0)")
 class greatest(FunctionElement[int]):  # noqa: N801
     """The largest of several numbers, none of which may be null."""
 
-    type = BigInteger()
+    type = sa.BigInteger()
     inherit_cache = True
 
 
@@ -178,7 +165,7 @@ written(greatest, "greatest({all})", sqlite="max({all})")
 class octets(FunctionElement[int]):  # noqa: N801
     """How many bytes a text takes; told without reading it, where the database can."""
 
-    type = Integer()
+    type = sa.Integer()
     inherit_cache = True
 
 
@@ -189,7 +176,7 @@ written(octets, "octet_length({0})", sqlite="length(CAST({0} AS BLOB))")
 class elements(FunctionElement[str]):  # noqa: N801
     """The members of a JSON list, given as text: rows of one column, ``value``."""
 
-    type = Text()
+    type = sa.Text()
     inherit_cache = True
 
 
@@ -199,7 +186,7 @@ written(elements, "json_array_elements(CAST({0} AS JSON))", sqlite="json_each({0
 class member(FunctionElement[str]):  # noqa: N801
     """A member of a JSON object, by its name, as text."""
 
-    type = Text()
+    type = sa.Text()
     inherit_cache = True
 
 
@@ -226,7 +213,7 @@ class one_of(FunctionElement[Any]):  # noqa: N801
     inherit_cache = True
 
     def __init__(
-        self, column: ColumnElement[Any], *, lateral: Select[Any], correlated: Select[Any]
+        self, column: sa.ColumnElement[Any], *, lateral: sa.Select[Any], correlated: sa.Select[Any]
     ) -> None:
         super().__init__(column, lateral.scalar_subquery(), correlated.scalar_subquery())
 
@@ -244,25 +231,25 @@ def _sqlite_one_of(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
     return f"{compiler.process(column, **kw)} IN {compiler.process(correlated, **kw)}"
 
 
-def number(value: int) -> ColumnElement[int]:
+def number(value: int) -> sa.ColumnElement[int]:
     """Return ``value`` as a literal in the SQL text, for LIMIT and OFFSET.
 
     A planner that meets a parameter there guesses a tenth of the table.
     """
-    return literal_column(str(int(value)), Integer)
+    return sa.literal_column(str(int(value)), sa.Integer)
 
 
-def returned(column: Column[T]) -> ColumnElement[T]:
+def returned(column: sa.Column[T]) -> sa.ColumnElement[T]:
     """Return a column for a subquery of a RETURNING clause.
 
     On SQLite SQLAlchemy leaves the tables' names away there, in subqueries too.
     """
-    return literal_column(f"{column.table.name}.{column.name}", column.type)
+    return sa.literal_column(f"{column.table.name}.{column.name}", column.type)
 
 
 async def execute(
-    session: AsyncSession, statement: Executable, values: Any = None
-) -> CursorResult[Any]:
+    session: AsyncSession, statement: sa.Executable, values: Any = None
+) -> sa.CursorResult[Any]:
     """Run a statement on any kind of session; an error shows no values.
 
     SQLModel's sessions warn of their own ``execute``, and of all that goes through it.
@@ -272,15 +259,15 @@ async def execute(
         ran = await session.run_sync(Session.execute, statement, values, execution_options=options)
     except StatementError as exc:
         raise without_values(exc) from None
-    return cast(CursorResult[Any], ran)
+    return cast(sa.CursorResult[Any], ran)
 
 
-async def scalar(session: AsyncSession, statement: Executable, values: Any = None) -> Any:
+async def scalar(session: AsyncSession, statement: sa.Executable, values: Any = None) -> Any:
     """Return the first value of what a statement brings, None if there is none."""
     return (await execute(session, statement, values)).scalar()
 
 
-async def scalars(session: AsyncSession, statement: Executable, values: Any = None) -> list[Any]:
+async def scalars(session: AsyncSession, statement: sa.Executable, values: Any = None) -> list[Any]:
     """Return the first column of what a statement brings."""
     return list((await execute(session, statement, values)).scalars())
 

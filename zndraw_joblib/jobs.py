@@ -5,35 +5,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import (
-    ColumnElement,
-    Row,
-    Select,
-    String,
-    Text,
-    and_,
-    bindparam,
-    cast,
-    delete,
-    exists,
-    func,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import lifecycle, models, queues
+from zndraw_joblib import exceptions, lifecycle, models, queues
 from zndraw_joblib.database import execute, number, scalar, scalars, upsert
-from zndraw_joblib.exceptions import (
-    MAX_ERRORS,
-    JobNotFound,
-    NoWorkersAvailable,
-    SchemaConflict,
-    ServiceUnavailable,
-)
 from zndraw_joblib.fields import JsonObject
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, WaitingFor
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
@@ -65,7 +42,7 @@ class Target(NamedTuple):
 
 def not_found(room: str, full_name: str) -> Exception:
     """Return the problem that says that ``room`` sees no such job."""
-    return JobNotFound.exception(f"job not found: room {room!r} sees no {full_name!r}")
+    return exceptions.JobNotFound.exception(f"job not found: room {room!r} sees no {full_name!r}")
 
 
 def find_name(room: str, full_name: str) -> FullName:
@@ -79,24 +56,24 @@ def find_name(room: str, full_name: str) -> FullName:
     try:
         name = lifecycle.split_full_name(full_name)
     except ValueError as exc:
-        raise JobNotFound.exception(f"job not found: {exc}") from None
+        raise exceptions.JobNotFound.exception(f"job not found: {exc}") from None
     if name.room not in lifecycle.visible_rooms(room):
         raise not_found(room, full_name)
     return name
 
 
-def named(name: FullName) -> ColumnElement[bool]:
+def named(name: FullName) -> sa.ColumnElement[bool]:
     """Return the condition for the job of that name, which may be deleted."""
-    return and_(*(column == part for column, part in zip(FULL_NAME, name, strict=True)))
+    return sa.and_(*(column == part for column, part in zip(FULL_NAME, name, strict=True)))
 
 
 @lru_cache(maxsize=8)
-def _target(worker_timeout: float) -> Select[Any]:
+def _target(worker_timeout: float) -> sa.Select[Any]:
     obstacle = queues.obstacle(worker_timeout).label("obstacle")
-    return select(JOB.c.id, cast(JOB.c.schema, Text).label("schema"), obstacle).where(
-        JOB.c.room_id == bindparam("room"),
-        JOB.c.category == bindparam("category"),
-        JOB.c.name == bindparam("name"),
+    return sa.select(JOB.c.id, sa.cast(JOB.c.schema, sa.Text).label("schema"), obstacle).where(
+        JOB.c.room_id == sa.bindparam("room"),
+        JOB.c.category == sa.bindparam("category"),
+        JOB.c.name == sa.bindparam("name"),
         LIVE,
     )
 
@@ -163,9 +140,9 @@ async def register(
     created, kept, replaced = job_id is not None, False, None
     if not created:
         # the upsert locked the row: what is read here stands until the commit
-        job = (await execute(session, select(JOB.c.id, JOB.c.schema).where(named(name)))).one()
+        job = (await execute(session, sa.select(JOB.c.id, JOB.c.schema).where(named(name)))).one()
         job_id = job.id
-        if differing := list(islice(differences(job.schema, schema), MAX_ERRORS)):
+        if differing := list(islice(differences(job.schema, schema), exceptions.MAX_ERRORS)):
             await _check_holders(session, job_id, name, differing, caller, settings, replace)
             replaced = await _replace(session, job_id, schema, worker_id)
         kept = bool(policy) and not await _set_policy(session, job_id, policy, caller, settings)
@@ -189,8 +166,8 @@ def _written(
     )
 
 
-def _links() -> Select[tuple[UUID]]:
-    return select(LINK.c.job_id).join(WORKER, WORKER.c.id == LINK.c.worker_id)
+def _links() -> sa.Select[tuple[UUID]]:
+    return sa.select(LINK.c.job_id).join(WORKER, WORKER.c.id == LINK.c.worker_id)
 
 
 async def _check_holders(
@@ -204,7 +181,7 @@ async def _check_holders(
 ) -> None:
     """Refuse another schema, unless it replaces one that the caller alone serves."""
     alive = models.alive_within(settings.worker_timeout_seconds)
-    holding = select(WORKER.c.id, WORKER.c.name, WORKER.c.user_id).join(
+    holding = sa.select(WORKER.c.id, WORKER.c.name, WORKER.c.user_id).join(
         LINK, LINK.c.worker_id == WORKER.c.id
     )
     found = await execute(session, holding.where(LINK.c.job_id == job_id, alive))
@@ -214,9 +191,9 @@ async def _check_holders(
         return
     shown = [
         f"{worker.name or worker.id} ({'yours' if worker.user_id == caller.id else 'not yours'})"
-        for worker in holders[:MAX_ERRORS]
+        for worker in holders[: exceptions.MAX_ERRORS]
     ]
-    raise SchemaConflict.exception(
+    raise exceptions.SchemaConflict.exception(
         f"schema mismatch: job {name} exists with another schema;"
         f" they differ at {', '.join(differing)};"
         f" it is served by {', '.join(shown) or 'no live worker'}"
@@ -228,14 +205,16 @@ async def _replace(
     session: AsyncSession, job_id: UUID, schema: JsonObject, worker_id: UUID
 ) -> list[UUID]:
     """Set a job's schema; return the workers that may have the old one, now unlinked."""
-    await execute(session, update(JOB).where(JOB.c.id == job_id).values(schema=schema))
-    others = select(LINK.c.worker_id).where(LINK.c.job_id == job_id, LINK.c.worker_id != worker_id)
+    await execute(session, sa.update(JOB).where(JOB.c.id == job_id).values(schema=schema))
+    others = sa.select(LINK.c.worker_id).where(
+        LINK.c.job_id == job_id, LINK.c.worker_id != worker_id
+    )
     # a worker that goes locked its links, and waits for the job
     free = others.with_for_update(skip_locked=True)
-    unlinking = delete(LINK).where(LINK.c.job_id == job_id, LINK.c.worker_id.in_(free))
+    unlinking = sa.delete(LINK).where(LINK.c.job_id == job_id, LINK.c.worker_id.in_(free))
     unlinked = await scalars(session, unlinking.returning(LINK.c.worker_id))
     if await scalar(session, others.limit(number(1))) is not None:
-        raise ServiceUnavailable.exception(
+        raise exceptions.ServiceUnavailable.exception(
             "a worker of the job is about to go: try again", headers={"Retry-After": "1"}
         )
     return unlinked
@@ -254,9 +233,9 @@ async def _set_policy(
         WORKER.c.user_id != caller.id,
         models.alive_within(settings.worker_timeout_seconds),
     )
-    same = and_(*(JOB.c[field].is_not_distinct_from(policy[field]) for field in policy))
-    allowed = true() if caller.is_superuser else or_(same, ~others.exists())
-    setting = update(JOB).where(JOB.c.id == job_id, allowed).values(**policy)
+    same = sa.and_(*(JOB.c[field].is_not_distinct_from(policy[field]) for field in policy))
+    allowed = sa.true() if caller.is_superuser else sa.or_(same, ~others.exists())
+    setting = sa.update(JOB).where(JOB.c.id == job_id, allowed).values(**policy)
     return await scalar(session, setting.returning(JOB.c.id)) is not None
 
 
@@ -278,7 +257,7 @@ async def admit(
         ``@internal`` tasks of this user are under way.
     """
     if name.room == INTERNAL_ROOM:
-        theirs = select(TASK.c.id).where(
+        theirs = sa.select(TASK.c.id).where(
             held(), TASK.c.worker_id.is_(None), TASK.c.created_by_id == caller.id
         )
         most = settings.max_internal_tasks_per_user
@@ -287,78 +266,80 @@ async def admit(
         alive = models.alive_within(settings.worker_timeout_seconds)
         links = _links().join(JOB, JOB.c.id == LINK.c.job_id).where(named(name), alive)
         if await scalar(session, links.limit(number(1))) is None:
-            raise NoWorkersAvailable.exception(f"no worker of {name} is alive")
+            raise exceptions.NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
 
-def wanted() -> ColumnElement[bool]:
+def wanted() -> sa.ColumnElement[bool]:
     """Return the condition under which a job is served, or has tasks that have not ended."""
-    return or_(
-        exists().where(LINK.c.job_id == JOB.c.id),
-        JOB.c.id.in_(select(TASK.c.job_id).where(held())),
+    return sa.or_(
+        sa.exists().where(LINK.c.job_id == JOB.c.id),
+        JOB.c.id.in_(sa.select(TASK.c.job_id).where(held())),
         _first(TASK.c.queue_order, queued()).is_not(None),
         _first(TASK.c.available_at, TASK.c.available_at.is_not(None)).is_not(None),
     )
 
 
-def _first(column: Any, waiting: ColumnElement[bool]) -> ColumnElement[Any]:
+def _first(column: Any, waiting: sa.ColumnElement[bool]) -> sa.ColumnElement[Any]:
     # not EXISTS: where many tasks wait for other jobs, PostgreSQL would look for one of
     # this job by reading the whole table
-    first = select(func.min(column)).where(TASK.c.job_id == JOB.c.id, waiting)
+    first = sa.select(sa.func.min(column)).where(TASK.c.job_id == JOB.c.id, waiting)
     return first.correlate(JOB).scalar_subquery()
 
 
-_OF_WORKERS = and_(LIVE, JOB.c.room_id != INTERNAL_ROOM)
+_OF_WORKERS = sa.and_(LIVE, JOB.c.room_id != INTERNAL_ROOM)
 
 
-def idle() -> Select[tuple[UUID]]:
+def idle() -> sa.Select[tuple[UUID]]:
     """Return the jobs that nobody serves and that have no tasks to end."""
-    return select(JOB.c.id).where(_OF_WORKERS, ~wanted())
+    return sa.select(JOB.c.id).where(_OF_WORKERS, ~wanted())
 
 
-async def delete_idle(session: AsyncSession, chosen: ColumnElement[bool]) -> list[FullName]:
+async def delete_idle(session: AsyncSession, chosen: sa.ColumnElement[bool]) -> list[FullName]:
     """Soft-delete, and return, the chosen jobs that nobody serves and that have no tasks to end."""
     # Locked first, all of them, and judged by a second statement: only that one sees
     # the links and tasks of whoever held the rows until now, and that the other of two
     # workers that go at once took its link with it.
-    locking = select(JOB.c.id).where(chosen, _OF_WORKERS).order_by(JOB.c.id).with_for_update()
+    locking = sa.select(JOB.c.id).where(chosen, _OF_WORKERS).order_by(JOB.c.id).with_for_update()
     locked = await scalars(session, locking)
-    deleting = update(JOB).where(JOB.c.id.in_(locked), ~wanted()).values(deleted=True)
+    deleting = sa.update(JOB).where(JOB.c.id.in_(locked), ~wanted()).values(deleted=True)
     return [FullName(*row) for row in await execute(session, deleting.returning(*FULL_NAME))]
 
 
 async def last_deleted(session: AsyncSession, after: UUID, count: int) -> UUID | None:
     """Return the last of the next ``count`` deleted jobs, by id; None when there are fewer."""
-    behind = select(JOB.c.id).where(_DELETED, JOB.c.id > after).order_by(JOB.c.id)
+    behind = sa.select(JOB.c.id).where(_DELETED, JOB.c.id > after).order_by(JOB.c.id)
     last: UUID | None = await scalar(session, behind.limit(number(1)).offset(number(count - 1)))
     return last
 
 
-def taskless(after: UUID, last: UUID | None) -> Select[tuple[UUID]]:
+def taskless(after: UUID, last: UUID | None) -> sa.Select[tuple[UUID]]:
     """Return the deleted jobs without tasks, of those behind one and up to another."""
-    some = select(JOB.c.id).where(JOB.c.id > after, true() if last is None else JOB.c.id <= last)
+    some = sa.select(JOB.c.id).where(
+        JOB.c.id > after, sa.true() if last is None else JOB.c.id <= last
+    )
     return some.where(*_TASKLESS)
 
 
-_TASKLESS = (_DELETED, ~exists().where(TASK.c.job_id == JOB.c.id))
+_TASKLESS = (_DELETED, ~sa.exists().where(TASK.c.job_id == JOB.c.id))
 
 
-async def purge(session: AsyncSession, chosen: Select[tuple[UUID]]) -> int:
+async def purge(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> int:
     """Delete the chosen jobs for good if they have no tasks; return how many there were."""
     # judged again once they are locked: a retry may have come in between
     locked = await scalars(session, chosen)
-    purging = delete(JOB).where(JOB.c.id.in_(locked), *_TASKLESS)
+    purging = sa.delete(JOB).where(JOB.c.id.in_(locked), *_TASKLESS)
     return len(await scalars(session, purging.returning(JOB.c.id)))
 
 
-def alive_workers(worker_timeout: float) -> ColumnElement[int]:
+def alive_workers(worker_timeout: float) -> sa.ColumnElement[int]:
     """Return the column ``workers_alive`` of a job."""
     alive = _links().where(LINK.c.job_id == JOB.c.id, models.alive_within(worker_timeout))
-    return alive.with_only_columns(func.count()).scalar_subquery().label("workers_alive")
+    return alive.with_only_columns(sa.func.count()).scalar_subquery().label("workers_alive")
 
 
-def _view(worker_timeout: float, *schema: ColumnElement[Any]) -> Select[Any]:
-    workers = select(func.aggregate_strings(cast(LINK.c.worker_id, String), ","))
-    return select(
+def _view(worker_timeout: float, *schema: sa.ColumnElement[Any]) -> sa.Select[Any]:
+    workers = sa.select(sa.func.aggregate_strings(sa.cast(LINK.c.worker_id, sa.String), ","))
+    return sa.select(
         JOB.c.id,
         *FULL_NAME,
         *schema,
@@ -370,7 +351,7 @@ def _view(worker_timeout: float, *schema: ColumnElement[Any]) -> Select[Any]:
     )
 
 
-def _fields(row: Row[Any]) -> dict[str, Any]:
+def _fields(row: sa.Row[Any]) -> dict[str, Any]:
     workers = [UUID(worker) for worker in (row.workers or "").split(",") if worker]
     full_name = str(FullName(row.room_id, row.category, row.name))
     return {**row._mapping, "workers": sorted(workers), "full_name": full_name}
@@ -402,7 +383,7 @@ async def read_named(
 
 
 @lru_cache(maxsize=8)
-def _listed(worker_timeout: float) -> Select[Any]:
+def _listed(worker_timeout: float) -> sa.Select[Any]:
     return _view(worker_timeout).where(models.served())
 
 

@@ -10,26 +10,7 @@ from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    CheckConstraint,
-    ColumnElement,
-    Enum,
-    ForeignKey,
-    Index,
-    Integer,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    and_,
-    bindparam,
-    case,
-    false,
-    literal_column,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.schema import conv
 from uuid_utils.compat import uuid7
@@ -39,13 +20,13 @@ from zndraw_joblib.database import JsonText, UtcDateTime, now
 from zndraw_joblib.lifecycle import HELD, FullName, TaskStatus, WorkerState, visible_rooms
 
 
-def constant(status: TaskStatus) -> ColumnElement[TaskStatus]:
+def constant(status: TaskStatus) -> sa.ColumnElement[TaskStatus]:
     """Return ``status`` as a literal in the SQL text.
 
     A partial index serves a query only if the query's own text implies the index's
     condition; a bound parameter can't.
     """
-    return literal_column(f"'{status.name}'", TASK.c.status.type)
+    return sa.literal_column(f"'{status.name}'", TASK.c.status.type)
 
 
 class Job(Base):
@@ -53,19 +34,19 @@ class Job(Base):
 
     __tablename__ = "job"
     __table_args__ = (
-        UniqueConstraint("room_id", "category", "name", name="uq_job_full_name"),
-        CheckConstraint("max_attempts >= 1", name=conv("ck_job_max_attempts")),
+        sa.UniqueConstraint("room_id", "category", "name", name="uq_job_full_name"),
+        sa.CheckConstraint("max_attempts >= 1", name=conv("ck_job_max_attempts")),
         # of the live ones the sweeper deletes some, of the deleted ones it purges some
-        Index("ix_job_deleted", "deleted", "id"),
+        sa.Index("ix_job_deleted", "deleted", "id"),
         # those that a claim leaves out
-        Index("ix_job_paused", "paused", "id"),
+        sa.Index("ix_job_paused", "paused", "id"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
     room_id: Mapped[str]
     category: Mapped[str]
     name: Mapped[str]
-    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON, default=dict)
+    schema_: Mapped[dict[str, Any]] = mapped_column("schema", sa.JSON, default=dict)
     deleted: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     max_attempts: Mapped[int] = mapped_column(default=1)
@@ -87,18 +68,18 @@ class Worker(Base):
 
     __tablename__ = "worker"
     __table_args__ = (
-        Index("ix_worker_last_heartbeat", "last_heartbeat"),
-        Index("ix_worker_user_id", "user_id"),
-        Index("ix_worker_created_at", "created_at", "id"),
+        sa.Index("ix_worker_last_heartbeat", "last_heartbeat"),
+        sa.Index("ix_worker_user_id", "user_id"),
+        sa.Index("ix_worker_created_at", "created_at", "id"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
     user_id: Mapped[UUID] = mapped_column(
-        ForeignKey("user.id", name="worker_user_id_fkey", ondelete="CASCADE")
+        sa.ForeignKey("user.id", name="worker_user_id_fkey", ondelete="CASCADE")
     )
     last_heartbeat: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
-    state: Mapped[str] = mapped_column(String(16), default=WorkerState.ACTIVE.value)
+    state: Mapped[str] = mapped_column(sa.String(16), default=WorkerState.ACTIVE.value)
     name: Mapped[str | None]
     info: Mapped[Any | None] = mapped_column(JsonText)
     #: as it says itself
@@ -109,14 +90,14 @@ class WorkerJobLink(Base):
     """A worker serves a job."""
 
     __tablename__ = "worker_job_link"
-    __table_args__ = (Index("ix_worker_job_link_job_id", "job_id"),)
+    __table_args__ = (sa.Index("ix_worker_job_link_job_id", "job_id"),)
 
     worker_id: Mapped[UUID] = mapped_column(
-        ForeignKey("worker.id", name="worker_job_link_worker_id_fkey", ondelete="CASCADE"),
+        sa.ForeignKey("worker.id", name="worker_job_link_worker_id_fkey", ondelete="CASCADE"),
         primary_key=True,
     )
     job_id: Mapped[UUID] = mapped_column(
-        ForeignKey("job.id", name="worker_job_link_job_id_fkey", ondelete="CASCADE"),
+        sa.ForeignKey("job.id", name="worker_job_link_job_id_fkey", ondelete="CASCADE"),
         primary_key=True,
     )
 
@@ -126,23 +107,23 @@ class ProviderRecord(Base):
 
     __tablename__ = "provider"
     __table_args__ = (
-        UniqueConstraint("room_id", "category", "name", name="uq_provider_full_name"),
-        Index("ix_provider_user_id", "user_id"),
-        Index("ix_provider_worker_id", "worker_id"),
-        Index("ix_provider_created_at", "created_at", "id"),
+        sa.UniqueConstraint("room_id", "category", "name", name="uq_provider_full_name"),
+        sa.Index("ix_provider_user_id", "user_id"),
+        sa.Index("ix_provider_worker_id", "worker_id"),
+        sa.Index("ix_provider_created_at", "created_at", "id"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
     room_id: Mapped[str]
     category: Mapped[str]
     name: Mapped[str]
-    schema_: Mapped[dict[str, Any]] = mapped_column("schema", JSON, default=dict)
+    schema_: Mapped[dict[str, Any]] = mapped_column("schema", sa.JSON, default=dict)
     content_type: Mapped[str] = mapped_column(default="application/json")
     user_id: Mapped[UUID] = mapped_column(
-        ForeignKey("user.id", name="provider_user_id_fkey", ondelete="CASCADE")
+        sa.ForeignKey("user.id", name="provider_user_id_fkey", ondelete="CASCADE")
     )
     worker_id: Mapped[UUID | None] = mapped_column(
-        ForeignKey("worker.id", name="provider_worker_id_fkey", ondelete="CASCADE")
+        sa.ForeignKey("worker.id", name="provider_worker_id_fkey", ondelete="CASCADE")
     )
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
 
@@ -202,38 +183,40 @@ class Task(Base):
 
     __tablename__ = "task"
     __table_args__ = (
-        CheckConstraint(
+        sa.CheckConstraint(
             "(status IN ('COMPLETED', 'FAILED', 'CANCELLED')) = (completed_at IS NOT NULL)",
             name=conv("ck_task_completed_at"),
         ),
-        CheckConstraint(
+        sa.CheckConstraint(
             "status <> 'RUNNING' OR started_at IS NOT NULL", name=conv("ck_task_started_at")
         ),
-        CheckConstraint("status <> 'PENDING' OR worker_id IS NULL", name=conv("ck_task_worker_id")),
-        CheckConstraint(
+        sa.CheckConstraint(
+            "status <> 'PENDING' OR worker_id IS NULL", name=conv("ck_task_worker_id")
+        ),
+        sa.CheckConstraint(
             "status = 'PENDING' OR available_at IS NULL", name=conv("ck_task_available_at")
         ),
-        CheckConstraint(
+        sa.CheckConstraint(
             "status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL",
             name=conv("ck_task_deadline_at"),
         ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
-    job_id: Mapped[UUID] = mapped_column(ForeignKey("job.id", name="task_job_id_fkey"))
+    job_id: Mapped[UUID] = mapped_column(sa.ForeignKey("job.id", name="task_job_id_fkey"))
     job_name: Mapped[str]
     worker_id: Mapped[UUID | None]
     holder_id: Mapped[UUID | None]
     room_id: Mapped[str]
     created_by_id: Mapped[UUID | None] = mapped_column(
-        ForeignKey("user.id", name="task_created_by_id_fkey", ondelete="SET NULL")
+        sa.ForeignKey("user.id", name="task_created_by_id_fkey", ondelete="SET NULL")
     )
     payload: Mapped[dict[str, Any]] = mapped_column(JsonText)
     status: Mapped[TaskStatus] = mapped_column(
-        Enum(TaskStatus, name="taskstatus"), default=TaskStatus.PENDING
+        sa.Enum(TaskStatus, name="taskstatus"), default=TaskStatus.PENDING
     )
     priority: Mapped[int] = mapped_column(default=0)
-    queue_order: Mapped[int] = mapped_column(BigInteger)
+    queue_order: Mapped[int] = mapped_column(sa.BigInteger)
     attempt: Mapped[int] = mapped_column(default=0)
     failed_attempts: Mapped[int] = mapped_column(default=0)
     max_attempts: Mapped[int] = mapped_column(default=1)
@@ -244,20 +227,20 @@ class Task(Base):
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     deadline_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    error: Mapped[str | None] = mapped_column(Text)
-    error_type: Mapped[str | None] = mapped_column(String(32))
-    errors: Mapped[str | None] = mapped_column(Text)
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    error_type: Mapped[str | None] = mapped_column(sa.String(32))
+    errors: Mapped[str | None] = mapped_column(sa.Text)
     result: Mapped[Any | None] = mapped_column(JsonText)
     progress: Mapped[float | None]
     progress_message: Mapped[str | None]
     idempotency_key: Mapped[str | None]
-    request_digest: Mapped[str | None] = mapped_column(String(64))
+    request_digest: Mapped[str | None] = mapped_column(sa.String(64))
     batch_index: Mapped[int] = mapped_column(default=0)
     claim_key: Mapped[str | None]
     dispatches: Mapped[int] = mapped_column(default=1)
-    traceparent: Mapped[str | None] = mapped_column(String(55))
+    traceparent: Mapped[str | None] = mapped_column(sa.String(55))
     revision: Mapped[int] = mapped_column(
-        default=1, onupdate=literal_column("task.revision + 1", Integer)
+        default=1, onupdate=sa.literal_column("task.revision + 1", sa.Integer)
     )
     payload_checked: Mapped[bool] = mapped_column(default=True)
     interruptions: Mapped[int] = mapped_column(default=0)
@@ -269,7 +252,7 @@ class Task(Base):
 # What statements are made of. Of the classes, each execution would pass the ORM, which
 # looks for copies to bring up to date, and there are none.
 JOB, WORKER, LINK, PROVIDER, TASK = (
-    cast(Table, table.__table__) for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task)
+    cast(sa.Table, table.__table__) for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task)
 )
 
 
@@ -278,58 +261,58 @@ def seen_from(room: str) -> dict[str, Any]:
     return {"rooms": visible_rooms(room)}
 
 
-def visible(entry: Table) -> ColumnElement[bool]:
+def visible(entry: sa.Table) -> sa.ColumnElement[bool]:
     """Return the condition under which a room sees a job or a provider."""
-    return entry.c.room_id.in_(bindparam("rooms", expanding=True))
+    return entry.c.room_id.in_(sa.bindparam("rooms", expanding=True))
 
 
-def served() -> ColumnElement[bool]:
+def served() -> sa.ColumnElement[bool]:
     """Return the condition under which a job can be submitted to from a room."""
-    return and_(visible(JOB), JOB.c.deleted.is_(False))
+    return sa.and_(visible(JOB), JOB.c.deleted.is_(False))
 
 
-def paused() -> ColumnElement[bool]:
+def paused() -> sa.ColumnElement[bool]:
     """Return the condition under which nothing of a job is given to workers."""
-    return and_(JOB.c.paused.is_(True))
+    return sa.and_(JOB.c.paused.is_(True))
 
 
-def alive_within(seconds: float) -> ColumnElement[bool]:
+def alive_within(seconds: float) -> sa.ColumnElement[bool]:
     """Return the condition under which a worker counts as alive."""
     return WORKER.c.last_heartbeat >= now(-seconds)
 
 
-def queued(task: Any = TASK.c) -> ColumnElement[bool]:
+def queued(task: Any = TASK.c) -> sa.ColumnElement[bool]:
     """Return the condition under which a task waits for a worker, and for no time."""
-    return and_(task.status == constant(TaskStatus.PENDING), task.available_at.is_(None))
+    return sa.and_(task.status == constant(TaskStatus.PENDING), task.available_at.is_(None))
 
 
-def due(task: Any = TASK.c) -> ColumnElement[bool]:
+def due(task: Any = TASK.c) -> sa.ColumnElement[bool]:
     """Return the condition under which a delayed task's time has come."""
-    return and_(task.available_at <= now())
+    return sa.and_(task.available_at <= now())
 
 
-def held(task: Any = TASK.c) -> ColumnElement[bool]:
+def held(task: Any = TASK.c) -> sa.ColumnElement[bool]:
     """Return the condition under which a task is in somebody's hands."""
-    return and_(task.status.in_(map(constant, sorted(HELD))))
+    return sa.and_(task.status.in_(map(constant, sorted(HELD))))
 
 
-def rechecked(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+def rechecked(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
     """Return ``condition`` in words that imply the condition of no partial index.
 
     For an UPDATE of rows that a subquery found and locked. With statistics from when
     few rows were like that, PostgreSQL would take them from the index, and run the
     subquery for each of them.
     """
-    return case((condition, true()), else_=false())
+    return sa.case((condition, sa.true()), else_=sa.false())
 
 
-def in_states(states: frozenset[TaskStatus]) -> ColumnElement[bool]:
+def in_states(states: frozenset[TaskStatus]) -> sa.ColumnElement[bool]:
     """Return the condition under which a task is in one of ``states``."""
     return TASK.c.status.in_(map(constant, sorted(states)))
 
 
-def _index(name: str, *columns: Any, where: ColumnElement[bool], **kw: Any) -> None:
-    Index(name, *columns, postgresql_where=where, sqlite_where=where, **kw)
+def _index(name: str, *columns: Any, where: sa.ColumnElement[bool], **kw: Any) -> None:
+    sa.Index(name, *columns, postgresql_where=where, sqlite_where=where, **kw)
 
 
 # the claim, and a task's place in its queue
@@ -345,7 +328,7 @@ _index(
     TASK.c.created_by_id,
     TASK.c.job_id,
     TASK.c.queue_order,
-    where=and_(TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)),
+    where=sa.and_(TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)),
 )
 # what a worker holds
 _index("ix_task_held", TASK.c.worker_id, where=held())
@@ -367,8 +350,8 @@ _index(
     unique=True,
 )
 # the listings, newest first
-Index("ix_task_room", TASK.c.room_id, TASK.c.created_at, TASK.c.id)
-Index("ix_task_room_status", TASK.c.room_id, TASK.c.status, TASK.c.created_at, TASK.c.id)
-Index("ix_task_job_room", TASK.c.job_id, TASK.c.room_id, TASK.c.created_at, TASK.c.id)
+sa.Index("ix_task_room", TASK.c.room_id, TASK.c.created_at, TASK.c.id)
+sa.Index("ix_task_room_status", TASK.c.room_id, TASK.c.status, TASK.c.created_at, TASK.c.id)
+sa.Index("ix_task_job_room", TASK.c.job_id, TASK.c.room_id, TASK.c.created_at, TASK.c.id)
 
 __all__ = ["Job", "ProviderRecord", "Task", "TaskStatus", "Worker", "WorkerJobLink"]

@@ -22,17 +22,8 @@ from uuid import UUID
 
 import anyio
 
+from zndraw_joblib import exceptions
 from zndraw_joblib.events import Dispatcher, Emitter, ProviderRequest, providers_channel
-from zndraw_joblib.exceptions import (
-    InternalProviderNotConfigured,
-    PayloadTooLarge,
-    ProblemDetail,
-    ProblemException,
-    ProviderExecutionFailed,
-    ProviderTimeout,
-    ServerBusy,
-    ServiceUnavailable,
-)
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, parse_json
 from zndraw_joblib.results import ResultBackend
 from zndraw_joblib.schemas import ProviderResponse
@@ -96,11 +87,11 @@ async def reachable(seconds: float) -> AsyncIterator[None]:
     try:
         with anyio.fail_after(seconds):
             yield
-    except ProblemException:
+    except exceptions.ProblemException:
         raise
     except Exception as exc:
         log.warning("result backend unavailable: %r", exc)
-        raise ServiceUnavailable.exception(
+        raise exceptions.ServiceUnavailable.exception(
             "results can't be reached right now", headers=_AGAIN
         ) from exc
 
@@ -182,7 +173,7 @@ async def fetch(read: Read, send: Callable[[], Awaitable[None]], seconds: float)
                 read.in_flight.remove(read.provider.id, read.digest)
                 return data
         if outcome is None:
-            raise ProviderTimeout.exception(
+            raise exceptions.ProviderTimeout.exception(
                 f"provider {read.provider.full_name} did not answer within {seconds:g} s",
                 headers=_AGAIN,
             )
@@ -203,11 +194,11 @@ async def _request(read: Read, send: Callable[[], Awaitable[None]]) -> None:
         await _settle(read, _ANSWERED)
         return
     sent = False
-    problem = ServiceUnavailable.create("the request can't be sent to its provider")
+    problem = exceptions.ServiceUnavailable.create("the request can't be sent to its provider")
     ttl, most = settings.provider_inflight_ttl_seconds, settings.max_requests_per_provider
     try:
         if not read.in_flight.add(read.provider.id, read.digest, ttl, most):
-            problem = ServerBusy.create("too many requests wait for this provider")
+            problem = exceptions.ServerBusy.create("too many requests wait for this provider")
             return
         with anyio.fail_after(settings.dispatch_timeout_seconds):
             await send()
@@ -294,7 +285,7 @@ def sender(
 
         return emit
     if registry is None or provider.full_name not in registry:
-        raise InternalProviderNotConfigured.exception()
+        raise exceptions.InternalProviderNotConfigured.exception()
 
     async def dispatch() -> None:
         await registry.send(
@@ -308,19 +299,19 @@ def sender(
     return dispatch
 
 
-def _failure(body: bytes) -> ProblemException:
+def _failure(body: bytes) -> exceptions.ProblemException:
     """Return the problem that a provider uploaded, made whole where it is none."""
-    problem = ProviderExecutionFailed.create()
+    problem = exceptions.ProviderExecutionFailed.create()
     try:
         uploaded = parse_json(body)
         if not isinstance(uploaded, dict):
             raise ValueError("not a problem")
-        problem = ProblemDetail.model_validate({**problem.model_dump(), **uploaded})
+        problem = exceptions.ProblemDetail.model_validate({**problem.model_dump(), **uploaded})
     except ValueError:
         problem.detail = body.decode(errors="replace") or problem.detail
     if not 400 <= problem.status <= 599:
-        problem.status = ProviderExecutionFailed.status
-    return ProblemException(problem, _AGAIN if problem.status == 503 else None)
+        problem.status = exceptions.ProviderExecutionFailed.status
+    return exceptions.ProblemException(problem, _AGAIN if problem.status == 503 else None)
 
 
 async def read_upload(body: AsyncIterator[bytes], failed: bool, settings: JobLibSettings) -> bytes:
@@ -336,7 +327,7 @@ async def read_upload(body: AsyncIterator[bytes], failed: bool, settings: JobLib
     data = BytesIO()
     async for chunk in body:
         if data.tell() + len(chunk) > limit:
-            raise PayloadTooLarge.exception(f"a result is limited to {limit} bytes")
+            raise exceptions.PayloadTooLarge.exception(f"a result is limited to {limit} bytes")
         data.write(chunk)
     return data.getvalue()
 

@@ -4,19 +4,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Row,
-    Select,
-    and_,
-    bindparam,
-    case,
-    delete,
-    literal,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
@@ -51,17 +39,17 @@ class Registered(NamedTuple):
     created: bool
 
 
-def _view(row: Row[Any]) -> ProviderResponse:
+def _view(row: sa.Row[Any]) -> ProviderResponse:
     full_name = str(FullName(row.room_id, row.category, row.name))
     return ProviderResponse(**row._mapping, full_name=full_name)
 
 
-def _owned(caller: Caller) -> ColumnElement[bool]:
-    return true() if caller.is_superuser else PROVIDER.c.user_id == caller.id
+def _owned(caller: Caller) -> sa.ColumnElement[bool]:
+    return sa.true() if caller.is_superuser else PROVIDER.c.user_id == caller.id
 
 
-def _named(name: FullName) -> ColumnElement[bool]:
-    return and_(*(column == part for column, part in zip(_NAME, name, strict=True)))
+def _named(name: FullName) -> sa.ColumnElement[bool]:
+    return sa.and_(*(column == part for column, part in zip(_NAME, name, strict=True)))
 
 
 def _written(
@@ -104,14 +92,14 @@ async def register(
         "worker_id": worker_id,
     }
     new_id = uuid7()
-    kept_id = case((PROVIDER.c.user_id == caller.id, PROVIDER.c.id), else_=uuid7())
+    kept_id = sa.case((PROVIDER.c.user_id == caller.id, PROVIDER.c.id), else_=uuid7())
     writing = _written(name, fields, new_id, kept_id, over=_owned(caller))
     row = (await execute(session, writing.returning(*_VIEW))).one_or_none()
     if row is None:
         raise Forbidden.exception(f"provider {name} belongs to another user")
     created = row.id == new_id
     if created:
-        theirs = select(PROVIDER.c.id).where(PROVIDER.c.user_id == caller.id)
+        theirs = sa.select(PROVIDER.c.id).where(PROVIDER.c.user_id == caller.id)
         await check_quota(session, theirs, settings.max_providers_per_user, "providers")
     return Registered(_view(row), created)
 
@@ -136,7 +124,7 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
         name = split_full_name(full_name)
     except ValueError as exc:
         raise ProviderNotFound.exception(f"provider not found: {exc}") from None
-    seen = select(*_VIEW).where(_named(name), visible(PROVIDER))
+    seen = sa.select(*_VIEW).where(_named(name), visible(PROVIDER))
     row = (await execute(session, seen, seen_from(room))).one_or_none()
     if row is None:
         raise ProviderNotFound.exception(f"provider not found: room {room!r} sees no {name}")
@@ -144,16 +132,16 @@ async def read(session: AsyncSession, room: str, full_name: str) -> ProviderResp
 
 
 @lru_cache(maxsize=1)
-def _listed() -> Select[Any]:
+def _listed() -> sa.Select[Any]:
     schema = PROVIDER.c.schema
-    fits = size_of(schema) <= bindparam("largest", type_=BigInteger())
+    fits = size_of(schema) <= sa.bindparam("largest", type_=sa.BigInteger())
     shown = [
-        case((fits, schema), else_=literal({}, schema.type)).label("schema")
+        sa.case((fits, schema), else_=sa.literal({}, schema.type)).label("schema")
         if column is schema
         else column
         for column in _VIEW
     ]
-    return select(*shown, (~fits).label("abridged")).where(visible(PROVIDER))
+    return sa.select(*shown, (~fits).label("abridged")).where(visible(PROVIDER))
 
 
 async def list_visible(
@@ -178,7 +166,8 @@ async def owned(
         ``forbidden`` for another user's.
     """
     found = await execute(
-        session, select(*_VIEW, _owned(caller).label("owned")).where(PROVIDER.c.id == provider_id)
+        session,
+        sa.select(*_VIEW, _owned(caller).label("owned")).where(PROVIDER.c.id == provider_id),
     )
     row = found.one_or_none()
     if row is None or not await permits(may_enter, session, caller, row.room_id):
@@ -202,7 +191,7 @@ async def remove(
     provider = await owned(session, provider_id, caller, may_enter)
     if provider.room_id == INTERNAL_ROOM:
         raise Forbidden.exception("the server's own providers stay")
-    removing = delete(PROVIDER).where(PROVIDER.c.id == provider_id, _owned(caller))
+    removing = sa.delete(PROVIDER).where(PROVIDER.c.id == provider_id, _owned(caller))
     row = (await execute(session, removing.returning(*_NAME))).one_or_none()
     if row is None:
         raise ProviderNotFound.exception(f"provider {provider_id} not found")

@@ -6,28 +6,9 @@ from uuid import UUID
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
+from zndraw_joblib import fields
 from zndraw_joblib.exceptions import ProblemDetail
-from zndraw_joblib.fields import (
-    AnyErrorType,
-    AnyStatus,
-    AnyWaitingFor,
-    Attempt,
-    Checkpoint,
-    ErrorText,
-    Fraction,
-    Integer,
-    JobName,
-    JsonObject,
-    Limit,
-    MediaType,
-    Message,
-    Model,
-    Moment,
-    Name,
-    ProviderName,
-    Seconds,
-    example,
-)
+from zndraw_joblib.fields import JsonObject, Model, example
 from zndraw_joblib.lifecycle import (
     MAX_ATTEMPTS,
     MAX_PRIORITY,
@@ -90,10 +71,10 @@ class TaskHeartbeat(Model):
     """What a worker says of one task that it runs."""
 
     id: UUID
-    attempt: Attempt
-    progress: Fraction | None = None
-    message: Message | None = None
-    checkpoint: Checkpoint = None
+    attempt: fields.Attempt
+    progress: fields.Fraction | None = None
+    message: fields.Message | None = None
+    checkpoint: fields.Checkpoint = None
     """Where the next attempt is to go on, at most 64 KiB of JSON."""
 
 
@@ -104,7 +85,7 @@ class WorkerUpdateRequest(Model):
 
     tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
     state: WorkerState | None = None
-    stuck: Integer | None = Field(default=None, ge=0, le=10_000)
+    stuck: fields.Integer | None = Field(default=None, ge=0, le=10_000)
     """How many hands still run code of attempts that are over."""
 
 
@@ -122,14 +103,14 @@ class PolicyResponse(Model):
 class JobPolicy(Model):
     """How a job's tasks are tried: all of it is optional, times in seconds."""
 
-    max_attempts: Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
-    retry_delay_seconds: Seconds = 0
-    timeout_seconds: Limit | None = None
-    start_timeout_seconds: Limit | None = None
-    max_interruptions: Integer = Field(default=10, ge=0, le=MAX_ATTEMPTS)
+    max_attempts: fields.Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
+    retry_delay_seconds: fields.Seconds = 0
+    timeout_seconds: fields.Limit | None = None
+    start_timeout_seconds: fields.Limit | None = None
+    max_interruptions: fields.Integer = Field(default=10, ge=0, le=MAX_ATTEMPTS)
     """How often a running task may be given back, by workers that have to leave, until that
     counts as a failed attempt."""
-    expected_seconds: Limit | None = None
+    expected_seconds: fields.Limit | None = None
     """How long a run takes: a worker that is to leave sooner takes no such task."""
 
 
@@ -143,8 +124,8 @@ class JobRegisterRequest(JobPolicy):
         max_attempts=3,
     )
 
-    category: Name
-    name: JobName
+    category: fields.Name
+    name: fields.JobName
     schema_: JsonObject = Field(default={}, alias="schema")
     worker_id: UUID | None = None
     worker: WorkerDescription | None = None
@@ -221,8 +202,8 @@ class TaskSubmitRequest(Model):
     model_config = example(payload={"number": 21})
 
     payload: JsonObject = {}
-    priority: Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    delay_seconds: Seconds = 0
+    priority: fields.Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    delay_seconds: fields.Seconds = 0
 
 
 class TaskBatchRequest(Model):
@@ -243,7 +224,7 @@ class TaskError(Model):
     """How one attempt ended."""
 
     attempt: int
-    error_type: AnyErrorType
+    error_type: fields.AnyErrorType
     error: str | None = None
 
 
@@ -253,7 +234,7 @@ class TaskResponse(Model):
     id: UUID
     job_name: str
     room_id: str
-    status: AnyStatus
+    status: fields.AnyStatus
     created_at: datetime
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -265,7 +246,7 @@ class TaskResponse(Model):
     max_attempts: int = 1
     claimed_at: datetime | None = None
     available_at: datetime | None = None
-    error_type: AnyErrorType | None = None
+    error_type: fields.AnyErrorType | None = None
     errors: list[TaskError] = []
     result: Json = None
     progress: float | None = None
@@ -278,7 +259,7 @@ class TaskResponse(Model):
     it."""
     payload_checked: bool = True
     """Whether the host compared `payload` with the job's schema; the worker always does."""
-    waiting_for: AnyWaitingFor | None = None
+    waiting_for: fields.AnyWaitingFor | None = None
     """Why it is pending."""
     ended_by_id: UUID | None = None
     """The user who cancelled it."""
@@ -299,10 +280,10 @@ class TaskClaimRequest(Model):
     model_config = example(worker_id=_ID, max_tasks=4, start=True)
 
     worker_id: UUID
-    max_tasks: Integer = Field(default=1, ge=1, le=MAX_CLAIM)
+    max_tasks: fields.Integer = Field(default=1, ge=1, le=MAX_CLAIM)
     start: bool = Field(default=False, strict=True)
     """The tasks are running at once."""
-    jobs: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_CLAIM_JOBS)
+    jobs: list[fields.Message] | None = Field(default=None, min_length=1, max_length=MAX_CLAIM_JOBS)
     """Full names: of the worker's jobs, these alone."""
 
 
@@ -319,13 +300,13 @@ class TaskUpdateRequest(Model):
     model_config = example(status="completed", attempt=1, result=42)
 
     status: TaskStatus
-    error: ErrorText | None = None
-    attempt: Attempt | None = None
+    error: fields.ErrorText | None = None
+    attempt: fields.Attempt | None = None
     error_type: Literal[ErrorType.USER_ERROR, ErrorType.CRASHED] = ErrorType.USER_ERROR
     """Of a failure: whether the process that ran the task died."""
     retryable: bool = Field(default=True, strict=True)
     result: Json = None
-    reason: Message | None = None
+    reason: fields.Message | None = None
     """Of a cancel: why. The first one stays."""
     interrupted: bool = Field(default=False, strict=True)
     """Of `pending`: the task was at work, and its worker has to leave."""
@@ -384,14 +365,14 @@ class TaskBulkRequest(Model):
     model_config = example(action="cancel", job="lab:analysis:Double", status="pending")
 
     action: Literal["cancel", "retry", "delete"]
-    job: Message | None = None
+    job: fields.Message | None = None
     """The full name of the tasks' job."""
     status: TaskStatus | None = None
     created_by: UUID | None = None
     """The user who submitted them."""
-    before: Moment | None = None
+    before: fields.Moment | None = None
     """They were submitted earlier than that."""
-    reason: Message | None = None
+    reason: fields.Message | None = None
     """Of a cancel: why."""
     dry_run: bool = Field(default=False, strict=True)
     """Nothing is changed."""
@@ -432,10 +413,10 @@ class ProviderRegisterRequest(Model):
 
     model_config = example(category="files", name="structures")
 
-    category: Name
-    name: ProviderName
+    category: fields.Name
+    name: fields.ProviderName
     schema_: JsonObject = Field(default={}, alias="schema")
-    content_type: MediaType = "application/json"
+    content_type: fields.MediaType = "application/json"
     worker_id: UUID | None = None
     worker: WorkerDescription | None = None
 

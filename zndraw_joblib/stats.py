@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, select, true
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import jobs, models
@@ -24,54 +24,54 @@ SECONDS_COUNTED = 60
 COUNTED_MAX = 100_000
 
 
-def _waiting(count_max: int, order: str, waits: ColumnElement[bool]) -> Any:
+def _waiting(count_max: int, order: str, waits: sa.ColumnElement[bool]) -> Any:
     # No more of a queue than count_max is read, in the order of its index: else
     # counting would take longer the longer the queue is. Written as positions are.
     return (
-        select(TASK.c.created_at)
+        sa.select(TASK.c.created_at)
         .where(TASK.c.job_id == JOB.c.id, waits)
         .order_by(TASK.c[order])
-        .limit(select(number(count_max)).scalar_subquery())
+        .limit(sa.select(number(count_max)).scalar_subquery())
         .correlate_except(TASK)
         .subquery()
     )
 
 
 @lru_cache(maxsize=8)
-def _figures(most: int, worker_timeout: float) -> Select[Any]:
+def _figures(most: int, worker_timeout: float) -> sa.Select[Any]:
     pending = _waiting(most, "queue_order", queued())
     delayed = _waiting(most, "available_at", TASK.c.available_at.is_not(None))
-    return select(
+    return sa.select(
         JOB.c.id,
         *jobs.FULL_NAME,
         JOB.c.created_at,
-        select(func.count()).select_from(pending).scalar_subquery().label("pending"),
-        select(func.count()).select_from(delayed).scalar_subquery().label("delayed"),
-        select(func.min(pending.c.created_at)).scalar_subquery().label("oldest"),
-        select(now()).scalar_subquery().label("now"),
+        sa.select(sa.func.count()).select_from(pending).scalar_subquery().label("pending"),
+        sa.select(sa.func.count()).select_from(delayed).scalar_subquery().label("delayed"),
+        sa.select(sa.func.min(pending.c.created_at)).scalar_subquery().label("oldest"),
+        sa.select(now()).scalar_subquery().label("now"),
         jobs.alive_workers(worker_timeout),
     )
 
 
 async def _count(
-    session: AsyncSession, chosen: ColumnElement[bool], order: Any
+    session: AsyncSession, chosen: sa.ColumnElement[bool], order: Any
 ) -> Counter[tuple[UUID, TaskStatus]]:
     # Read in the order of the index that holds just these, and counted outside: SQLite
     # would rather read all tasks in the order of their jobs than sort some.
-    some = select(TASK.c.job_id, TASK.c.status).where(chosen).order_by(order)
+    some = sa.select(TASK.c.job_id, TASK.c.status).where(chosen).order_by(order)
     read = some.limit(number(COUNTED_MAX)).subquery()
-    counting = select(read.c.job_id, read.c.status, func.count())
+    counting = sa.select(read.c.job_id, read.c.status, sa.func.count())
     found = await execute(session, counting.group_by(read.c.job_id, read.c.status))
     return Counter({(job, status): count for job, status, count in found})
 
 
-async def _stats(session: AsyncSession, rows: Sequence[Row[Any]]) -> list[JobStats]:
+async def _stats(session: AsyncSession, rows: Sequence[sa.Row[Any]]) -> list[JobStats]:
     # What is held and what ended just now stand in indexes of their own, over all jobs:
     # what is read is what goes on, not what waits or is done.
     counted = await _count(session, held(), TASK.c.worker_id)
     just_now = TASK.c.completed_at >= now(-SECONDS_COUNTED)
     for status in (TaskStatus.COMPLETED, TaskStatus.FAILED):
-        ended = and_(TASK.c.status == models.constant(status), just_now)
+        ended = sa.and_(TASK.c.status == models.constant(status), just_now)
         counted += await _count(session, ended, TASK.c.completed_at)
     stats = []
     for row in rows:
@@ -111,7 +111,7 @@ async def queue_stats(
 
 
 @lru_cache(maxsize=8)
-def _figures_listed(most: int, worker_timeout: float) -> Select[Any]:
+def _figures_listed(most: int, worker_timeout: float) -> sa.Select[Any]:
     return _figures(most, worker_timeout).where(models.served())
 
 
@@ -129,22 +129,22 @@ TASKS_NAMED = 32
 
 
 @lru_cache(maxsize=8)
-def _workers(worker_timeout: float, in_room: bool) -> Select[Any]:
-    links = select(func.count()).select_from(LINK).where(LINK.c.worker_id == WORKER.c.id)
-    summaries = select(
+def _workers(worker_timeout: float, in_room: bool) -> sa.Select[Any]:
+    links = sa.select(sa.func.count()).select_from(LINK).where(LINK.c.worker_id == WORKER.c.id)
+    summaries = sa.select(
         WORKER.c.id,
         WORKER.c.last_heartbeat,
         WORKER.c.state,
         WORKER.c.name,
         WORKER.c.info,
-        func.coalesce(WORKER.c.stuck, number(0)).label("stuck"),
+        sa.func.coalesce(WORKER.c.stuck, number(0)).label("stuck"),
         WORKER.c.created_at,
         links.scalar_subquery().label("job_count"),
         models.alive_within(worker_timeout).label("alive"),
     )
     if not in_room:
         return summaries
-    serving = select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id)
+    serving = sa.select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id)
     return summaries.where(WORKER.c.id.in_(serving.where(models.served())))
 
 
@@ -165,9 +165,9 @@ async def list_workers(
     listing = await paginate(session, statement, WORKER, page, values)
     shown = TASK.c.room_id == room
     if room is None:
-        shown = true() if caller.is_superuser else TASK.c.holder_id == caller.id
+        shown = sa.true() if caller.is_superuser else TASK.c.holder_id == caller.id
     holding = (
-        select(TASK.c.worker_id, TASK.c.id, TASK.c.job_name, TASK.c.status, shown.label("shown"))
+        sa.select(TASK.c.worker_id, TASK.c.id, TASK.c.job_name, TASK.c.status, shown.label("shown"))
         .where(held(), TASK.c.worker_id.in_([row.id for row in listing.rows]))
         .limit(number(COUNTED_MAX))
     )
@@ -177,7 +177,7 @@ async def list_workers(
     return [_summary(row, at_hand[row.id]) for row in listing.rows], listing
 
 
-def _summary(row: Row[Any], tasks: Sequence[Row[Any]]) -> WorkerSummary:
+def _summary(row: sa.Row[Any], tasks: Sequence[sa.Row[Any]]) -> WorkerSummary:
     running = [
         RunningTask(id=task.id, job_name=task.job_name)
         for task in sorted(tasks, key=lambda task: task.id)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import anyio
-from sqlalchemy import Select, select
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, jobs, tasks, workers
@@ -38,7 +38,7 @@ FIRST = UUID(int=0)
 BAD_A_PASS = 100
 
 T = TypeVar("T")
-Rows = Select[tuple[UUID]]
+Rows = sa.Select[tuple[UUID]]
 # ends the chosen rows and returns how many it changed
 End = Callable[[AsyncSession, Rows, JobLibSettings, Outbox], Awaitable[int]]
 Step = Callable[[AsyncSession, Rows, JobLibSettings], Awaitable[list[TaskView]]]
@@ -254,7 +254,7 @@ async def cleanup_worker(
 ) -> bool:
     """Retire one worker, stale or not; return whether it was there."""
     sweep = _sweep(session_maker, settings, tsio, None, on_providers_removed)
-    chosen = select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
+    chosen = sa.select(WORKER.c.id).where(WORKER.c.id == worker_id).with_for_update()
     settings = sweep.transports.settings
     return bool(await sweep.run(lambda session, outbox: retire(session, chosen, settings, outbox)))
 
@@ -432,7 +432,7 @@ async def _clock(sweep: _Sweep) -> datetime | None:
     """Return what the database's clock shows; None while it is away."""
     try:
         async with sweep.session_maker() as session:
-            moment: datetime = await scalar(session, select(now()))
+            moment: datetime = await scalar(session, sa.select(now()))
             return moment
     except Exception:
         log.exception("the database's clock can't be read")

@@ -6,34 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import (
-    Boolean,
-    ColumnElement,
-    Float,
-    Row,
-    Select,
-    and_,
-    bindparam,
-    case,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from zndraw_joblib import exceptions
 from zndraw_joblib.database import execute, now, number, scalar, scalars
-from zndraw_joblib.exceptions import (
-    Forbidden,
-    InvalidRequest,
-    ProblemException,
-    QuotaExceeded,
-    WorkerNotFound,
-)
 from zndraw_joblib.lifecycle import SPECIAL_ROOMS, FullName, WorkerState
 from zndraw_joblib.models import JOB, LINK, PROVIDER, WORKER, alive_within
 from zndraw_joblib.schemas import WorkerDescription
@@ -119,7 +97,7 @@ async def create(
     user_id: UUID,
     settings: JobLibSettings,
     description: WorkerDescription | None = None,
-) -> Row[Any]:
+) -> sa.Row[Any]:
     """Insert a worker of ``user_id``.
 
     Raises
@@ -127,11 +105,11 @@ async def create(
     ProblemException
         ``quota-exceeded`` when the user has too many.
     """
-    inserting = insert(WORKER).values(user_id=user_id, **_described(description))
+    inserting = sa.insert(WORKER).values(user_id=user_id, **_described(description))
     created = await execute(
         session, inserting.returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
     )
-    theirs = select(WORKER.c.id).where(WORKER.c.user_id == user_id)
+    theirs = sa.select(WORKER.c.id).where(WORKER.c.user_id == user_id)
     await check_quota(session, theirs, settings.max_workers_per_user, "workers")
     return created.one()
 
@@ -141,17 +119,22 @@ def _described(description: WorkerDescription | None) -> dict[str, Any]:
     return {} if description is None else description.model_dump(exclude_none=True)
 
 
-_THEIRS = WORKER.c.user_id == bindparam("owner")
+_THEIRS = WORKER.c.user_id == sa.bindparam("owner")
 TOUCHING = (
-    update(WORKER)
+    sa.update(WORKER)
     .where(
-        WORKER.c.id == bindparam("touched"), or_(_THEIRS, bindparam("commands", type_=Boolean()))
+        WORKER.c.id == sa.bindparam("touched"),
+        sa.or_(_THEIRS, sa.bindparam("commands", type_=sa.Boolean())),
     )
     .values(
         # a superuser's word is no heartbeat of another's worker
-        last_heartbeat=case((_THEIRS, now()), else_=WORKER.c.last_heartbeat),
-        state=func.coalesce(bindparam("new_state", type_=WORKER.c.state.type), WORKER.c.state),
-        stuck=func.coalesce(bindparam("now_stuck", type_=WORKER.c.stuck.type), WORKER.c.stuck),
+        last_heartbeat=sa.case((_THEIRS, now()), else_=WORKER.c.last_heartbeat),
+        state=sa.func.coalesce(
+            sa.bindparam("new_state", type_=WORKER.c.state.type), WORKER.c.state
+        ),
+        stuck=sa.func.coalesce(
+            sa.bindparam("now_stuck", type_=WORKER.c.stuck.type), WORKER.c.stuck
+        ),
     )
     .returning(WORKER.c.id, WORKER.c.last_heartbeat, WORKER.c.state)
 )
@@ -166,7 +149,7 @@ async def touch(
     state: WorkerState | None = None,
     stuck: int | None = None,
     **names: Any,
-) -> Row[Any]:
+) -> sa.Row[Any]:
     """Record a heartbeat; the worker's row stays locked until the commit.
 
     Parameters
@@ -207,21 +190,21 @@ async def touch(
 
 def not_found(worker_id: UUID) -> Exception:
     """Return the problem that says that there is no such worker."""
-    return WorkerNotFound.exception(f"worker {worker_id} not found")
+    return exceptions.WorkerNotFound.exception(f"worker {worker_id} not found")
 
 
 def forbidden(worker_id: UUID) -> Exception:
     """Return the problem that says that a worker is not the caller's."""
-    return Forbidden.exception(f"worker {worker_id} belongs to another user")
+    return exceptions.Forbidden.exception(f"worker {worker_id} belongs to another user")
 
 
 async def refusal(session: AsyncSession, worker_id: UUID) -> Exception:
     """Return why a worker was not the caller's to change."""
-    known = await scalar(session, select(WORKER.c.id).where(WORKER.c.id == worker_id))
+    known = await scalar(session, sa.select(WORKER.c.id).where(WORKER.c.id == worker_id))
     return not_found(worker_id) if known is None else forbidden(worker_id)
 
 
-def checked(row: Row[Any] | None, worker_id: UUID, caller: Caller) -> Row[Any]:
+def checked(row: sa.Row[Any] | None, worker_id: UUID, caller: Caller) -> sa.Row[Any]:
     """Return a worker's row, which has its ``user_id``, if it is the caller's."""
     if row is None:
         raise not_found(worker_id)
@@ -249,10 +232,10 @@ async def mine(
         return made
     try:
         await touch(session, worker_id, caller)
-    except ProblemException:
+    except exceptions.ProblemException:
         raise not_found(worker_id) from None
     if described := _described(description):
-        describing = update(WORKER).where(WORKER.c.id == worker_id)
+        describing = sa.update(WORKER).where(WORKER.c.id == worker_id)
         await execute(session, describing.values(described))
     return worker_id
 
@@ -268,13 +251,13 @@ def check_length(name: FullName) -> None:
     try:
         name.bounded()
     except ValueError as exc:
-        raise InvalidRequest.exception(
+        raise exceptions.InvalidRequest.exception(
             f"room, category and name {exc}", errors=[{"pointer": "/body/name", "detail": str(exc)}]
         ) from None
 
 
 async def check_quota(
-    session: AsyncSession, rows: Select[Any], most: int, what: str, retry_after: int = 60
+    session: AsyncSession, rows: sa.Select[Any], most: int, what: str, retry_after: int = 60
 ) -> None:
     """Count what a user has, the new one included.
 
@@ -284,8 +267,8 @@ async def check_quota(
         ``quota-exceeded`` when there is more than ``most``; its ``Retry-After`` is in seconds.
     """
     some = rows.limit(number(most + 1)).subquery()
-    if await scalar(session, select(func.count()).select_from(some)) > most:
-        raise QuotaExceeded.exception(
+    if await scalar(session, sa.select(sa.func.count()).select_from(some)) > most:
+        raise exceptions.QuotaExceeded.exception(
             f"{what} are limited to {most} for each user", headers={"Retry-After": str(retry_after)}
         )
 
@@ -298,22 +281,22 @@ def due_after(settings: JobLibSettings) -> dict[str, Any]:
     return {"due_after": -settings.worker_timeout_seconds / 60}
 
 
-def heartbeat_due(worker_id: Any) -> ColumnElement[bool]:
+def heartbeat_due(worker_id: Any) -> sa.ColumnElement[bool]:
     """Return the column ``heartbeat_due`` of the worker with that id.
 
     A statement that returns it needs :func:`keep_alive` after it where it is true.
     """
-    late = WORKER.c.last_heartbeat < now(bindparam("due_after", type_=Float()))
-    one = select(late).where(WORKER.c.id == worker_id)
+    late = WORKER.c.last_heartbeat < now(sa.bindparam("due_after", type_=sa.Float()))
+    one = sa.select(late).where(WORKER.c.id == worker_id)
     return one.scalar_subquery().label("heartbeat_due")
 
 
 _KEEPING_ALIVE = (
-    update(WORKER)
+    sa.update(WORKER)
     .where(
         WORKER.c.id.in_(
-            select(WORKER.c.id)
-            .where(WORKER.c.id.in_(bindparam("workers", expanding=True)))
+            sa.select(WORKER.c.id)
+            .where(WORKER.c.id.in_(sa.bindparam("workers", expanding=True)))
             .order_by(WORKER.c.id)
             .with_for_update(skip_locked=True)
         )
@@ -330,25 +313,25 @@ async def keep_alive(session: AsyncSession, worker_ids: Collection[UUID]) -> Non
         await execute(session, _KEEPING_ALIVE, {"workers": chunk})
 
 
-def commanded(worker_id: UUID, caller: Caller) -> Select[tuple[UUID]]:
+def commanded(worker_id: UUID, caller: Caller) -> sa.Select[tuple[UUID]]:
     """Return a worker, if the caller is its owner or a superuser."""
-    theirs = true() if caller.is_superuser else WORKER.c.user_id == caller.id
-    return select(WORKER.c.id).where(WORKER.c.id == worker_id, theirs).with_for_update()
+    theirs = sa.true() if caller.is_superuser else WORKER.c.user_id == caller.id
+    return sa.select(WORKER.c.id).where(WORKER.c.id == worker_id, theirs).with_for_update()
 
 
-def stale(settings: JobLibSettings) -> Select[tuple[UUID]]:
+def stale(settings: JobLibSettings) -> sa.Select[tuple[UUID]]:
     """Return the workers without a heartbeat for ``worker_timeout_seconds``."""
-    return select(WORKER.c.id).where(~alive_within(settings.worker_timeout_seconds))
+    return sa.select(WORKER.c.id).where(~alive_within(settings.worker_timeout_seconds))
 
 
-async def lock(session: AsyncSession, chosen: Select[tuple[UUID]]) -> Sequence[UUID]:
+async def lock(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> Sequence[UUID]:
     """Lock the chosen workers until the commit, and return their ids.
 
     Until then no claim, heartbeat or registration of theirs can commit, on any database:
     it is a write. Chosen ``FOR UPDATE``, they are chosen as they are then: a heartbeat
     that came first wins.
     """
-    locking = update(WORKER).where(WORKER.c.id.in_(chosen)).values(state=WORKER.c.state)
+    locking = sa.update(WORKER).where(WORKER.c.id.in_(chosen)).values(state=WORKER.c.state)
     return await scalars(session, locking.returning(WORKER.c.id))
 
 
@@ -360,32 +343,32 @@ async def remove(session: AsyncSession, worker_ids: Collection[UUID]) -> Removed
     removed = await _withdraw(
         session, LINK.c.worker_id.in_(worker_ids), PROVIDER.c.worker_id.in_(worker_ids)
     )
-    await execute(session, delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
+    await execute(session, sa.delete(WORKER).where(WORKER.c.id.in_(worker_ids)))
     return removed
 
 
 async def expel(session: AsyncSession, user_id: UUID, room_id: str) -> Removed:
     """Unlink a user's workers, which stay, from a room's jobs; withdraw their providers there."""
-    theirs = select(WORKER.c.id).where(WORKER.c.user_id == user_id)
-    here = select(JOB.c.id).where(JOB.c.room_id == room_id)
+    theirs = sa.select(WORKER.c.id).where(WORKER.c.user_id == user_id)
+    here = sa.select(JOB.c.id).where(JOB.c.room_id == room_id)
     return await _withdraw(
         session,
-        and_(LINK.c.worker_id.in_(theirs), LINK.c.job_id.in_(here)),
-        and_(PROVIDER.c.user_id == user_id, PROVIDER.c.room_id == room_id),
+        sa.and_(LINK.c.worker_id.in_(theirs), LINK.c.job_id.in_(here)),
+        sa.and_(PROVIDER.c.user_id == user_id, PROVIDER.c.room_id == room_id),
     )
 
 
 async def _withdraw(
-    session: AsyncSession, links: ColumnElement[bool], providers: ColumnElement[bool]
+    session: AsyncSession, links: sa.ColumnElement[bool], providers: sa.ColumnElement[bool]
 ) -> Removed:
-    room = select(JOB.c.room_id).where(JOB.c.id == LINK.c.job_id).correlate(LINK)
-    unlinking = delete(LINK).where(links)
+    room = sa.select(JOB.c.room_id).where(JOB.c.id == LINK.c.job_id).correlate(LINK)
+    unlinking = sa.delete(LINK).where(links)
     unlinked = await execute(
         session,
         unlinking.returning(LINK.c.worker_id, LINK.c.job_id, room.scalar_subquery().label("room")),
     )
     names = (PROVIDER.c.room_id, PROVIDER.c.category, PROVIDER.c.name)
-    withdrawn = await execute(session, delete(PROVIDER).where(providers).returning(*names))
+    withdrawn = await execute(session, sa.delete(PROVIDER).where(providers).returning(*names))
     removed = Removed(providers=[FullName(*row) for row in withdrawn])
     for worker_id, job_id, room_id in unlinked:
         removed.unlinked.add(worker_id)
@@ -399,5 +382,7 @@ async def correct_moments(session: AsyncSession) -> int:
 
     They were written before the database's clock was set back.
     """
-    correcting = update(WORKER).where(WORKER.c.last_heartbeat > now(1)).values(last_heartbeat=now())
+    correcting = (
+        sa.update(WORKER).where(WORKER.c.last_heartbeat > now(1)).values(last_heartbeat=now())
+    )
     return len(await scalars(session, correcting.returning(WORKER.c.id)))
