@@ -208,12 +208,8 @@ async def submit(
     if others:
         rows = await _insert_others(session, target, rows[0], others)
     await check_waiting(session, caller.id, settings, [row.queue_order for row in rows])
-    if others and not target.internal:
-        rows = await _placed(session, target.id, rows, settings)
-    elif not target.internal:
-        later = WaitingFor.DELAYED if first["seconds"] else WaitingFor.BEHIND
-        place = rows[0].queue_position
-        rows = [tasks.waiting(rows[0], place, target.obstacle or later)]
+    if not target.internal:
+        rows = await _placed(session, target, rows, settings)
     return Submission([row.id for row in rows], rows, created=True)
 
 
@@ -296,20 +292,24 @@ async def _insert_others(
 
 
 async def _placed(
-    session: AsyncSession, job_id: UUID, rows: Sequence[sa.Row[Any]], settings: JobLibSettings
+    session: AsyncSession, target: jobs.Target, rows: Sequence[Any], settings: JobLibSettings
 ) -> list[TaskView]:
-    """Return tasks with their places in the queue: one look at its head for all of them."""
+    """Return tasks with their places in the queue: one look at its head for many of them."""
+    if len(rows) == 1:
+        (only,) = rows
+        later = WaitingFor.DELAYED if only.available_at else WaitingFor.BEHIND
+        return [tasks.waiting(only, only.queue_position, target.obstacle or later)]
     most = settings.queue_position_max
     head = await execute(
         session,
         sa.select(TASK.c.queue_order, TASK.c.id)
-        .where(TASK.c.job_id == job_id, queued())
+        .where(TASK.c.job_id == target.id, queued())
         .order_by(TASK.c.queue_order, TASK.c.id)
         .limit(number(most)),
     )
     before = [(row.queue_order, row.id) for row in head]
 
-    def position(row: sa.Row[Any]) -> int:
+    def position(row: Any) -> int:
         return min(bisect_left(before, (row.queue_order, row.id)) + 1, most)
 
     return [tasks.waiting(row, position(row)) for row in rows]
