@@ -45,8 +45,7 @@ class Queue:
     async def hand_back(self, task_id: UUID) -> None:
         async with self.session_maker() as session:
             release = TaskUpdateRequest(status="pending")
-            args = self.owner, nobody, release, SETTINGS
-            await reports.report(session, task_id, *args)
+            await reports.report(session, {task_id: release}, self.owner, nobody, SETTINGS)
             await session.commit()
 
     async def turns(self, count: int, after_each: Callable[[Any], Any]) -> list[UUID]:

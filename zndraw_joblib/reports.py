@@ -1,7 +1,7 @@
 """Reports: what workers and users say becomes of a task."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -124,7 +124,7 @@ def _moving(
         .where(
             TASK.c.id.in_(ids),
             rechecked(_may_become(status, interrupted)),
-            _may_report(superuser, status, sa.bindparam("holder"), sa.bindparam("submitter")),
+            sa.true() if superuser else _is_callers(status),
             TASK.c.attempt == sa.func.coalesce(leased, TASK.c.attempt),
             _of_this_delivery(status, leased) if keyed else sa.true(),
         )
@@ -224,49 +224,6 @@ async def lock(session: AsyncSession, task_ids: Iterable[UUID]) -> None:
 
 async def report(
     session: AsyncSession,
-    task_id: UUID,
-    caller: Caller,
-    may_enter: RoomAccess,
-    request: TaskUpdateRequest,
-    settings: JobLibSettings,
-    *,
-    key: str | None = None,
-) -> Reported:
-    """Move a task to the reported state, if it is the caller's to move.
-
-    Parameters
-    ----------
-    session : AsyncSession
-        Whose owner commits.
-    task_id : UUID
-        The task.
-    caller : Caller
-        The owner of the task's worker, a superuser, or to cancel the submitter and who may
-        operate the room.
-    may_enter : RoomAccess
-        To whom else it is told that there is such a task.
-    request : TaskUpdateRequest
-        The report; with ``attempt`` it counts for that attempt only.
-    settings : JobLibSettings
-        The host's.
-    key : str, optional
-        An idempotency key: of two deliveries of one task, each with a key of its own,
-        one may start it.
-
-    Raises
-    ------
-    ProblemException
-        ``task-not-found``, ``forbidden``, ``invalid-task-transition``, ``lease-lost``.
-    """
-    reports = {task_id: request}
-    (outcome,) = await report_many(session, reports, caller, may_enter, settings, key=key)
-    if isinstance(outcome, ProblemException):
-        raise outcome
-    return outcome
-
-
-async def report_many(
-    session: AsyncSession,
     reports: Mapping[UUID, TaskUpdateRequest],
     caller: Caller,
     may_enter: RoomAccess,
@@ -276,50 +233,71 @@ async def report_many(
 ) -> list[Reported | ProblemException]:
     """Move each task to the state that is reported of it, if it is the caller's to move.
 
-    Parameters, but for ``reports``, are those of :func:`report`.
-
     Parameters
     ----------
     reports : mapping of UUID to TaskUpdateRequest
-        By task.
+        By task; one with ``attempt`` counts for that attempt only.
+    caller : Caller
+        Whose the task's worker is; a superuser; to cancel, its submitter and who may operate.
+    may_enter : RoomAccess
+        To whom else it is told that there is such a task.
+    key : str, optional
+        An idempotency key: of two deliveries of one task, each with a key of its own,
+        one may start it.
 
     Returns
     -------
     list of Reported or ProblemException
-        What :func:`report` would have returned or raised for each.
+        Of each report what came of it, or ``task-not-found``, ``forbidden``,
+        ``invalid-task-transition`` or ``lease-lost``.
     """
     if len(reports) > 1:
         await lock(session, reports)
     moved = await _move_all(session, reports, caller, settings, key)
-    current: dict[UUID, sa.Row[Any]] = {}
-    if unmoved := reports.keys() - moved.keys():
-        # nothing moved: only now is it worth a read to tell why
-        reading = seen(settings).add_columns(TASK.c.claim_key)
-        found = await execute(session, reading.where(TASK.c.id.in_(unmoved)))
-        current = {row.id: row for row in found}
+    # what has not moved: only now is it worth a read to tell why
+    current = await _read(session, reports.keys() - moved.keys(), settings)
     outcomes: list[Reported | ProblemException] = []
     for task_id, request in reports.items():
-        if task_id in moved:
-            outcomes.append(Reported(moved[task_id], changed=True))
-            continue
+        row = current.get(task_id)
         try:
-            row = current.get(task_id)
-            if row is None or not _entitled(row, request.status, caller):
+            if task_id not in moved and (row is None or not _entitled(row, request.status, caller)):
                 row = await require_visible(session, row, task_id, caller, may_enter)
-                if request.status is not TaskStatus.CANCELLED or not await permits(
-                    may_enter, session, caller, row.room_id, OPERATE
-                ):
-                    raise _not_yours(row, request)
+                await _require_operator(session, row, request, caller, may_enter)
                 operator = Caller(caller.id, is_superuser=True)
-                alone = {task_id: request}
-                kind = (request.status, request.interrupted)
-                if done := await _move(session, *kind, alone, operator, settings, key):
-                    outcomes.append(Reported(done[0], changed=True))
-                    continue
-            outcomes.append(await _repeated(session, row, request, key))
+                moved |= await _move_all(session, {task_id: request}, operator, settings, key)
+            if task_id in moved:
+                outcomes.append(Reported(moved[task_id], changed=True))
+            else:
+                outcomes.append(await _repeated(session, row, request, key))
         except ProblemException as exc:
             outcomes.append(exc)
     return outcomes
+
+
+async def _read(
+    session: AsyncSession, task_ids: Collection[UUID], settings: JobLibSettings
+) -> dict[UUID, sa.Row[Any]]:
+    if not task_ids:
+        return {}
+    reading = seen(settings).add_columns(TASK.c.claim_key)
+    found = await execute(session, reading.where(TASK.c.id.in_(task_ids)))
+    return {row.id: row for row in found}
+
+
+async def _require_operator(
+    session: AsyncSession,
+    row: sa.Row[Any],
+    request: TaskUpdateRequest,
+    caller: Caller,
+    may_enter: RoomAccess,
+) -> None:
+    """Refuse a report on another's task, but for a cancel by who may operate its room."""
+    cancels = request.status is TaskStatus.CANCELLED
+    if not cancels or not await permits(may_enter, session, caller, row.room_id, OPERATE):
+        # a zombie is told that its lease is over, and a stranger no more than that
+        if _fenced_out(row, request):
+            raise LeaseLost.exception()
+        raise Forbidden.exception(f"task {row.id} is not yours to report on")
 
 
 def _interrupted_too_often(request: TaskUpdateRequest) -> TaskUpdateRequest:
@@ -338,15 +316,11 @@ def _may_become(status: TaskStatus, interrupted: bool) -> sa.ColumnElement[bool]
     return sa.and_(allowed, started == TASK.c.claimed_at)
 
 
-def _may_report(
-    superuser: bool, status: TaskStatus, holder: Any, submitter: Any
-) -> sa.ColumnElement[bool]:
+def _is_callers(status: TaskStatus) -> sa.ColumnElement[bool]:
     # two of the same user: the columns are of two types
-    if superuser:
-        return sa.true()
-    holds: sa.ColumnElement[bool] = TASK.c.holder_id == holder
+    holds: sa.ColumnElement[bool] = TASK.c.holder_id == sa.bindparam("holder")
     if status is TaskStatus.CANCELLED:
-        return sa.or_(holds, TASK.c.created_by_id == submitter)
+        return sa.or_(holds, TASK.c.created_by_id == sa.bindparam("submitter"))
     return holds
 
 
@@ -359,13 +333,6 @@ def _fenced_out(row: sa.Row[Any], request: TaskUpdateRequest) -> bool:
     return request.attempt is not None and (
         row.attempt != request.attempt or row.status not in HELD
     )
-
-
-def _not_yours(row: sa.Row[Any], request: TaskUpdateRequest) -> ProblemException:
-    # a zombie is told that its lease is over, and a stranger no more than that
-    if _fenced_out(row, request):
-        return LeaseLost.exception()
-    return Forbidden.exception(f"task {row.id} is not yours to report on")
 
 
 async def _repeated(

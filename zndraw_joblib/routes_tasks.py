@@ -334,9 +334,7 @@ async def report_tasks(
 ) -> Response:
     """Report what became of up to 32 tasks, each as if it were reported alone."""
     by_id = {report.id: report for report in body.reports}
-    reported = await reports.report_many(
-        session, by_id, context.caller, may_enter, context.settings
-    )
+    reported = await reports.report(session, by_id, context.caller, may_enter, context.settings)
     context.outbox.tasks_changed(
         report.task
         for report in reported
@@ -367,9 +365,11 @@ async def report_task(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Report what became of a task, or cancel it."""
-    reported = await reports.report(
-        session, task_id, context.caller, may_enter, body, context.settings, key=idempotency_key
+    (reported,) = await reports.report(
+        session, {task_id: body}, context.caller, may_enter, context.settings, key=idempotency_key
     )
+    if isinstance(reported, exceptions.ProblemException):
+        raise reported
     if reported.changed:
         context.outbox.task_changed(reported.task)
     await context.commit(session)
