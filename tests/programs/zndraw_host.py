@@ -190,7 +190,8 @@ def jobs_run(vis: ZnDraw, heard: list[tuple[str, Any]]) -> None:
     assert task.status == "completed", task.fetch()
     assert len(vis) == 2
     until(lambda: "completed" in states(heard, task.id), "the end of the task")
-    assert states(heard, task.id) == ["pending", "claimed", "running", "completed"]
+    told = states(heard, task.id)
+    assert told == ["pending", "claimed", "running", "completed"], told
     say("a job of the room ran, and its page heard of it")
 
     task = vis.run(Everywhere(frames=1)).wait(timeout=HANG)
