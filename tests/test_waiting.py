@@ -12,14 +12,14 @@ import httpx
 import pytest
 from conftest import PREFIX
 from redis.asyncio import Redis
-from sqlalchemy import update
+from sqlalchemy import event, update
 from steps import JOB, at_once, claim, execute, offer, problem, read, report, submit
 
 from zndraw_joblib import RedisWakeups
 from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.dependencies import preferred_wait
 from zndraw_joblib.models import Task, TaskStatus, now
-from zndraw_joblib.waiting import Waiters
+from zndraw_joblib.waiting import AT_WORK, Waiters
 
 LONGEST = 60
 #: far beyond what is waited for anywhere: whoever relies on looking again hangs
@@ -421,3 +421,40 @@ async def test_processes_that_are_forked_from_one_app_wake_each_other(redis_url)
             listened.set()
             await anyio.to_thread.run_sync(other.join, 30)
         assert other.exitcode == 0
+
+
+@pytest.mark.makers("plain", "postgres")
+async def test_of_a_crowd_few_are_at_work(ada, engine):
+    worker = await offer(ada)
+    at_work, most = 0, 0
+
+    def begin(*_: object) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+
+    def end(*_: object) -> None:
+        nonlocal at_work
+        at_work -= 1
+
+    async def wait() -> None:
+        claimed = await ada.post(
+            "/tasks/claim", json={"worker_id": worker}, headers={"Prefer": "wait=60"}
+        )
+        given.append(claimed.json()["task"]["id"])
+
+    given: list[str] = []
+    event.listen(engine.sync_engine, "checkout", begin)
+    event.listen(engine.sync_engine, "checkin", end)
+    async with anyio.create_task_group() as group:
+        for _ in range(50):
+            group.start_soon(wait)
+        await anyio.sleep(0.5)
+        # and all of them are woken at once
+        tasks = {"tasks": [{}] * 50}
+        made = await ada.post(f"/rooms/lab/batches/{JOB}", json=tasks)
+    event.remove(engine.sync_engine, "checkout", begin)
+    event.remove(engine.sync_engine, "checkin", end)
+    assert sorted(given) == sorted(made.json()["ids"])
+    # beside them the submission, and who polls for all of them
+    assert most <= AT_WORK + 2

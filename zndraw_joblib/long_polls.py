@@ -26,7 +26,7 @@ from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, in_states, paused, queued
 from zndraw_joblib.queues import ahead
-from zndraw_joblib.waiting import Subscription, Subscriptions, Waiter, Waiters
+from zndraw_joblib.waiting import ADMISSION, Admission, Subscription, Subscriptions, Waiter, Waiters
 from zndraw_joblib.wakeups import Wakeups
 
 T = TypeVar("T")
@@ -72,8 +72,12 @@ async def _wait(
         subscriptions.changed = asyncio.Event()
         poll = _poll_while_some_wait(context.runtime, context.transports, session_maker)
         subscriptions.poller = asyncio.create_task(poll)
+    admission: Admission | None = context.request.scope.get(ADMISSION)
+    if admission is not None:
+        admission.leave()
     try:
-        return await waiter.wait(seconds, context.request.receive)
+        goes_on = await waiter.wait(seconds, context.request.receive)
+        return goes_on and (admission is None or await admission.enter())
     finally:
         del subscriptions.by_request[waiter]
         subscriptions.by_user[user_id] -= 1

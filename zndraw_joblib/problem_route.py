@@ -18,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from zndraw_joblib import exceptions
 from zndraw_joblib.database import without_values
+from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up, with_context
 from zndraw_joblib.events import FrozenEvent
 from zndraw_joblib.exceptions import (
@@ -30,8 +31,11 @@ from zndraw_joblib.exceptions import (
 from zndraw_joblib.lifecycle import parse_json, take_result
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.telemetry import continuing
+from zndraw_joblib.waiting import ADMISSION, Admission
 
 log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class _FullNameConvertor(Convertor[str]):
@@ -163,7 +167,7 @@ class ProblemRoute(APIRoute):
         if published is not None:
             await published
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Handler:
         """Wrap FastAPI's handler."""
         handle = super().get_route_handler()
 
@@ -172,7 +176,9 @@ class ProblemRoute(APIRoute):
                 bounded = BoundedRequest(request.scope, request.receive)
                 bounded.is_report = self._takes_report
                 with continuing(request.headers):
-                    return await handle(bounded)
+                    if "prefer" not in request.headers:
+                        return await handle(bounded)
+                    return await _admitted(bounded, handle)
             except RequestValidationError as exc:
                 raise invalid_request(list(exc.errors())) from None
             except HTTPException as exc:
@@ -195,6 +201,21 @@ class ProblemRoute(APIRoute):
                 raise
 
         return guarded
+
+
+async def _admitted(request: BoundedRequest, handle: Handler) -> Response:
+    """Handle a request that may wait, when few enough of them are at work."""
+    # who sends a body slowly holds nobody up
+    await request.body()
+    admission = Admission(runtime_of(request.app).subscriptions.at_work)
+    request.scope[ADMISSION] = admission
+    try:
+        # who hung up meanwhile claims nothing: nobody would learn what
+        if not await admission.enter() or await request.is_disconnected():
+            raise exceptions.ServerBusy.exception(headers={"Retry-After": "5"})
+        return await handle(request)
+    finally:
+        admission.leave()
 
 
 def will_pass(exc: Exception) -> bool:

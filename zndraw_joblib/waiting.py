@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -190,9 +191,43 @@ class Subscription(NamedTuple):
     serves: int = 0
 
 
+#: In an ASGI scope: the admission of its request.
+ADMISSION = "zndraw_joblib.admission"
+# Requests that may wait of which so many are at work at once: of a crowd that arrives, or
+# is woken, in one moment. Each makes some statements before it waits, and a heartbeat that
+# comes meanwhile stands behind these few.
+AT_WORK = 8
+
+
+class Admission:
+    """Whether a request that may wait is at work, or waits."""
+
+    def __init__(self, limiter: anyio.CapacityLimiter) -> None:
+        self._limiter = limiter
+        self._admitted = False
+
+    async def enter(self) -> bool:
+        """Return True when few enough are at work, False when the server stops before."""
+        try:
+            await self._limiter.acquire_on_behalf_of(self)
+        except anyio.get_cancelled_exc_class():
+            # an enclosing cancel scope cancels again at the next await
+            return False
+        self._admitted = True
+        return True
+
+    def leave(self) -> None:
+        """Let the next one in."""
+        if self._admitted:
+            self._admitted = False
+            self._limiter.release_on_behalf_of(self)
+
+
 @dataclass
 class Subscriptions:
     """What the requests of one event loop wait for, and the task that polls for all."""
+
+    at_work: anyio.CapacityLimiter = field(default_factory=partial(anyio.CapacityLimiter, AT_WORK))
 
     by_request: dict[object, Subscription] = field(default_factory=dict)
     by_user: Counter[UUID] = field(default_factory=Counter)

@@ -1,10 +1,11 @@
-"""What a thousand requests that wait cost everybody else; prints figures as JSON.
+"""What a thousand requests that wait, or arrive at once, cost others; prints figures as JSON.
 
 Run it with ``nox -s waiting``. The host is a process of its own, on a SQLite file; the
 heartbeats are those of a user who waits for nothing.
 """
 
 import argparse
+import asyncio
 import json
 import statistics
 import tempfile
@@ -93,6 +94,36 @@ async def measure(host: Host, waiting: int, count: int) -> dict[str, Any]:
     return {"waiting": waiting, "heartbeats": count, **figures, "ratio": ratio}
 
 
+async def crowd(host: Host, count: int) -> dict[str, Any]:
+    """Return the times of heartbeats while so many claims arrive at the same moment."""
+    async with host.client() as admin, host.client() as client:
+        await become_someone_else(client, host)
+        made = await admin.put("/rooms/lab/jobs", json=JOB)
+        body = json.dumps({"worker_id": made.raise_for_status().json()["worker_id"]}).encode()
+        asked = (
+            f"POST /v1/joblib/tasks/claim HTTP/1.1\r\nHost: host\r\nPrefer: wait={LONG}\r\n"
+            f"Authorization: Bearer {host.token}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        ).encode() + body
+        where = httpx.URL(host.url)
+        # connected beforehand, and as bytes: a client that is busy itself measures itself
+        connections = [await asyncio.open_connection(where.host, where.port) for _ in range(count)]
+        await heartbeats(client, 20)
+        for _, writer in connections:
+            writer.write(asked)
+        took = await heartbeats(client, 100)
+        for reader, writer in connections:
+            assert not reader._buffer, "did not wait"  # type: ignore[attr-defined]
+            writer.close()
+    return {
+        "claims at once": count,
+        "heartbeats": len(took),
+        "max_ms": max(took),
+        "median_ms": statistics.median(took),
+        "first": took[:5],
+    }
+
+
 async def run(waiting: int, count: int) -> dict[str, Any]:
     """Measure on a host of its own."""
     with tempfile.TemporaryDirectory() as directory:
@@ -102,7 +133,7 @@ async def run(waiting: int, count: int) -> dict[str, Any]:
         }
         async with hosting(Path(directory), **settings) as host:
             with anyio.fail_after(HANG + waiting):
-                return await measure(host, waiting, count)
+                return {**await measure(host, waiting, count), "crowd": await crowd(host, waiting)}
 
 
 if __name__ == "__main__":
