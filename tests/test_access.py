@@ -166,6 +166,7 @@ ASKED: dict[Row, Callable[[Scene, httpx.AsyncClient], Awaitable[httpx.Response]]
     ("PATCH /tasks", "outcome of `completed`"): lambda s, u: s.report_in_batch(u, "completed"),
     ("PATCH /tasks", "outcome of `cancelled`"): lambda s, u: s.report_in_batch(u, "cancelled"),
     ("GET /tasks/{task_id}/result", ""): lambda s, u: u.get(f"/tasks/{s.done['id']}/result"),
+    ("GET /tasks/{task_id}/log", ""): lambda s, u: u.get(f"/tasks/{s.done['id']}/log"),
     ("PATCH /tasks/{task_id}", "`running`"): lambda s, u: s.report(u, "claimed", "running"),
     ("PATCH /tasks/{task_id}", "`completed`"): lambda s, u: s.report(u, "running", "completed"),
     ("PATCH /tasks/{task_id}", "`failed`"): lambda s, u: s.report(u, "running", "failed"),
@@ -274,6 +275,7 @@ ASKS = {
     "GET /rooms/{room_id}/providers/{provider_name}/info": READING,
     "GET /rooms/{room_id}/providers/{provider_name}": READING,
     "GET /tasks/{task_id}/result": READING,
+    "GET /tasks/{task_id}/log": READING,
 }
 
 

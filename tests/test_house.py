@@ -25,7 +25,7 @@ FLOORS = [
     ["database", "models", "paging", "migration"],
     [
         "workers", "queues", "jobs", "stats", "tasks", "submissions", "attempts", "reports", "operations",
-        "claims", "heartbeats", "providers",
+        "claims", "logs", "heartbeats", "providers",
     ],
     ["provider_reads", "delivery", "registry", "sweeper"],
     ["dependencies", "problem_route", "long_polls"],
@@ -35,6 +35,7 @@ FLOORS = [
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
     "encoding",
+    "task_log",
     "extension",
     "provider",
     "execution",

@@ -17,9 +17,10 @@ _NAMES = {
     " InvalidTaskTransition JobNotFound NoWorkersAvailable ProblemException"
     " ProviderNotFound ProviderTimeoutError SchemaConflict TaskNotFound WorkerNotFound"
     " problem_exception_handler",
+    "execution": "TaskLogHandler",
     "extension": "Category ClaimedTask Extension TaskCancelled",
     "lifecycle": "TaskStatus",
-    "models": "Job ProviderRecord Task Worker WorkerJobLink",
+    "models": "Job ProviderRecord Task TaskLog Worker WorkerJobLink",
     "problem_route": "webhooks",
     "provider": "Provider",
     "registry": "InternalExecutor InternalProviderExecutor InternalRegistry ensure_internal_jobs"

@@ -40,6 +40,7 @@ from zndraw_joblib.exceptions import SchemaConflict as SchemaConflict
 from zndraw_joblib.exceptions import TaskNotFound as TaskNotFound
 from zndraw_joblib.exceptions import WorkerNotFound as WorkerNotFound
 from zndraw_joblib.exceptions import problem_exception_handler as problem_exception_handler
+from zndraw_joblib.execution import TaskLogHandler as TaskLogHandler
 from zndraw_joblib.extension import Category as Category
 from zndraw_joblib.extension import ClaimedTask as ClaimedTask
 from zndraw_joblib.extension import Extension as Extension
@@ -48,6 +49,7 @@ from zndraw_joblib.lifecycle import TaskStatus as TaskStatus
 from zndraw_joblib.models import Job as Job
 from zndraw_joblib.models import ProviderRecord as ProviderRecord
 from zndraw_joblib.models import Task as Task
+from zndraw_joblib.models import TaskLog as TaskLog
 from zndraw_joblib.models import Worker as Worker
 from zndraw_joblib.models import WorkerJobLink as WorkerJobLink
 from zndraw_joblib.problem_route import webhooks as webhooks

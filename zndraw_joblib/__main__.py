@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from zndraw_joblib.client import Extension, JobManager, TaskFailed
+from zndraw_joblib.client_handles import shown_lines
 from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_user import Rooms
 from zndraw_joblib.exceptions import describe
@@ -96,6 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     wait = _add(commands, _wait, "Wait until tasks have ended, and list them.", "id")
     wait.add_argument("--timeout", type=float, metavar="SECONDS")
+    log = _add(commands, _log, "Print what a task has logged.")
+    log.add_argument("id")
+    log.add_argument("--follow", action="store_true", help="and what it logs, until it has ended")
     _add(commands, _cancel, "Cancel tasks.", "id")
     _add(commands, _retry, "Set tasks going again that have ended.", "id")
     _add(commands, _drain, "Let workers finish, and get nothing more.", "worker-id")
@@ -289,6 +293,13 @@ def _ended(
 
 def _all_completed(tasks: Iterable[TaskResponse]) -> int:
     return DONE if all(task.status == TaskStatus.COMPLETED for task in tasks) else NOT_ALL
+
+
+def _log(manager: JobManager, options: argparse.Namespace) -> int:
+    lines = manager.task(options.id).view.log(options.id, options.follow)
+    for shown in (x.model_dump_json() for x in lines) if options.json else shown_lines(lines):
+        print(shown, flush=True)
+    return DONE
 
 
 def _cancel(manager: JobManager, options: argparse.Namespace) -> int:

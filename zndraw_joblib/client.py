@@ -296,6 +296,7 @@ class JobManager:
 
         A ValueError when it is not this worker's any more, or the result can't be kept.
         """
+        self._heartbeat.send_rest(task, saved=False)
         self._claims.report_or_raise(task, TaskStatus.COMPLETED, result=result)
 
     def fail(self, task: ClaimedTask[Any], error: str, *, retryable: bool = True) -> None:
@@ -303,6 +304,7 @@ class JobManager:
 
         A ValueError when it is not this worker's any more.
         """
+        self._heartbeat.send_rest(task, saved=True)
         self._claims.report_or_raise(task, TaskStatus.FAILED, error=error, retryable=retryable)
 
     def fail_by_id(self, task_id: str, error: str) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from html import escape
 from importlib import import_module
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 from uuid import UUID
 
 from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, Unreachable
 from zndraw_joblib.client_transport import Transport, path, prefer
 from zndraw_joblib.exceptions import InvalidTaskTransition, shortened
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.schemas import TaskResponse
+from zndraw_joblib.schemas import LogLine, TaskLogResponse, TaskResponse
 
 # how often running tasks are asked how far they are
 LIVE_SECONDS = 1
@@ -135,6 +135,19 @@ class TaskHandle(str):
         self.keep(self.view.retry(self))
         return self
 
+    @overload
+    def log(self, *, follow: Literal[False] = False) -> list[str]: ...
+    @overload
+    def log(self, *, follow: Literal[True]) -> Iterator[str]: ...
+    def log(self, *, follow: bool = False) -> Iterable[str]:
+        """Return the lines that the task has logged, in all attempts.
+
+        With ``follow``, an iterator that waits for more of them until the task has ended. A
+        KeyError when there is no such task.
+        """
+        lines = shown_lines(self.view.log(self, follow))
+        return lines if follow else list(lines)
+
     def keep(self, task: TaskResponse) -> TaskResponse:
         """Remember how the task has ended, if it has."""
         self._ended = task if task.status in TERMINAL else None
@@ -142,6 +155,16 @@ class TaskHandle(str):
 
     def _repr_html_(self) -> str:
         return Listing([self])._repr_html_()
+
+
+def shown_lines(lines: Iterable[LogLine]) -> Iterator[str]:
+    """Yield what is shown of a log; where another attempt begins, it says so."""
+    attempt = 1
+    for line in lines:
+        if line.attempt != attempt:
+            attempt = line.attempt
+            yield f"--- attempt {attempt} ---"
+        yield line.text
 
 
 def completed(task: TaskResponse) -> TaskResponse:
@@ -235,6 +258,27 @@ class View:
         return self._transport.ask(
             "post", path("tasks", "query"), _read_tasks, json=asked, retries=0
         )
+
+    def log(self, task_id: str, follow: bool) -> Iterator[LogLine]:
+        """Yield the lines of a task's log; with ``follow``, those to come until it has ended."""
+        after = wait = 0
+        while True:
+            answer = self._transport.send(
+                "get",
+                path("tasks", task_id, "log"),
+                read=TaskLogResponse.model_validate,
+                params={"after": after},
+                headers=prefer(wait),
+                timeout=wait + CONNECT_SECONDS,
+            )
+            part: TaskLogResponse = self._transport.value(answer)
+            yield from part.lines
+            after = part.next
+            if part.ended or not (part.lines or follow):
+                return
+            if not part.lines and wait and not answer.waited:
+                time.sleep(self._polling_interval)
+            wait = self._transport.longest_wait if follow else 0
 
     # --- waiting ---
 

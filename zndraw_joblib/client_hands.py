@@ -306,8 +306,9 @@ class Hands:
             report = report_of(offer, TaskStatus.FAILED, error=describe(exc))
         try:
             if report is not None:
-                if task is not None and report["status"] != TaskStatus.COMPLETED:
-                    self.heartbeat.send_checkpoint(task)
+                if task is not None:
+                    saved = report["status"] != TaskStatus.COMPLETED
+                    self.heartbeat.send_rest(task, saved=saved)
                 reported = self._report_together(report)
                 if not reported:
                     self.claims.report(report)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import threading
 import time
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from typing import Any
 from uuid import UUID
 
 from zndraw_joblib.client_api import Answer, SlowDown, Unreachable
-from zndraw_joblib.client_claims import LAST_RETRIES, Claims
+from zndraw_joblib.client_claims import Claims
 from zndraw_joblib.client_transport import path
 from zndraw_joblib.extension import ClaimedTask
 from zndraw_joblib.lifecycle import WorkerState
+from zndraw_joblib.task_log import TaskLog
 from zndraw_joblib.telemetry import SafeLogger
 
 PAUSE_AFTER_ERROR_SECONDS = 5.0
@@ -20,6 +22,8 @@ PAUSE_AFTER_ERROR_SECONDS = 5.0
 BUSY_BEAT_SECONDS = 0.5
 # half of what a host takes as one body
 CHECKPOINTS_A_BEAT = 8
+# a quarter
+LOGS_A_BEAT = 8
 
 log = SafeLogger(logging.getLogger(__name__))
 
@@ -83,24 +87,32 @@ class Heartbeat:
             for kind in before
         )
 
-    def send_checkpoint(self, task: ClaimedTask[Any]) -> None:
-        """Send what a task saved last, if its attempt is to end without a result."""
-        if task.attempt is None or task.unsent_checkpoint() is None:
+    def send_rest(self, task: ClaimedTask[Any], *, saved: bool, **options: Any) -> None:
+        """Send what a task logged, and what it ``saved``, before its end is reported."""
+        if task.attempt is None or task.ended:
             return
         try:
-            self._send([task], {"retries": LAST_RETRIES, "stop": self._life.aborting})
+            while task.unsent_log.unsent() or (saved and task.unsent_checkpoint()):
+                answer = self._send([task], {"stop": self._life.aborting, **options})
+                if task.task_id in (*answer.get("cancelled", ()), *answer.get("lost", ())):
+                    return
         except Exception as exc:
-            log.warning("task %s: could not send its checkpoint: %s", task.task_id, exc)
+            log.warning("task %s: could not send the rest of its log: %s", task.task_id, exc)
 
     def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
         entries: list[dict[str, Any]] = []
         saved: list[tuple[ClaimedTask[Any], str]] = []
-        for task in tasks:
+        logged: list[tuple[TaskLog, dict[str, Any]]] = []
+        # of many that have much to say, not always the same
+        for task in random.sample(tasks, len(tasks)):
             entry = {"id": task.task_id, "attempt": task.attempt, **task.unsent_progress()}
             checkpoint = task.unsent_checkpoint()
             if checkpoint is not None and len(saved) < CHECKPOINTS_A_BEAT:
                 entry["checkpoint"] = json.loads(checkpoint)
                 saved.append((task, checkpoint))
+            if len(logged) < LOGS_A_BEAT and (lines := task.unsent_log.unsent()):
+                entry["log"] = lines
+                logged.append((task.unsent_log, lines))
             entries.append(entry)
         stuck = len(self.claims.held.stuck())
         content: dict[str, Any] = {"tasks": entries} if tasks else {}
@@ -124,11 +136,14 @@ class Heartbeat:
         except OSError:
             # they leave with the next one
             saved.clear()
+            logged.clear()
             raise
         finally:
             # what is refused too: with it, no other heartbeat would get through
             for task, checkpoint in saved:
                 task.keep_checkpoint(checkpoint)
+            for unsent, lines in logged:
+                unsent.keep(lines)
         self._told_stuck = stuck
         return answer
 

@@ -143,7 +143,7 @@ class Shutdown:
             hands.executor.close()
             hands.finish(time.monotonic() + LAST_TASK_SECONDS)
             for task in tasks:
-                self.heartbeat.send_checkpoint(task)
+                self.heartbeat.send_rest(task, saved=True, retries=LAST_RETRIES)
             self.claims.interrupt(tasks, timeout=LAST_REQUEST_SECONDS)
 
     def _interruptible(self) -> list[ClaimedTask[Any]]:

@@ -16,7 +16,7 @@ import anyio
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import attempts, tasks, telemetry
-from zndraw_joblib.events import Dispatch, Dispatcher, Emitter, Outbox, TaskView, emit
+from zndraw_joblib.events import Dispatch, Dispatcher, Emitter, Outbox, TaskLogged, TaskView, emit
 from zndraw_joblib.exceptions import InternalJobNotConfigured, InvalidRequest
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
 from zndraw_joblib.provider_reads import InFlight
@@ -33,6 +33,8 @@ SessionMaker = Callable[[], AbstractAsyncContextManager[AsyncSession]]
 
 #: ``await hook(names)``: the providers that went away, whatever took them.
 ProvidersRemoved = Callable[[list[FullName]], Awaitable[None]]
+#: ``await hook(logged)``: what tasks logged, of one heartbeat.
+OnTaskLog = Callable[[list[TaskLogged]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Transports:
         Hears of providers that went away.
     wakeups : Wakeups, optional
         What wakes requests that wait in other processes.
+    on_task_log : coroutine function, optional
+        Hears of what tasks log.
     """
 
     settings: JobLibSettings
@@ -61,6 +65,7 @@ class Transports:
     session_maker: SessionMaker | None = None
     on_providers_removed: ProvidersRemoved | None = None
     wakeups: Wakeups | None = None
+    on_task_log: OnTaskLog | None = None
 
 
 class Publication(NamedTuple):
@@ -167,7 +172,7 @@ class Delivery:
                     )
                 except Exception:
                     log.exception("events did not leave")
-                if outbox.dispatches or outbox.providers_removed:
+                if outbox.dispatches or outbox.providers_removed or outbox.logged:
                     self._start(self._send_rest(publication))
                 elif not left.done():
                     left.set_result(None)
@@ -179,7 +184,8 @@ class Delivery:
             undelivered, why = await _dispatch(outbox.dispatches, transports)
             if undelivered:
                 await self._fail(undelivered, why, transports)
-            await _call_hook(outbox.providers_removed, transports)
+            await _call_hook(transports.on_providers_removed, outbox.providers_removed, transports)
+            await _call_hook(transports.on_task_log, outbox.logged, transports)
         finally:
             if not left.done():
                 left.set_result(None)
@@ -215,14 +221,16 @@ def _log(outbox: Outbox) -> None:
         telemetry.task_changed(task)
 
 
-async def _call_hook(names: list[FullName], transports: Transports) -> None:
-    if not names or transports.on_providers_removed is None:
+async def _call_hook(
+    hook: Callable[[list[T]], Awaitable[None]] | None, told: list[T], transports: Transports
+) -> None:
+    if not told or hook is None:
         return
     try:
         with anyio.fail_after(transports.settings.dispatch_timeout_seconds):
-            await transports.on_providers_removed(list(names))
+            await hook(list(told))
     except Exception:
-        log.exception("the host's hook for removed providers failed")
+        log.exception("the host's hook for %s failed", type(told[0]).__name__)
 
 
 async def _dispatch(

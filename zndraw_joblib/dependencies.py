@@ -236,6 +236,7 @@ async def context_of(
         session_maker,
         await look_up(request, get_providers_removed),
         wakeups_of(request.app),
+        getattr(request.app.state, "on_task_log", None),
     )
     caller = Caller(user.id, user.is_superuser)
     return Context(request, caller, runtime_of(request.app), transports)

@@ -32,7 +32,7 @@ from zndraw_joblib import dependencies
 from zndraw_joblib.database import now
 from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.exceptions import ProblemException, describe
-from zndraw_joblib.models import JOB, LINK, PROVIDER, TASK, WORKER
+from zndraw_joblib.models import JOB, LINK, LOG, PROVIDER, TASK, WORKER
 from zndraw_joblib.results import MemoryResults
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.waiting import Waiters
@@ -106,7 +106,7 @@ async def _database(app: Any, processes: int) -> Findings:
         clock: datetime = (await connection.execute(sa.select(now()))).scalar_one()
         if connection.dialect.name == "sqlite":
             journal = (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one()
-    tables = (JOB, WORKER, LINK, PROVIDER, TASK)
+    tables = (JOB, WORKER, LINK, PROVIDER, TASK, LOG)
     columns = {name: {column["name"] for column in there[_, name]} for _, name in there}
     if missing := [table.name for table in tables if table.name not in columns]:
         advice = "Call Base.metadata.create_all after zndraw_joblib.models is imported."

@@ -273,6 +273,27 @@ class Dispatch(NamedTuple):
     again: bool
 
 
+class TaskLogged(NamedTuple):
+    """Lines of a task's log, for the host's hook.
+
+    Attributes
+    ----------
+    task_id : UUID
+        Whose they are.
+    attempt : int
+        In which attempt.
+    first : int
+        The number of the first of them in this attempt.
+    lines : list of str
+        At most 100.
+    """
+
+    task_id: UUID
+    attempt: int
+    first: int
+    lines: list[str]
+
+
 @dataclass
 class Outbox:
     """What leaves once the transaction is committed and its session closed.
@@ -293,6 +314,8 @@ class Outbox:
         Tasks as they stand after each change, for logs and metrics.
     workers_gone : list of UUID
         Workers that were retired, for logs.
+    logged : list of TaskLogged
+        What tasks logged, for the host's hook.
     """
 
     emissions: list[Emission] = field(default_factory=list)
@@ -302,6 +325,7 @@ class Outbox:
     queued: list[str] = field(default_factory=list)
     changes: list[TaskView] = field(default_factory=list)
     workers_gone: list[UUID] = field(default_factory=list)
+    logged: list[TaskLogged] = field(default_factory=list)
 
     @property
     def leaves(self) -> bool:
@@ -312,6 +336,7 @@ class Outbox:
             or self.providers_removed
             or self.changes
             or self.workers_gone
+            or self.logged
         )
 
     def task_changed(self, task: TaskView) -> None:

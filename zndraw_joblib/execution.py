@@ -8,6 +8,8 @@ import json
 import logging
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from zndraw_joblib.encoding import as_json
 from zndraw_joblib.exceptions import describe, storable
 from zndraw_joblib.extension import ClaimedTask, TaskCancelled
 from zndraw_joblib.lifecycle import ErrorType, TaskStatus
+from zndraw_joblib.task_log import traceback_of
 from zndraw_joblib.telemetry import SafeLogger, continuing
 
 log = SafeLogger(logging.getLogger(__name__))
@@ -58,11 +61,39 @@ def run_extension(task: ClaimedTask[Any]) -> Any:
     return run(None, **asked, **task.run_kwargs)
 
 
+_running: ContextVar[ClaimedTask[Any] | None] = ContextVar("task", default=None)
+
+
+class TaskLogHandler(logging.Handler):
+    """Sends what is logged while a task is executed to the task's log.
+
+    Of other threads that a task starts, only what carries its context variables over, as
+    `asyncio.to_thread` does.
+
+    Examples
+    --------
+    >>> logging.getLogger().addHandler(TaskLogHandler(logging.INFO))
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add a record to the log of the task that logged it, if it was one."""
+        task = _running.get()
+        if task is not None:
+            try:
+                task.log(self.format(record))
+            except Exception:
+                self.handleError(record)
+
+
 def perform(execute: Execute, task: ClaimedTask[Any]) -> Report | None:
     """Execute a task, and return what is to be reported of its end."""
     try:
         with continuing({"traceparent": task.traceparent or ""}):
-            value = execute(task)
+            token = _running.set(task)
+            try:
+                value = execute(task)
+            finally:
+                _running.reset(token)
         result = _as_result(task, value)
     except TaskCancelled:
         # the host knows what it has ended; a task that ends itself has to say so
@@ -70,6 +101,8 @@ def perform(execute: Execute, task: ClaimedTask[Any]) -> Report | None:
     except BaseException as exc:
         # SystemExit and the like end the task, not the thread
         log.exception("task %s of %s failed", task.task_id, task.job_name)
+        with suppress(Exception):
+            task.log(traceback_of(exc))
         return report_of(task, TaskStatus.FAILED, error=describe(exc))
     return report_of(task, TaskStatus.COMPLETED, result=result)
 

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, ClassVar, Generic
@@ -17,6 +17,7 @@ from typing_extensions import TypeVar
 
 from zndraw_joblib.encoding import as_json, encode, unfit
 from zndraw_joblib.lifecycle import MAX_CHECKPOINT_BYTES, UNPRINTABLE
+from zndraw_joblib.task_log import TaskLog
 
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
@@ -105,6 +106,8 @@ class ClaimedTask(Generic[E]):
         The trace that it was submitted in (W3C Trace Context).
     saved : object, optional
         What an earlier attempt saved.
+    log : callable, optional
+        Given what the task logs; by default heartbeats take it to the host.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class ClaimedTask(Generic[E]):
         attempt: int | None = None,
         traceparent: str | None = None,
         saved: Any = None,
+        log: Callable[[str], object] | None = None,
     ) -> None:
         self.task_id = task_id
         self.job_name = job_name
@@ -132,6 +136,9 @@ class ClaimedTask(Generic[E]):
         self._sent_at = 0.0
         # as JSON: what was saved may change afterwards
         self._checkpoint = self._kept_checkpoint = json.dumps(saved)
+        #: what it logged and the host has not
+        self.unsent_log = TaskLog()
+        self._add_to_log = log or self.unsent_log.add
 
     def __repr__(self) -> str:
         return f"ClaimedTask({self.task_id!r}, {self.job_name!r}, {self.room_id!r})"
@@ -169,6 +176,14 @@ class ClaimedTask(Generic[E]):
         """
         # nothing else: it is called in tight loops
         self._progress = (float(fraction), message)
+
+    def log(self, line: str) -> None:
+        """Add a line to the task's log, which people read while it runs and afterwards.
+
+        It goes with the next heartbeat: up to 100 lines of at most 4000 characters, in half a
+        second. A text of several lines is taken as such. See also `TaskLogHandler`.
+        """
+        self._add_to_log(str(line))
 
     @property
     def saved(self) -> Any:

@@ -20,11 +20,14 @@ from pydantic import (
 from zndraw_joblib.lifecycle import (
     MAX_CHECKPOINT_BYTES,
     MAX_LENGTH,
+    MAX_LOG_BYTES,
+    MAX_LOG_LINES,
     ErrorType,
     Json,
     TaskStatus,
     WaitingFor,
     WorkerState,
+    as_line,
     check_job_name,
     check_name,
     check_printable,
@@ -85,6 +88,20 @@ def _of_checkpoint_size(value: Json) -> Json:
 
 
 Checkpoint = Annotated[Json, AfterValidator(_of_checkpoint_size)]
+
+
+def _of_log_size(lines: list[str]) -> list[str]:
+    size = sum(len(line.encode()) + 1 for line in lines)
+    if size > MAX_LOG_BYTES:
+        raise ValueError(f"have {size} bytes: of a task, a heartbeat may bring {MAX_LOG_BYTES}")
+    return lines
+
+
+LogLines = Annotated[
+    list[Annotated[str, AfterValidator(as_line)]],
+    Field(min_length=1, max_length=MAX_LOG_LINES),
+    AfterValidator(_of_log_size),
+]
 
 
 def _open(kind: type[StrEnum]) -> WrapValidator:

@@ -20,8 +20,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import workers
-from zndraw_joblib.events import TaskView
+from zndraw_joblib import logs, workers
+from zndraw_joblib.events import TaskLogged, TaskView
 from zndraw_joblib.lifecycle import HELD, TaskStatus
 from zndraw_joblib.models import LINK, PROVIDER, TASK, held, rechecked
 from zndraw_joblib.schemas import HeartbeatResponse, TaskHeartbeat, WorkerUpdateRequest
@@ -31,10 +31,11 @@ from zndraw_joblib.workers import Caller
 
 
 class Beat(NamedTuple):
-    """What came of a heartbeat: its answer, and the tasks whose progress was stored."""
+    """What came of a heartbeat: its answer, the tasks whose progress was stored, new lines."""
 
     answer: HeartbeatResponse
     progressed: list[TaskView]
+    logged: list[TaskLogged]
 
 
 def _count_of(table: Any) -> ColumnElement[int]:
@@ -109,7 +110,11 @@ async def beat(
         lost=sorted(reported.keys() - kept - {*cancelled}),
     )
     held_still = [task for task in request.tasks if task.id in kept]
-    return Beat(answer, await _store(session, worker_id, held_still, settings))
+    logged: list[TaskLogged] = []
+    if any(task.log for task in held_still):
+        # first: it locks all of them, by id
+        logged = await logs.append(session, worker_id, held_still, settings)
+    return Beat(answer, await _store(session, worker_id, held_still, settings), logged)
 
 
 def _states(worker: Row[Any], reported: dict[UUID, TaskHeartbeat]) -> dict[UUID, TaskStatus]:

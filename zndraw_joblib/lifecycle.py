@@ -121,6 +121,11 @@ MAX_ATTEMPTS = 100
 MAX_PRIORITY = 1000
 #: Of a checkpoint, as JSON without blanks.
 MAX_CHECKPOINT_BYTES = 64 * 1024
+#: Of what a heartbeat may bring of a task's log.
+MAX_LOG_LINES = 100
+MAX_LOG_BYTES = 64 * 1024
+#: In characters.
+MAX_LOG_LINE = 4000
 
 WORKER_LOST_ERROR = "Worker disconnected"
 INTERRUPTED_ERROR = "Interrupted too often"
@@ -295,6 +300,15 @@ def check_printable(text: str) -> str:
     if UNPRINTABLE.search(text):
         raise ValueError("must not contain control characters or lone surrogates")
     return text
+
+
+def as_line(text: str) -> str:
+    """Return ``text`` as a line of a log: cut, and cleaned of what can't be shown."""
+    if len(text) > MAX_LOG_LINE:
+        # with what it says of it, not longer than what is not cut again
+        kept = MAX_LOG_LINE - 50
+        text = f"{text[:kept]}... ({len(text) - kept} characters left out)"
+    return UNPRINTABLE.sub(" ", text)
 
 
 # --- what JSON is taken ---

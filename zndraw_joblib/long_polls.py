@@ -24,7 +24,7 @@ from zndraw_joblib.dependencies import Context
 from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
-from zndraw_joblib.models import JOB, LINK, TASK, WORKER, in_states, paused, queued
+from zndraw_joblib.models import JOB, LINK, LOG, TASK, WORKER, in_states, paused, queued
 from zndraw_joblib.queues import ahead
 from zndraw_joblib.waiting import ADMISSION, Admission, Subscription, Subscriptions, Waiter, Waiters
 from zndraw_joblib.wakeups import Wakeups
@@ -93,10 +93,11 @@ async def for_ends(
     seconds: float,
     read: Callable[[], Awaitable[tuple[T, UUID | None]]],
     first: UUID | None = None,
+    log_after: int | None = None,
 ) -> T:
     """Return what ``read`` returns once it names no unfinished task, or when time is up.
 
-    Not the end of each of many tasks is waited for but that of the one that is named,
+    With ``log_after``, it is also woken for lines of the task's log beyond that one. Not the end of each of many tasks is waited for but that of the one that is named,
     and then that of the next: however many there are, the request is woken a few times.
     """
     deadline = anyio.current_time() + seconds
@@ -112,7 +113,7 @@ async def for_ends(
                 waiter.listen([task_key(unfinished)])
                 last = unfinished
                 continue
-            subscription = Subscription(unfinished)
+            subscription = Subscription(unfinished, log_after=log_after)
             if not await _wait(context, session_maker, waiter, subscription, left):
                 return found
 
@@ -258,7 +259,7 @@ def _among(column: Any, name: str) -> ColumnElement[bool]:
 
 _DRAINING = -1
 # one statement for all that is waited for: which tasks have ended, how many tasks of
-# each job can be claimed, and how many jobs each worker serves
+# each job can be claimed, how many jobs each worker serves, and how long logs are
 _CHANGES = union_all(
     select(_kind("task"), TASK.c.id.label("id"), literal_column("0").label("number")).where(
         _among(TASK.c.id, "tasks"), in_states(TERMINAL)
@@ -280,6 +281,9 @@ _CHANGES = union_all(
             .scalar_subquery(),
         ),
     ).where(_among(WORKER.c.id, "workers")),
+    select(_kind("log"), LOG.c.task_id, func.max(LOG.c.last_number))
+    .where(_among(LOG.c.task_id, "logs"))
+    .group_by(LOG.c.task_id),
 )
 
 
@@ -295,6 +299,7 @@ async def _poll(
     waiters: Waiters, subscriptions: Subscriptions, session_maker: SessionMaker, beating: bool
 ) -> None:
     waited_for = list(subscriptions.by_request.values())
+    followed = {s.task_id for s in waited_for if s.task_id and s.log_after is not None}
     tasks = {s.task_id for s in waited_for if s.task_id is not None}
     jobs = {job_id: name for s in waited_for for job_id, name in s.jobs.items()}
     served = {s.worker_id: s.serves for s in waited_for if s.worker_id is not None}
@@ -305,15 +310,20 @@ async def _poll(
         if beating and served:
             await workers.keep_alive(session, served)
             await session.commit()
-        for chunk in zip_longest(_chunks(tasks), _chunks(jobs), _chunks(served)):
+        for chunk in zip_longest(*map(_chunks, (tasks, jobs, served, followed))):
             ids = (part or [UUID(int=0)] for part in chunk)
-            asked = dict(zip(("tasks", "jobs", "workers"), ids, strict=True))
+            asked = dict(zip(("tasks", "jobs", "workers", "logs"), ids, strict=True))
             found += (await execute(session, _CHANGES, asked)).all()
     for row in found:
         if row.kind == "task":
             waiters.wake_all(task_key(row.id))
         elif row.kind == "job":
             waiters.wake_some(job_key(jobs[row.id]), row.number)
+    lines = {row.id: row.number for row in found if row.kind == "log"}
+    for waiter, subscription in tuple(subscriptions.by_request.items()):
+        after = subscription.log_after
+        if after is not None and lines.get(subscription.task_id, 0) > after:
+            waiter.wake()
     known = {row.id: row.number for row in found if row.kind == "worker"}
     for worker_id, jobs_served in served.items():
         # it drains, serves other jobs than before, or is gone

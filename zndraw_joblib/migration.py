@@ -171,6 +171,20 @@ def _keeping_all_rows(connection: sa.Connection) -> Iterator[None]:
         raise RuntimeError(f"rows were lost: {before} became {after}")
 
 
+def _create_log(op: Any) -> None:
+    task = sa.ForeignKey("task.id", name=conv("task_log_task_id_fkey"), ondelete="CASCADE")
+    op.create_table(
+        "task_log",
+        sa.Column("task_id", sa.Uuid(), task, primary_key=True),
+        sa.Column("attempt", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("first", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("last_number", sa.Integer(), nullable=False),
+        sa.Column("begin_byte", sa.BigInteger(), nullable=False),
+        sa.Column("end_byte", sa.BigInteger(), nullable=False),
+        sa.Column("text", sa.Text(), nullable=False),
+    )
+
+
 def _create_indexes(op: Any, indexes: str) -> None:
     for index in re.findall(r"^\S.*(?:\n .*)*", indexes, re.MULTILINE):
         op.execute(f"CREATE {' '.join(index.split())}")
@@ -203,6 +217,7 @@ def upgrade(op: Any) -> None:
         _fill(connection)
         _constrain(op, new=True)
         _create_indexes(op, _INDEXES)
+        _create_log(op)
 
 
 def downgrade(op: Any) -> None:
@@ -220,6 +235,7 @@ def downgrade(op: Any) -> None:
     """
     connection = op.get_context().connection
     with _keeping_all_rows(connection):
+        op.drop_table("task_log")
         _drop_indexes(op, _INDEXES)
         _forget(connection)
         _constrain(op, new=False)

@@ -249,10 +249,39 @@ class Task(Base):
     checkpoint: Mapped[Any | None] = mapped_column(JsonText)
 
 
+class TaskLog(Base):
+    """Lines of a task's log that came together.
+
+    Attributes
+    ----------
+    first : int
+        The number of the first of them in this attempt, as its worker counts.
+    last_number : int
+        The number of the last of them in all attempts.
+    begin_byte, end_byte : int
+        From where to where they reach in all that was logged.
+    text : str
+        The lines.
+    """
+
+    __tablename__ = "task_log"
+
+    task_id: Mapped[UUID] = mapped_column(
+        sa.ForeignKey("task.id", name="task_log_task_id_fkey", ondelete="CASCADE"), primary_key=True
+    )
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    first: Mapped[int] = mapped_column(primary_key=True)
+    last_number: Mapped[int]
+    begin_byte: Mapped[int] = mapped_column(sa.BigInteger)
+    end_byte: Mapped[int] = mapped_column(sa.BigInteger)
+    text: Mapped[str] = mapped_column(sa.Text)
+
+
 # What statements are made of. Of the classes, each execution would pass the ORM, which
 # looks for copies to bring up to date, and there are none.
-JOB, WORKER, LINK, PROVIDER, TASK = (
-    cast(sa.Table, table.__table__) for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task)
+JOB, WORKER, LINK, PROVIDER, TASK, LOG = (
+    cast(sa.Table, table.__table__)
+    for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task, TaskLog)
 )
 
 
@@ -354,4 +383,4 @@ sa.Index("ix_task_room", TASK.c.room_id, TASK.c.created_at, TASK.c.id)
 sa.Index("ix_task_room_status", TASK.c.room_id, TASK.c.status, TASK.c.created_at, TASK.c.id)
 sa.Index("ix_task_job_room", TASK.c.job_id, TASK.c.room_id, TASK.c.created_at, TASK.c.id)
 
-__all__ = ["Job", "ProviderRecord", "Task", "TaskStatus", "Worker", "WorkerJobLink"]
+__all__ = ["Job", "ProviderRecord", "Task", "TaskLog", "TaskStatus", "Worker", "WorkerJobLink"]

@@ -234,8 +234,7 @@ async def _retry(
 
 async def delete(session: AsyncSession, task_ids: Sequence[UUID]) -> list[UUID]:
     """Delete those of the tasks that have ended; return their ids."""
-    deleting = sa.delete(TASK).where(TASK.c.id.in_(task_ids), in_states(TERMINAL))
-    return await scalars(session, deleting.returning(TASK.c.id))
+    return await tasks.delete(session, TASK.c.id.in_(task_ids), in_states(TERMINAL))
 
 
 async def delete_one(

@@ -99,6 +99,7 @@ async def heartbeat(
     if beat.state is not None:
         context.outbox.ended.append(worker_key(worker_id))
     context.outbox.tasks_changed(kept.progressed)
+    context.outbox.logged += kept.logged
     await context.commit(session)
     return deps.json_response(kept.answer)
 

@@ -1,10 +1,10 @@
 """The routes of tasks: submit, read, claim, report, retry."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import Response
+from fastapi import Query, Response
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth.db import SessionDep
@@ -13,6 +13,7 @@ from zndraw_joblib import (
     claims,
     exceptions,
     jobs,
+    logs,
     long_polls,
     operations,
     reports,
@@ -33,7 +34,7 @@ from zndraw_joblib.dependencies import (
     enter,
 )
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, Written, split_full_name
+from zndraw_joblib.lifecycle import MAX_INT, TERMINAL, TaskStatus, Written, split_full_name
 from zndraw_joblib.problem_route import BODY, JOB, ROOM, TASK, WORKER, answers, new_router
 from zndraw_joblib.workers import OPERATE, Action
 
@@ -297,6 +298,31 @@ async def read_result(
         )
     result = (task.result or "null").encode()
     return deps.json_response(result, headers=deps.wait_headers(wait))
+
+
+@router.get(
+    "/tasks/{task_id}/log", **answers(schemas.TaskLogResponse, exceptions.TaskNotFound, waits=True)
+)
+async def read_log(
+    context: WaitingContext,
+    session_maker: Sessions,
+    may_enter: Access,
+    task_id: UUID,
+    after: Annotated[int, Query(ge=0, le=MAX_INT)] = 0,
+) -> Response:
+    """Show a task's log behind line `after`; with `Prefer: wait` once there is more of it, or
+    the task has ended."""
+
+    async def read() -> tuple[Any, UUID | None]:
+        async with session_maker() as session:
+            found = await logs.read(session, task_id, after, context.caller, may_enter)
+        return found, None if found["lines"] or found["ended"] else task_id
+
+    wait = context.preferred_wait(context.settings.long_poll_max_wait_seconds)
+    found = await long_polls.for_ends(
+        context, session_maker, wait or 0, read, task_id, log_after=after
+    )
+    return deps.json_response(found, headers=deps.wait_headers(wait))
 
 
 @router.post("/tasks/query", **answers(schemas.TaskQueryResponse, *BODY, waits=True))

@@ -9,24 +9,19 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from zndraw_joblib import fields
 from zndraw_joblib.exceptions import ProblemDetail
 from zndraw_joblib.fields import JsonObject, Model, example
-from zndraw_joblib.lifecycle import (
-    MAX_ATTEMPTS,
-    MAX_PRIORITY,
-    ErrorType,
-    Json,
-    TaskStatus,
-    WorkerState,
-)
+from zndraw_joblib.lifecycle import MAX_ATTEMPTS, MAX_PRIORITY, ErrorType, Json, TaskStatus
+from zndraw_joblib.schemas_workers import MAX_HEARTBEAT_TASKS as MAX_HEARTBEAT_TASKS
 from zndraw_joblib.schemas_workers import HeartbeatResponse as HeartbeatResponse
 from zndraw_joblib.schemas_workers import RunningTask as RunningTask
+from zndraw_joblib.schemas_workers import TaskHeartbeat as TaskHeartbeat
 from zndraw_joblib.schemas_workers import WorkerDescription as WorkerDescription
 from zndraw_joblib.schemas_workers import WorkerResponse as WorkerResponse
 from zndraw_joblib.schemas_workers import WorkerSummary as WorkerSummary
+from zndraw_joblib.schemas_workers import WorkerUpdateRequest as WorkerUpdateRequest
 
 MAX_CLAIM = 32
 MAX_REPORTS = 32
 MAX_BATCH = 1000
-MAX_HEARTBEAT_TASKS = 256
 MAX_CLAIM_JOBS = 256
 MAX_PAGE = 500
 
@@ -65,28 +60,6 @@ class Limits(Model):
     long_poll_max_wait_seconds: float
     worker_timeout_seconds: float
     """Silence after which a worker counts as lost."""
-
-
-class TaskHeartbeat(Model):
-    """What a worker says of one task that it runs."""
-
-    id: UUID
-    attempt: fields.Attempt
-    progress: fields.Fraction | None = None
-    message: fields.Message | None = None
-    checkpoint: fields.Checkpoint = None
-    """Where the next attempt is to go on, at most 64 KiB of JSON."""
-
-
-class WorkerUpdateRequest(Model):
-    """A heartbeat: all of it is optional."""
-
-    model_config = example(tasks=[{"id": _ID, "attempt": 1, "progress": 0.5, "message": "step 50"}])
-
-    tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
-    state: WorkerState | None = None
-    stuck: fields.Integer | None = Field(default=None, ge=0, le=10_000)
-    """How many hands still run code of attempts that are over."""
 
 
 class PolicyResponse(Model):
@@ -272,6 +245,27 @@ class TaskResponse(Model):
     abridged: bool = False
     """Too large for an answer with many: `payload`, `result` and `errors` are left out and
     `error` is cut. The task itself tells them."""
+
+
+class LogLine(Model):
+    """A line of a task's log."""
+
+    number: int
+    """Counts through all attempts."""
+    attempt: int
+    text: str
+    omitted: int = 0
+    """How many lines were left out, and this one stands for."""
+
+
+class TaskLogResponse(Model):
+    """A part of a task's log."""
+
+    lines: list[LogLine]
+    next: int
+    """The number of the last of them: the `after` that leads on."""
+    ended: bool
+    """Whether this is the end: the task has ended, and there is no further line."""
 
 
 class TaskClaimRequest(Model):

@@ -5,8 +5,22 @@ from uuid import UUID
 
 from pydantic import Field
 
-from zndraw_joblib.fields import AnyState, Integer, Label, Model, example
+from zndraw_joblib.fields import (
+    AnyState,
+    Attempt,
+    Checkpoint,
+    Fraction,
+    Integer,
+    Label,
+    LogLines,
+    Message,
+    Model,
+    example,
+)
 from zndraw_joblib.lifecycle import WorkerState
+
+MAX_HEARTBEAT_TASKS = 256
+_ID = "0198a2f4-6c1e-7b3a-9d52-4f8e1c0b7a63"
 
 
 class WorkerResponse(Model):
@@ -35,6 +49,40 @@ class WorkerDescription(Model):
 
     name: Label | None = None
     info: WorkerInfo | None = None
+
+
+class LoggedLines(Model):
+    """Some lines of a task's log."""
+
+    first: Integer = Field(ge=1, le=2**31 - 1)
+    """The number of the first of them among those that the worker sent in this attempt, from 1:
+    what was sent before is not taken twice."""
+    lines: LogLines
+    """Control characters become blanks, and what is longer than 4000 characters is cut; at most
+    64 KiB."""
+
+
+class TaskHeartbeat(Model):
+    """What a worker says of one task that it runs."""
+
+    id: UUID
+    attempt: Attempt
+    progress: Fraction | None = None
+    message: Message | None = None
+    checkpoint: Checkpoint = None
+    """Where the next attempt is to go on, at most 64 KiB of JSON."""
+    log: LoggedLines | None = None
+
+
+class WorkerUpdateRequest(Model):
+    """A heartbeat: all of it is optional."""
+
+    model_config = example(tasks=[{"id": _ID, "attempt": 1, "progress": 0.5, "message": "step 50"}])
+
+    tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
+    state: WorkerState | None = None
+    stuck: Integer | None = Field(default=None, ge=0, le=10_000)
+    """How many hands still run code of attempts that are over."""
 
 
 class HeartbeatResponse(WorkerResponse):

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
@@ -47,6 +47,8 @@ class JobLibSettings(BaseSettings):
     """Largest JSON body of a request (413 beyond)."""
     max_result_bytes: PositiveInt = 16 * 1024 * 1024
     """Largest report of one task, with its result (413 beyond)."""
+    max_log_bytes: NonNegativeInt = 256 * 1024
+    """What is kept of a task's log: its first half, and its last. 0 keeps none."""
     max_workers_per_user: PositiveInt = 10_000
     """Workers that one user may have (429 beyond)."""
     max_jobs_per_user: PositiveInt = 10_000

@@ -21,7 +21,7 @@ from zndraw_joblib.database import now, number, scalar, scalars
 from zndraw_joblib.delivery import Delivery, ProvidersRemoved, SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Dispatcher, Emitter, Outbox, TaskView, worker_key
 from zndraw_joblib.lifecycle import MAX_INT
-from zndraw_joblib.models import JOB, WORKER
+from zndraw_joblib.models import JOB, TASK, WORKER
 from zndraw_joblib.settings import JobLibSettings, get_settings, settings_of
 from zndraw_joblib.waiting import Waiters
 from zndraw_joblib.wakeups import wakeups_of
@@ -197,10 +197,13 @@ async def _idle_jobs(sweep: _Sweep) -> int:
 
 
 async def _outlived_tasks(sweep: _Sweep) -> int:
+    async def end(session: AsyncSession, rows: Rows, *_: Any) -> int:
+        return len(await tasks.delete(session, TASK.c.id.in_(rows)))
+
     purged = 0
     for status, seconds in sweep.transports.settings.task_retention_seconds.items():
         rows = tasks.outlived(status, seconds)
-        purged += await _each(sweep, rows, lambda session, rows, *_: tasks.purge(session, rows))
+        purged += await _each(sweep, rows, end)
     return purged
 
 

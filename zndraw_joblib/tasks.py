@@ -12,11 +12,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import queues
-from zndraw_joblib.database import execute, now, number, scalar
+from zndraw_joblib.database import execute, now, number, scalar, scalars
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, TaskNotFound
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.models import TASK, constant, queued
+from zndraw_joblib.models import LOG, TASK, constant, queued
 from zndraw_joblib.paging import Completion, Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
@@ -375,9 +375,10 @@ def outlived(status: TaskStatus, kept_seconds: float) -> sa.Select[tuple[UUID]]:
     )
 
 
-async def purge(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> int:
-    """Delete the chosen tasks; return how many there were."""
-    purged = (
-        await execute(session, sa.delete(TASK).where(TASK.c.id.in_(chosen)).returning(TASK.c.id))
-    ).scalars()
-    return len(purged.all())
+async def delete(session: AsyncSession, *chosen: sa.ColumnElement[bool]) -> list[UUID]:
+    """Delete the chosen tasks, and their logs; return the ids."""
+    deleted = await scalars(session, sa.delete(TASK).where(*chosen).returning(TASK.c.id))
+    if deleted:
+        # SQLite does it by itself only where the host asks for that
+        await execute(session, sa.delete(LOG).where(LOG.c.task_id.in_(deleted)))
+    return deleted

@@ -183,12 +183,15 @@ class Subscription(NamedTuple):
         The jobs that work is wanted of, and their full names.
     serves : int
         How many jobs this worker serves.
+    log_after : int, optional
+        A number of a line: more of the task's log may come.
     """
 
     task_id: UUID | None = None
     worker_id: UUID | None = None
     jobs: Mapping[UUID, str] = {}
     serves: int = 0
+    log_after: int | None = None
 
 
 #: In an ASGI scope: the admission of its request.
@@ -229,7 +232,7 @@ class Subscriptions:
 
     at_work: anyio.CapacityLimiter = field(default_factory=partial(anyio.CapacityLimiter, AT_WORK))
 
-    by_request: dict[object, Subscription] = field(default_factory=dict)
+    by_request: dict[Waiter, Subscription] = field(default_factory=dict)
     by_user: Counter[UUID] = field(default_factory=Counter)
     poller: asyncio.Task[None] | None = None
     # notifications may have been missed: it is time to poll
