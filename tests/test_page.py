@@ -518,19 +518,111 @@ async def test_what_waits_says_why_and_what_has_ended_can_go(
     await expect(lane(page, "ended")).to_have_count(0)
 
 
-async def test_a_superuser_pauses_a_job(page: Any, server: str, ada: User, admin: User):
+@pytest.mark.parametrize("who", ["superuser", "owner"])
+async def test_who_runs_a_room_pauses_jobs_and_changes_many_tasks(
+    page: Any, server: str, app: FastAPI, ada: User, bob: User, admin: User, who: str
+):
+    expect = playwright.expect
+    runner = {"superuser": admin, "owner": bob}[who]
+
+    async def may(session: Any, caller: Any, room_id: str, action: Any) -> bool:
+        return action.kind != "operate" or caller.id == runner.id
+
+    async def room_access() -> Any:
+        return may
+
+    app.dependency_overrides[get_room_access] = room_access
+    worker = await steps.offer(ada)
+    for _ in range(3):
+        await steps.submit(ada)
+    await enter(page, server, runner)
+    waiting, ended = lane(page, "waiting"), lane(page, "ended")
+    said = page.locator("#said")
+    await page.locator("#jobs button").click()
+    await page.get_by_role("button", name="Pause").click()
+    await expect(said).to_have_text("Rotate is paused.")
+    await expect(waiting).to_contain_text(["its job is paused"] * 3)
+    await page.get_by_role("button", name="Resume").click()
+    await expect(waiting).to_contain_text(["place 1", "place 2", "place 3"])
+
+    # one of another's, and then the rest
+    await waiting.first.get_by_role("button", name="Cancel").click()
+    await expect(ended).to_have_count(1)
+    await page.get_by_text("Many tasks at once").click()
+    many = page.locator("#many")
+    await expect(many).to_contain_text("Choose at least one")
+    await many.get_by_label("In the state").select_option("pending")
+    await many.get_by_label("older than").fill("60")
+    await expect(many).to_contain_text("There is no such task")
+    await many.get_by_label("older than").fill("")
+    await many.get_by_label("Reason").fill("wrong cell")
+    await many.get_by_role("button", name="Cancel 2 tasks").click()
+    await expect(said).to_have_text("Cancelled 2 tasks.")
+    await expect(ended).to_have_count(3)
+    await ended.first.get_by_role("link").click()
+    await expect(page.locator("#task dl")).to_contain_text("Cancelled byyouReasonwrong cell")
+    await page.go_back()
+    await many.get_by_label("What to do").select_option("retry")
+    await many.get_by_label("In the state").select_option("")
+    await many.get_by_label("Submitted by").select_option("by ada")
+    await many.get_by_role("button", name="Retry 3 tasks").click()
+    await expect(waiting).to_have_count(3)
+    for task in await steps.claim(ada, worker, max_tasks=3):
+        await steps.report(ada, task, "failed", error="it broke")
+    await many.get_by_label("What to do").select_option("delete")
+    await many.get_by_role("button", name="Delete 3 tasks").click()
+    await expect(ended).to_have_count(0)
+
+
+async def test_who_runs_no_room_is_offered_nothing(page: Any, server: str, ada: User, bob: User):
     expect = playwright.expect
     await steps.offer(ada)
     await steps.submit(ada)
-    await enter(page, server, admin)
-    waiting = lane(page, "waiting")
+    async with page.expect_response("**/tasks/bulk") as answer:
+        await enter(page, server, bob)
+    assert (await answer.value).status == 403
+    await expect(lane(page, "waiting")).to_have_count(1)
     await page.locator("#jobs button").click()
-    await page.get_by_role("button", name="Pause").click()
-    await expect(page.locator("#said")).to_have_text("Rotate is paused.")
-    await expect(waiting).to_contain_text("its job is paused")
-    await page.get_by_role("button", name="Resume").click()
-    await expect(waiting).to_contain_text("place 1")
-    await expect(page.get_by_role("button", name="Pause")).to_be_visible()
+    await expect(page.get_by_role("button", name="Submit", exact=True)).to_be_visible()
+    await expect(page.get_by_role("button", name=re.compile("Pause|Cancel"))).to_have_count(0)
+    await expect(page.get_by_text("Many tasks at once")).to_be_hidden()
+
+
+async def test_a_result_is_shown_as_what_it_is(page: Any, server: str, ada: User):
+    expect = playwright.expect
+    worker = await steps.offer(ada)
+    task = await steps.submit(ada)
+    await steps.claim(ada, worker, start=True)
+    result = {
+        "r": [0.5, 1, 1.5, 2],
+        "g": [0, 0.2, 2.5, 1],
+        "loss": [9, 4, 2, 1, 0.5],
+        "centre": [0, 0, 1],
+        "scan": [{"n": n, "energy": -n, "note": "ok"} for n in range(3)],
+        "atoms": {
+            "numbers": [8, 1, 1],
+            "positions": [[0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]],
+            "cell": [[9, 0, 0], [0, 9, 0], [0, 0, 9.5]],
+            "pbc": [True, True, False],
+        },
+    }
+    await steps.report(ada, task, "completed", result=result)
+    await enter(page, f"{server}/#lab/{task['id']}", ada)
+    shown = page.locator("#result")
+    plots = shown.get_by_role("img")
+    await expect(plots).to_have_count(3)
+    for name in ("g over r: 0 to 2.5", "loss over number: 0.5 to 9", "energy over n: -2 to 0"):
+        await expect(shown.get_by_role("img", name=f"Plot of {name}")).to_be_visible()
+    points = (
+        await shown.get_by_role("img", name="g over r").locator("polyline").get_attribute("points")
+    )
+    assert points == "62.0,138.0 202.0,127.6 342.0,8.0 482.0,86.0"
+    await expect(shown.get_by_role("row", name="formula H2O", exact=True)).to_be_visible()
+    await expect(
+        shown.get_by_role("row", name="cell 9, 0, 0 0, 9, 0 0, 0, 9.5", exact=True)
+    ).to_be_visible()
+    atoms = shown.get_by_role("region", name="Table of atoms")
+    await expect(atoms.get_by_role("row").nth(3)).to_have_text("H-0.760.590")
 
 
 async def test_nobody_is_left_out(page: Any, server: str, ada: User):
