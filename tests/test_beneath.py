@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import conftest
+import host
 import httpx
+import monitoring
 import pytest
 import servers
 import socketio
@@ -35,6 +38,11 @@ def mounted(app: FastAPI) -> Any:
     return outer
 
 
+def left_by_a_proxy(app: FastAPI) -> Any:
+    app.root_path = "/a tool"
+    return app
+
+
 def cut_off_by_a_proxy(app: FastAPI) -> Any:
     app.root_path = "/a tool"
 
@@ -47,13 +55,17 @@ def cut_off_by_a_proxy(app: FastAPI) -> Any:
 
 
 def routed(app: FastAPI) -> Any:
-    app.include_router(joblib.router, prefix="/a tool")
+    for router in (joblib.router, host.accounts, monitoring.router):
+        app.include_router(router, prefix="/a tool")
     sockets = socketio.ASGIApp(app.state.tsio, socketio_path="/")
     app.mount("/a tool/socket.io", sockets)
     return app
 
 
-@pytest.mark.parametrize("way", [mounted, cut_off_by_a_proxy, routed])
+WAYS = [mounted, left_by_a_proxy, cut_off_by_a_proxy, routed]
+
+
+@pytest.mark.parametrize("way", WAYS)
 async def test_all_of_it_works_beneath_a_path(
     app: FastAPI, ada: User, way: Callable[[FastAPI], Any]
 ):
@@ -62,7 +74,8 @@ async def test_all_of_it_works_beneath_a_path(
         base = f"{url}/a%20tool"
         manager = joblib.JobManager.connect(
             base,
-            token=ada.token,
+            user=ada.email,
+            password=conftest.PASSWORD,
             execute=lambda task: task.extension.run(None),
             # nothing is found by looking: it has to be heard
             polling_interval=600,
@@ -86,5 +99,9 @@ async def test_all_of_it_works_beneath_a_path(
             assert beyond.json()["items"][0]["payload"] == {"number": 1}
             read = await http.get(f"{base}/v1/joblib/rooms/lab/providers/lab:files:count")
             assert (read.status_code, read.json()) == (200, [3])
+            missing = await http.get(f"{base}/v1/joblib/rooms/lab/jobs/a:b:c")
+            assert missing.json()["instance"] == "/a tool/v1/joblib/rooms/lab/jobs/a:b:c"
+            # what its script asks for is relative to where it is
+            assert "<title>" in (await http.get(f"{base}/")).text
         finally:
             await run_sync(manager.disconnect)

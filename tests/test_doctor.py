@@ -238,14 +238,18 @@ async def test_of_an_app_without_anything_all_is_said():
 
 
 @pytest.mark.makers("plain")
-async def test_a_prefix_is_fine_and_an_app_within_an_app_is_not(healthy):
-    outer = FastAPI(exception_handlers=healthy.exception_handlers)
-    outer.state = healthy.state
+async def test_a_prefix_is_fine_and_a_mounted_app_is_looked_into(healthy):
+    prefixed = FastAPI(exception_handlers=healthy.exception_handlers)
+    prefixed.state = healthy.state
+    prefixed.include_router(router, prefix="/api")
+    assert await check_host(prefixed) == []
+    outer = FastAPI()
+    outer.mount("/static", FastAPI())
     outer.mount("/tool", healthy)
-    (finding,) = await check_host(outer)
-    assert finding.sentence == "The routes are not there."
-    outer.include_router(router, prefix="/api")
     assert await check_host(outer) == []
+    runtime_of(healthy).sweeper = None
+    (finding,) = await check_host(outer)
+    assert finding.sentence.startswith("No sweeper runs")
 
 
 async def test_a_bad_setting_ends_the_start_and_not_each_request(monkeypatch, caplog):

@@ -657,7 +657,7 @@ async def test_nobody_is_left_out(page: Any, server: str, ada: User):
     await check()
 
 
-@pytest.mark.parametrize("way", [test_beneath.mounted, test_beneath.cut_off_by_a_proxy])
+@pytest.mark.parametrize("way", test_beneath.WAYS)
 async def test_it_works_beneath_a_path(page: Any, app: FastAPI, ada: User, way: Any):
     expect = playwright.expect
     await steps.offer(ada)

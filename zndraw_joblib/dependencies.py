@@ -32,7 +32,7 @@ from zndraw_auth.db import get_session_maker
 
 from zndraw_joblib.delivery import ProvidersRemoved, Runtime, SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Emitter, Outbox
-from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId
+from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId, full_path
 from zndraw_joblib.lifecycle import MAX_INT, TaskStatus, check_printable, check_room
 from zndraw_joblib.paging import Cursor, Listing, Page
 from zndraw_joblib.registry import InternalRegistry
@@ -365,15 +365,8 @@ def json_response(
 
 def location_of_task(request: Request, task_id: UUID) -> str:
     """Return the path of a task, beneath whatever these routes are served."""
-    above, routes, _ = _full_path(request).partition("/v1/joblib/")
+    above, routes, _ = full_path(request).partition("/v1/joblib/")
     return quote(f"{above}{routes}tasks/{task_id}")
-
-
-def _full_path(request: Request) -> str:
-    # a proxy may have cut off what the app is told to be beneath
-    root, path = request.scope.get("root_path", ""), request.scope["path"]
-    beneath = path == root or path.startswith(f"{root.rstrip('/')}/")
-    return path if beneath else f"{root.rstrip('/')}{path}"
 
 
 def page_response(
@@ -385,7 +378,7 @@ def page_response(
         url = request.url.remove_query_params("offset").include_query_params(
             cursor=listing.next.encode()
         )
-        headers["Link"] = f'<{quote(_full_path(request))}?{url.query}>; rel="next"'
+        headers["Link"] = f'<{quote(full_path(request))}?{url.query}>; rel="next"'
     counts = {"total": listing.total, "limit": query.limit, "offset": query.offset}
     page = b'{"items":%b,%b' % (written(items), to_json(counts)[1:])
     return json_response(page, headers=headers)

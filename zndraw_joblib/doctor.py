@@ -84,12 +84,21 @@ async def _settings(app: Any, processes: int) -> Findings:
             yield WARNING, f"{name} in the environment is no setting, and is ignored.", advice
 
 
-async def _app(app: Any, processes: int) -> Findings:
+def _host_in(app: FastAPI) -> FastAPI | None:
+    """Return the app that has the routes: this one, or one that is mounted in it."""
+    mounts = [route for route in app.routes if isinstance(route, Mount)]
     try:
-        # by its handler's name: the router may be beneath a prefix, but in no other app
-        Router([r for r in app.routes if not isinstance(r, Mount)]).url_path_for("read_limits")
+        # by its handler's name: the router may be beneath a prefix
+        Router([r for r in app.routes if r not in mounts]).url_path_for("read_limits")
+        return app
     except NoMatchFound:
-        yield ERROR, "The routes are not there.", "Include the router, or check the inner app."
+        inner = (_host_in(m.app) for m in mounts if isinstance(m.app, FastAPI))
+        return next(filter(None, inner), None)
+
+
+async def _app(app: Any, processes: int) -> Findings:
+    if _host_in(app) is None:
+        yield ERROR, "The routes are not there.", "Include the router of zndraw_joblib."
     if ProblemException not in app.exception_handlers:
         yield ERROR, "Problems have no handler: refusals are 500.", "Add problem_exception_handler."
     secret = (await _given(app, get_auth_settings)).secret_key
@@ -144,7 +153,7 @@ async def _redis(app: Any, processes: int) -> Findings:
 
 async def _sweeper(app: Any, processes: int) -> Findings:
     sweeper = runtime_of(app).sweeper
-    advice = "Run run_sweeper(..., app=app) in a task of the lifespan."
+    advice = "Run run_sweeper(..., app=app) in a task of the lifespan, of the outer app if mounted."
     if sweeper is None:
         yield ERROR, "No sweeper runs: what a worker held that dies is never ended.", advice
     elif sweeper.done():
@@ -160,12 +169,13 @@ async def check_host(app: FastAPI, processes: int | None = None) -> list[Finding
     Parameters
     ----------
     app : FastAPI
-        The app that includes the router.
+        The app that includes the router, or in which that one is mounted.
     processes : int, optional
         How many processes serve its database; by default ``WEB_CONCURRENCY`` of the
         environment, as for uvicorn and gunicorn.
     """
     processes = processes or int(os.environ.get("WEB_CONCURRENCY") or 1)
+    app = _host_in(app) or app
     findings: list[Finding] = []
     for check in (_settings, _app, _database, _redis, _sweeper):
         try:

@@ -296,6 +296,14 @@ def invalid_request(errors: list[Any]) -> ProblemException:
     return InvalidRequest.exception(detail=where, errors=listed)
 
 
+def full_path(request: "Request") -> str:
+    """Return the path that was asked for, with what the app is told to be beneath."""
+    # a proxy may have cut it off
+    root, path = request.scope.get("root_path", ""), request.scope["path"]
+    beneath = path == root or path.startswith(f"{root.rstrip('/')}/")
+    return path if beneath else f"{root.rstrip('/')}{path}"
+
+
 async def problem_exception_handler(request: "Request", exc: Exception) -> "Response":
     """Answer with problem+json; the host registers it for ``ProblemException``.
 
@@ -312,7 +320,7 @@ async def problem_exception_handler(request: "Request", exc: Exception) -> "Resp
         raise exc
     problem = exc.problem
     if problem.instance is None:
-        problem = problem.model_copy(update={"instance": shortened(request.url.path)})
+        problem = problem.model_copy(update={"instance": shortened(full_path(request))})
     return Response(
         problem.model_dump_json(exclude_none=True),
         status_code=problem.status,
