@@ -17,11 +17,13 @@ from conftest import PREFIX, User, be_quick
 from fastapi import FastAPI
 from makers import SessionMaker
 from sqlalchemy import event, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from steps import JOB, at_once, claim, move, offer, problem, read, report, submit
 from taskiq import InMemoryBroker
 
 from zndraw_joblib import register_internal_jobs, router
+from zndraw_joblib.database import execute
 from zndraw_joblib.settings import JobLibSettings
 
 HANG = 120
@@ -319,3 +321,11 @@ async def test_many_requests_may_hang_on_their_way_out(
     listed = (await ada.get(f"/rooms/lab/tasks?limit={MANY + 1}")).json()["items"]
     left = "failed" if what == "broker" else "pending"
     assert [task["status"] for task in listed] == [left] * MANY
+
+
+async def test_an_error_shows_no_values_of_its_statement(session_maker):
+    async with session_maker() as session:
+        with pytest.raises(DBAPIError) as caught:
+            await execute(session, text("SELECT :password FROM nowhere"), {"password": "sesame"})
+    assert "nowhere" in str(caught.value) or caught.value.orig.sqlstate == "42P01"
+    assert "sesame" not in str(caught.value)

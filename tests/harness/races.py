@@ -400,6 +400,19 @@ async def two_submissions_under_a_key(scene: Scene, first: int) -> None:
     await scene.hears({"id": task}, "pending")
 
 
+async def submission_and_replacement(scene: Scene, first: int) -> None:
+    """What was checked against a schema enters no queue after it was replaced."""
+    await scene.offer()
+    new = {"schema": {"title": "new"}, "replace": True}
+    requests = [
+        partial(scene.bob.post, f"/rooms/{scene.room}/tasks/{scene.job}", json={}),
+        partial(steps.register, scene.ada, room=scene.room, **new),
+    ]
+    answers = await scene.meet(await scene.job_row(), *turned(requests, first))
+    # where rows are locked, the submission may come before the other's commit
+    assert codes(answers) in ([[202, 200]], [[200, 404], [200, 202]])[first]
+
+
 async def two_claims(scene: Scene, first: int) -> None:
     """Of one worker, and there is one task."""
     worker = await scene.offer()
@@ -513,6 +526,7 @@ RACES: dict[Race, int] = {
     two_returns: 1,
     two_registrations_of_a_worker: 1,
     two_submissions_under_a_key: 1,
+    submission_and_replacement: 2,
     two_claims: 1,
     two_claims_under_a_key: 1,
     two_claims_of_a_due_task_under_a_key: 1,

@@ -37,7 +37,7 @@ PATIENCE = 900
 TESTS = {
     "attempts": "mixed_sweeps internal reports sweeper batches races",
     "claims": "claims turns batches workers watch races",
-    "database": "tasks sweeper plans",
+    "database": "tasks faults sweeper plans",
     "delivery": "delivery internal tasks waiting telemetry faults",
     "dependencies": "access jobs providers pages limits waiting bad_input deprecated",
     "doctor": "doctor",
@@ -45,7 +45,7 @@ TESTS = {
     "encoding": "extension client",
     "extension": "extension client client_alone",
     "heartbeats": "workers claims races",
-    "jobs": "jobs access limits sweeper stats mixed_sweeps races",
+    "jobs": "jobs access limits internal sweeper stats mixed_sweeps races",
     "lifecycle": "reports bad_input jobs providers purge extension",
     "long_polls": "waiting watch claims delivery batches",
     "models": "tasks reports workers claims mixed_sweeps",
