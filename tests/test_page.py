@@ -625,6 +625,48 @@ async def test_a_result_is_shown_as_what_it_is(page: Any, server: str, ada: User
     await expect(atoms.get_by_role("row").nth(3)).to_have_text("H-0.760.590")
 
 
+async def test_a_log_is_read_as_it_grows(page: Any, server: str, ada: User):
+    expect = playwright.expect
+    worker = await steps.offer(ada, max_attempts=2)
+    task = await steps.submit(ada)
+
+    async def log(first: int, *lines: str, attempt: int = 1) -> None:
+        logged = {"first": first, "lines": lines}
+        told = {"id": task["id"], "attempt": attempt, "log": logged}
+        await ada.patch(f"/workers/{worker}", json={"tasks": [told]})
+
+    await enter(page, f"{server}/#lab/{task['id']}", ada)
+    shown = page.get_by_role("log")
+    await expect(page.locator("#task dl")).to_contain_text("lab:modifiers:Rotate")
+    await expect(shown).to_be_hidden()
+    await steps.claim(ada, worker, start=True)
+    await log(1, "reading", "<b>cell</b>")
+    await expect(shown).to_have_text("reading <b>cell</b>")
+    await expect(page.get_by_role("heading", name="Log")).to_have_text("Log")
+    trace = ["Traceback (most recent call last):", '  File "run.py", line 3', "ValueError: too far"]
+    await log(3, *trace)
+    await steps.report(ada, task, "failed", error="ValueError: too far")
+    (again,) = await steps.claim(ada, worker, start=True)
+    await log(1, "second try", *trace, "the end", attempt=2)
+    await steps.report(ada, again, "failed", error="ValueError: too far")
+    lines = ["reading", "<b>cell</b>", *trace, "attempt 2", "second try", *trace, "the end"]
+    await expect(shown).to_have_text(" ".join(lines))
+    await expect(shown.locator(".error")).to_have_text(trace * 2)
+    await expect(page.get_by_role("heading", name="Log and traceback")).to_be_visible()
+    attempts = page.get_by_role("region", name="Table of attempts")
+    await expect(attempts.get_by_role("row")).to_have_count(3)
+    # it has ended, and is followed again once it goes on
+    await page.get_by_role("button", name="Retry").click()
+    await expect(page.locator("#card")).to_contain_text("pending")
+    await steps.claim(ada, worker, start=True)
+    await log(1, "third try", attempt=3)
+    await expect(shown).to_contain_text("attempt 3 third try")
+    # what is left is followed no longer
+    async with page.expect_event("requestfailed", lambda request: "/log?" in request.url):
+        await page.get_by_role("link", name="All tasks").click()
+    await expect(lane(page, "running")).to_have_count(1)
+
+
 async def test_nobody_is_left_out(page: Any, server: str, ada: User):
     expect = playwright.expect
     worker = await steps.offer(ada, "Everything", schema=Everything.model_json_schema())
