@@ -199,6 +199,7 @@ async def test_each_filter_and_each_action(ada, bob, admin, events, session_make
     assert await change("retry", status="cancelled") == 2
     again = await read(ada, waiting[2])
     assert (again["status"], again["ended_by_id"], again["reason"]) == ("pending", None, None)
+    assert again["retried_by_id"] == str(admin.id)
     claimed = await claim(ada, worker, max_tasks=9)
     assert {t["id"] for t in claimed} == {t["id"] for t in (running, *waiting, scaled)}
     events.clear()
@@ -233,7 +234,8 @@ async def test_a_thousand_at_once_and_the_oldest_first(ada, admin):
     assert his["id"] in [t["id"] for t in claimed]
 
 
-async def test_one_task_is_deleted_once_it_has_ended(ada, bob, events):
+async def test_one_task_is_deleted_once_it_has_ended(ada, bob, admin, events, caplog):
+    caplog.set_level("INFO", "zndraw_joblib.routes_tasks")
     worker = await offer(ada)
     for status in ("pending", "claimed", "running", "completed", "failed"):
         task = await move(ada, worker, await submit(bob), status)
@@ -244,11 +246,16 @@ async def test_one_task_is_deleted_once_it_has_ended(ada, bob, events):
             assert answer.status_code == 204
             assert [(e.event, e.room) for e in events] == [("tasks_invalidate", "room:lab")]
             problem(await bob.delete(f"/tasks/{task['id']}"), 404, "task-not-found")
+            assert caplog.messages == [f"user {bob.id} deleted task {task['id']} of room lab"]
+            caplog.clear()
         else:
             body = problem(answer, 409, "invalid-task-transition")
             assert body["task_status"] == status
             assert events == []
             await report(bob, task, "cancelled")
+    assert caplog.messages == []
+    assert (await admin.post(BULK, json={"action": "delete", "job": JOB})).json()["count"] == 3
+    assert caplog.messages == [f"user {admin.id} deleted 3 tasks of room lab"]
 
 
 async def test_a_cancel_tells_who_and_why_and_the_first_one_stays(ada, bob, admin):

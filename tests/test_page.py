@@ -567,6 +567,9 @@ async def test_who_runs_a_room_pauses_jobs_and_changes_many_tasks(
     await many.get_by_label("Submitted by").select_option("by ada")
     await many.get_by_role("button", name="Retry 3 tasks").click()
     await expect(waiting).to_have_count(3)
+    await waiting.first.get_by_role("link").click()
+    await expect(page.locator("#task dl")).to_contain_text("Retried byyou")
+    await page.go_back()
     for task in await steps.claim(ada, worker, max_tasks=3):
         await steps.report(ada, task, "failed", error="it broke")
     await many.get_by_label("What to do").select_option("delete")

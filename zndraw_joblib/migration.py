@@ -63,6 +63,7 @@ _COLUMNS: dict[str, list[tuple[str, Any, bool]]] = {
         ("interruptions", sa.Integer(), False),
         ("ended_by_id", sa.Uuid(), True),
         ("reason", sa.String(), True),
+        ("retried_by_id", sa.Uuid(), True),
         ("checkpoint", sa.Text(), True),
     ],
 }

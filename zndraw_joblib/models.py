@@ -177,6 +177,8 @@ class Task(Base):
         looked for in all tasks.
     reason : str or None
         Why it was cancelled.
+    retried_by_id : UUID or None
+        The user who last set it going again; no foreign key either.
     checkpoint : object
         Where the next attempt goes on.
     """
@@ -246,6 +248,7 @@ class Task(Base):
     interruptions: Mapped[int] = mapped_column(default=0)
     ended_by_id: Mapped[UUID | None]
     reason: Mapped[str | None]
+    retried_by_id: Mapped[UUID | None]
     checkpoint: Mapped[Any | None] = mapped_column(JsonText)
 
 

@@ -1,17 +1,18 @@
 """Operations: to pause jobs, and to cancel, retry and delete tasks, one or many."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
+from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import exceptions, jobs, queues, reports, submissions, tasks
-from zndraw_joblib.database import execute, now, number, scalar, scalars
+from zndraw_joblib.database import elements, execute, member, now, number, scalar, scalars
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, REPORTABLE, TERMINAL, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, in_states, queued, rechecked
@@ -120,28 +121,37 @@ async def cancel(
 
 @lru_cache(maxsize=2)
 def _retrying(internal: bool) -> ReturningUpdate[Any]:
-    """Return what makes a task that has ended as it was when it was submitted."""
+    """Return what makes tasks that have ended as they were when they were submitted."""
+    # one parameter: no number of tasks makes a large statement
+    ended = elements(sa.bindparam("ended", type_=sa.Text())).table_valued("value")
+
+    def own(name: str, type_: Any) -> sa.ColumnElement[Any]:
+        return sa.cast(member(ended.c.value, sa.literal_column(f"'{name}'")), type_)
+
+    place = queues.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id)
     anew = {
         **tasks.back_in_queue(),
-        TASK.c.queue_order: queues.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id),
+        # none sees the others of its statement, which come behind each other
+        TASK.c.queue_order: place + own("before", sa.Integer()),
         TASK.c.queued_at: now(),
         TASK.c.failed_attempts: 0,
         TASK.c.completed_at: None,
         TASK.c.result: None,
         # what has not come to its end goes on
         TASK.c.checkpoint: sa.case((TASK.c.status != TaskStatus.COMPLETED, TASK.c.checkpoint)),
-        TASK.c.errors: sa.bindparam("kept_errors", type_=TASK.c.errors.type),
+        TASK.c.errors: own("errors", TASK.c.errors.type),
         TASK.c.ended_by_id: None,
         TASK.c.reason: None,
+        TASK.c.retried_by_id: sa.bindparam("retrier", type_=TASK.c.retried_by_id.type),
     }
     if internal:
         anew |= tasks.born_claimed(sa.bindparam("seconds", type_=sa.Float()))
     return (
         sa.update(TASK)
         .where(
-            TASK.c.id == sa.bindparam("ended", type_=TASK.c.id.type),
+            TASK.c.id == own("id", TASK.c.id.type),
             in_states(TERMINAL),
-            TASK.c.attempt == sa.bindparam("tried", type_=TASK.c.attempt.type),
+            TASK.c.attempt == own("attempt", TASK.c.attempt.type),
             queues.of_job(JOB.c.deleted).is_(False),
         )
         .values(anew)
@@ -159,6 +169,8 @@ _ENDED = (
         TASK.c.room_id,
         TASK.c.created_by_id,
         TASK.c.holder_id,
+        TASK.c.job_id,
+        TASK.c.priority,
         JOB.c.room_id.label("of_room"),
     )
     .join(JOB, TASK.c.job_id == JOB.c.id)
@@ -185,7 +197,7 @@ async def retry(
     """
     row = (await execute(session, _ENDED, {"tasks": [task_id]})).one_or_none()
     row = await tasks.require_own(session, row, task_id, caller, may_enter, "retry")
-    retried = await _retry(session, [row], settings)
+    retried = await _retry(session, [row], caller, settings)
     if not retried:
         gone = sa.select(queues.of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
         if await scalar(session, gone):
@@ -195,7 +207,7 @@ async def retry(
 
 
 async def retry_many(
-    session: AsyncSession, task_ids: Sequence[UUID], settings: JobLibSettings
+    session: AsyncSession, task_ids: Sequence[UUID], caller: Caller, settings: JobLibSettings
 ) -> list[TaskView]:
     """Set those of the tasks that have ended, and whose job is there, going again.
 
@@ -205,31 +217,43 @@ async def retry_many(
         ``quota-exceeded`` of one of their submitters.
     """
     ended = await execute(session, _ENDED, {"tasks": task_ids})
-    return await _retry(session, ended.all(), settings)
+    await reports.lock(session, task_ids)
+    return await _retry(session, ended.all(), caller, settings)
 
 
 async def _retry(
-    session: AsyncSession, rows: Sequence[sa.Row[Any]], settings: JobLibSettings
+    session: AsyncSession, rows: Sequence[sa.Row[Any]], caller: Caller, settings: JobLibSettings
 ) -> list[TaskView]:
     retried: list[Any] = []
+    for internal in (False, True):
+        of_one_kind = [row for row in rows if (row.of_room == INTERNAL_ROOM) is internal]
+        if of_one_kind:
+            values = {"ended": _told(of_one_kind), "retrier": caller.id}
+            values["seconds"] = settings.internal_redispatch_seconds
+            retried += (await execute(session, _retrying(internal), values)).all()
     places = defaultdict[UUID | None, list[int]](list)
-    # one by one: the place of each is behind those before
-    for row in rows:
-        internal = row.of_room == INTERNAL_ROOM
-        names = {
-            "ended": row.id,
-            "tried": row.attempt,
-            # or each retry would make it longer
-            "kept_errors": "\n".join(tasks.last_errors(row.errors)) or None,
-            "seconds": settings.internal_redispatch_seconds,
-        }
-        for task in await execute(session, _retrying(internal), names):
-            retried.append(task)
-            if not internal:
-                places[row.created_by_id].append(task.queue_order)
+    for task in retried:
+        if task.status is TaskStatus.PENDING:
+            places[task.created_by_id].append(task.queue_order)
     for user_id, taken in places.items():
         await submissions.check_waiting(session, user_id, settings, taken)
     return await tasks.with_positions(session, retried, settings)
+
+
+def _told(rows: Sequence[sa.Row[Any]]) -> str:
+    """Write what a retry has to know of each task; of a user's in a queue, how many come before."""
+    before = Counter[Any]()
+    told = []
+    for row in rows:
+        queue = (row.job_id, row.priority, row.created_by_id)
+        # all errors would be longer with each retry
+        errors = "\n".join(tasks.last_errors(row.errors)) or None
+        attempt = row.attempt
+        told.append(
+            {"id": row.id.hex, "attempt": attempt, "errors": errors, "before": before[queue]}
+        )
+        before[queue] += 1
+    return to_json(told).decode()
 
 
 async def delete(session: AsyncSession, task_ids: Sequence[UUID]) -> list[UUID]:

@@ -1,5 +1,6 @@
 """The routes of tasks: submit, read, claim, report, retry."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 from uuid import UUID
@@ -38,6 +39,7 @@ from zndraw_joblib.lifecycle import MAX_INT, TERMINAL, TaskStatus, Written, spli
 from zndraw_joblib.problem_route import BODY, JOB, ROOM, TASK, WORKER, answers, new_router
 from zndraw_joblib.workers import OPERATE, Action
 
+log = logging.getLogger(__name__)
 router = new_router()
 
 RUNNABLE = (
@@ -104,13 +106,15 @@ async def change_tasks(
         count = len(cancelled)
     elif body.action == "retry":
         await deps.check_writable(context.request, room_id)
-        retried = await operations.retry_many(session, ids, settings)
+        retried = await operations.retry_many(session, ids, caller, settings)
         await _retried(context, session, retried)
         count = len(retried)
     else:
         count = len(await operations.delete(session, ids))
         context.outbox.tasks_deleted(room_id)
     await context.commit(session)
+    if body.action == "delete" and not body.dry_run:
+        log.info("user %s deleted %d tasks of room %s", caller.id, count, room_id)
     return deps.json_response({"count": count, "more": more})
 
 
@@ -412,6 +416,7 @@ async def delete_task(
     room = await operations.delete_one(session, task_id, context.caller, may_enter)
     context.outbox.tasks_deleted(room)
     await context.commit(session)
+    log.info("user %s deleted task %s of room %s", context.caller.id, task_id, room)
 
 
 @router.post(

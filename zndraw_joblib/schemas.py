@@ -238,6 +238,8 @@ class TaskResponse(Model):
     """The user who cancelled it."""
     reason: str | None = None
     """Why it was cancelled."""
+    retried_by_id: UUID | None = None
+    """The user who last set it going again after its end."""
     interruptions: int = 0
     """How often a worker had to leave while it ran."""
     checkpoint: Json = None
