@@ -238,6 +238,18 @@ async def test_of_an_app_without_anything_all_is_said():
 
 
 @pytest.mark.makers("plain")
+async def test_a_package_with_modules_of_this_name_is_noticed(healthy, tmp_path, monkeypatch):
+    about = tmp_path / "zndraw-0.7.0a8.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: zndraw\nVersion: 0.7.0a8\n")
+    (about / "RECORD").write_text("zndraw/__init__.py,,\nzndraw_joblib/__init__.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (finding,) = await check_host(healthy)
+    assert finding.level == ERROR
+    assert finding.sentence.startswith("zndraw brings modules named zndraw_joblib, too")
+
+
+@pytest.mark.makers("plain")
 async def test_a_prefix_is_fine_and_a_mounted_app_is_looked_into(healthy):
     prefixed = FastAPI(exception_handlers=healthy.exception_handlers)
     prefixed.state = healthy.state

@@ -15,7 +15,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
 import anyio
@@ -64,6 +64,14 @@ async def _given(app: Any, dependency: Callable[..., Any]) -> Any:
     takes = inspect.signature(function).parameters
     found = function(Request({"type": "http", "app": app})) if takes else function()
     return await found if inspect.isawaitable(found) else found
+
+
+async def _package(app: Any, processes: int) -> Findings:
+    record = "zndraw_joblib/__init__.py,"
+    having = {d.name for d in metadata.distributions() if record in (d.read_text("RECORD") or "")}
+    for name in having - {"zndraw-joblib", "zndraw_joblib"}:
+        advice = "Uninstall both, and install zndraw-joblib again, as docs/zndraw.md says."
+        yield ERROR, f"{name} brings modules named zndraw_joblib, too: they are mixed.", advice
 
 
 async def _settings(app: Any, processes: int) -> Findings:
@@ -177,7 +185,7 @@ async def check_host(app: FastAPI, processes: int | None = None) -> list[Finding
     processes = processes or int(os.environ.get("WEB_CONCURRENCY") or 1)
     app = _host_in(app) or app
     findings: list[Finding] = []
-    for check in (_settings, _app, _database, _redis, _sweeper):
+    for check in (_package, _settings, _app, _database, _redis, _sweeper):
         try:
             with anyio.fail_after(_PATIENCE_SECONDS):
                 async for found in check(app, processes):
