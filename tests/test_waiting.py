@@ -458,3 +458,13 @@ async def test_of_a_crowd_few_are_at_work(ada, engine):
     assert sorted(given) == sorted(made.json()["ids"])
     # beside them the submission, and who polls for all of them
     assert most <= AT_WORK + 2
+
+
+async def test_wake_ups_in_one_moment_wake_as_many():
+    waiters = Waiters()
+    with waiters.waiting_for(["k"]) as first, waiters.waiting_for(["k"]) as second:
+        waiters.wake_some("k")
+        waiters.wake_some("k")
+        with anyio.fail_after(LONGEST):
+            assert await first.wait(NEVER)
+            assert await second.wait(NEVER)
