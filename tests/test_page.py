@@ -136,7 +136,9 @@ async def enter(page: Any, url: str, user: User) -> None:
 async def draw(page: Any, name: str) -> None:
     """Draw a picture for the docs, where ``PICTURES`` says."""
     if directory := os.environ.get("PICTURES"):
-        await page.screenshot(path=Path(directory) / name)
+        # what was said last would hide what is beneath it
+        await page.evaluate("document.querySelector('#said').textContent = ''")
+        await page.screenshot(path=Path(directory) / name, full_page=True)
 
 
 def lane(page: Any, name: str) -> Any:
@@ -157,6 +159,7 @@ async def test_people_see_tasks_move_and_move_them(page: Any, server: str, ada: 
 
     def execute(task: Any) -> Any:
         task.progress(0.4, "pulling")
+        task.log(f"stretching by {task.extension.factor}")
         running.set()
         assert go.wait(30)
         return task.extension.run(None)
@@ -224,6 +227,10 @@ async def test_people_see_tasks_move_and_move_them(page: Any, server: str, ada: 
         table = result.get_by_role("region", name="Table of energies")
         await expect(table.get_by_role("row").nth(2)).to_have_text("1-3.74")
         await expect(page.locator("#parameters")).to_contain_text("factor")
+        await expect(result.get_by_role("img")).to_have_accessible_name(
+            re.compile("energy over step")
+        )
+        await expect(page.get_by_role("log")).to_have_text("stretching by 2.0")
         await page.evaluate("scrollTo(0, 0)")
         await draw(page, "task.png")
         await page.reload()
@@ -231,11 +238,13 @@ async def test_people_see_tasks_move_and_move_them(page: Any, server: str, ada: 
         assert "completed" in await page.title()
         await page.get_by_role("button", name="Submit another").click()
         await expect(factor).to_have_value("2")
+        await expect(page.get_by_text("Nobody offers this job")).to_be_hidden()
         await page.go_back()
         await page.get_by_role("link", name="All tasks").click()
         await expect(link).to_be_focused()
         await page.locator(".card.failed").get_by_role("link").click()
         await expect(page.locator("#error")).to_contain_text("ValueError: too far")
+        await expect(page.get_by_role("log")).to_contain_text("Traceback (most recent call last):")
         await expect(result).to_be_hidden()
         await page.go_back()
     finally:
@@ -556,6 +565,8 @@ async def test_who_runs_a_room_pauses_jobs_and_changes_many_tasks(
     await expect(many).to_contain_text("There is no such task")
     await many.get_by_label("older than").fill("")
     await many.get_by_label("Reason").fill("wrong cell")
+    await expect(many.get_by_role("button", name="Cancel 2 tasks")).to_be_visible()
+    await draw(page, "many.png")
     await many.get_by_role("button", name="Cancel 2 tasks").click()
     await expect(said).to_have_text("Cancelled 2 tasks.")
     await expect(ended).to_have_count(3)
