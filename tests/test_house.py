@@ -22,7 +22,7 @@ FLOORS = [
     ["lifecycle", "settings", "exceptions"],
     ["fields", "schemas_workers", "schemas", "validation"],
     ["telemetry", "events", "waiting", "wakeups", "results"],
-    ["database", "models", "paging", "migration"],
+    ["database", "models", "migration"],
     [
         "workers", "queues", "jobs", "stats", "tasks", "submissions", "attempts", "reports", "operations",
         "claims", "logs", "heartbeats", "providers",

@@ -1,10 +1,16 @@
-"""What SQLAlchemy lacks: types, SQL that each database writes its own way, and how it runs."""
+"""What SQLAlchemy lacks: types, SQL that each database writes its own way, and listings."""
 
+import base64
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar, cast
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar, cast
+from uuid import UUID
 
 import sqlalchemy as sa
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field, TypeAdapter, WithJsonSchema
 from pydantic_core import to_json
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, StatementError
@@ -14,7 +20,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from zndraw_joblib.lifecycle import Written, uncollected
+from zndraw_joblib.lifecycle import MAX_INT, Written, uncollected
+from zndraw_joblib.schemas import MAX_PAGE
 
 T = TypeVar("T")
 
@@ -287,3 +294,160 @@ def without_values(exc: Exception) -> Exception:
         exc.__cause__ = None
         exc.__suppress_context__ = True
     return exc
+
+
+# --- listings, newest first: by offset, or by a cursor that repeats and misses nothing ---
+
+# of a cursor, in characters
+MAX_TOKEN = 500
+
+
+_PARTS = TypeAdapter(tuple[AwareDatetime, UUID, Annotated[int, Field(ge=0, le=MAX_INT)]])
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The last row of a page, and what the first page counted."""
+
+    created_at: datetime
+    id: UUID
+    total: int
+
+    def encode(self) -> str:
+        """Return the cursor as one opaque token for a URL."""
+        parts = _PARTS.dump_json((self.created_at, self.id, self.total))
+        return base64.urlsafe_b64encode(parts).decode()
+
+    @classmethod
+    def decode(cls, token: str) -> "Cursor | None":
+        """Read a token back; an empty one is none.
+
+        Raises
+        ------
+        ValueError
+            When it is none of ours.
+        """
+        if not token:
+            return None
+        try:
+            parts = _PARTS.validate_json(base64.urlsafe_b64decode(token[:MAX_TOKEN]))
+            created_at, row_id, total = parts
+            return cls(created_at.astimezone(UTC), row_id, total)
+        except (ValueError, OverflowError):
+            raise ValueError("not a cursor of this listing") from None
+
+
+class Page(BaseModel):
+    """Which part of a listing is asked for."""
+
+    limit: Annotated[int, Field(ge=0, le=MAX_PAGE)] = 50
+    offset: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
+    cursor: Annotated[
+        Cursor | None,
+        BeforeValidator(Cursor.decode),
+        WithJsonSchema({"anyOf": [{"type": "string", "maxLength": MAX_TOKEN}, {"type": "null"}]}),
+        Field(description='From `Link: rel="next"`.'),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One page of rows.
+
+    Attributes
+    ----------
+    rows : sequence of Row
+        At most ``limit`` of them.
+    total : int
+        All rows, as counted by the first page.
+    next : Cursor or None
+        Where the next page begins.
+    """
+
+    rows: Sequence[Any]
+    total: int
+    next: Cursor | None
+
+
+def size_of(*columns: Any) -> sa.ColumnElement[int]:
+    """Return how many bytes columns take together, as text."""
+    sizes = (sa.func.coalesce(octets(sa.cast(c, sa.Text)), number(0)) for c in columns)
+    return sum(sizes, start=number(0))
+
+
+Completion = Callable[[sa.Select[Any]], sa.Select[Any]]
+
+
+@lru_cache(maxsize=64)
+def _counting(statement: sa.Select[Any], table: sa.Table) -> sa.Select[tuple[int]]:
+    counted = statement.with_only_columns(table.c.id, maintain_column_froms=True)
+    return sa.select(sa.func.count()).select_from(counted.subquery())
+
+
+@lru_cache(maxsize=256)
+def _page(
+    statement: sa.Select[Any],
+    table: sa.Table,
+    limit: int,
+    continued: bool,
+    complete: Completion | None,
+) -> sa.Select[Any]:
+    # built once for each shape: to build a statement takes longer than to run it
+    newest_first = statement.order_by(table.c.created_at.desc(), table.c.id.desc())
+    if continued:
+        newest_first = newest_first.where(
+            sa.tuple_(table.c.created_at, table.c.id)
+            < sa.tuple_(
+                sa.bindparam("last_moment", type_=table.c.created_at.type),
+                sa.bindparam("last_id", type_=table.c.id.type),
+            )
+        )
+    else:
+        newest_first = newest_first.offset(sa.bindparam("offset", type_=sa.BigInteger()))
+    chosen = newest_first.limit(number(limit + 1))
+    return complete(chosen) if complete else chosen
+
+
+async def paginate(
+    session: AsyncSession,
+    statement: sa.Select[Any],
+    table: sa.Table,
+    page: Page,
+    values: Mapping[str, Any],
+    complete: Completion | None = None,
+) -> Listing:
+    """Run one page of ``statement``, whose rows carry ``created_at`` and ``id``.
+
+    Counts only without a cursor, and where more than this page is there: counting is the
+    one cost that grows with the table.
+
+    Parameters
+    ----------
+    statement : Select
+        Built once for each shape, as ``complete`` is: what is made of them is kept.
+    table : Table
+        Of ``created_at`` and ``id``.
+    values : mapping
+        Of the statement's parameters.
+    complete : callable, optional
+        What it adds to the chosen rows, it adds to those of the page alone.
+    """
+    cursor = page.cursor
+    rows: Sequence[Any] = []
+    if page.limit:
+        asked = _page(statement, table, page.limit, cursor is not None, complete)
+        start: dict[str, Any] = {"offset": page.offset}
+        if cursor:
+            start = {"last_moment": cursor.created_at, "last_id": cursor.id}
+        rows = (await execute(session, asked, {**values, **start})).all()
+    shown = rows[: page.limit]
+    more = len(rows) > page.limit
+    if cursor:
+        total = cursor.total
+    elif page.limit and not more and (shown or not page.offset):
+        total = page.offset + len(shown)
+    else:
+        counting = _counting(statement, table)
+        total = (await execute(session, counting, dict(values))).scalars().one()
+    last = Cursor(shown[-1].created_at, shown[-1].id, total) if more else None
+    return Listing(shown, total, last)

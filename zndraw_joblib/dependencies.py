@@ -24,20 +24,19 @@ from uuid import UUID
 
 import anyio
 from fastapi import Depends, Header, Query, Request, Response
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import get_session_maker
 
+from zndraw_joblib.database import Listing, Page
 from zndraw_joblib.delivery import ProvidersRemoved, Runtime, SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Emitter, Outbox
-from zndraw_joblib.exceptions import Forbidden, InvalidRequest, InvalidRoomId, full_path
-from zndraw_joblib.lifecycle import MAX_INT, TaskStatus, check_printable, check_room
-from zndraw_joblib.paging import Cursor, Listing, Page
+from zndraw_joblib.exceptions import Forbidden, InvalidRoomId, full_path
+from zndraw_joblib.lifecycle import TaskStatus, check_printable, check_room
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
-from zndraw_joblib.schemas import MAX_PAGE
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.wakeups import wakeups_of
 from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
@@ -313,40 +312,14 @@ async def check_writable(request: Request, room_id: str) -> None:
             await answer
 
 
-class PageQuery(BaseModel):
-    """Which page of a listing is asked for."""
-
-    limit: Annotated[int, Query(ge=0, le=MAX_PAGE)] = 50
-    offset: Annotated[int, Query(ge=0, le=MAX_INT)] = 0
-    cursor: Annotated[str | None, Query(description='From `Link: rel="next"`.', max_length=500)] = (
-        None
-    )
-
-    def page(self) -> Page:
-        """Return the page.
-
-        Raises
-        ------
-        ProblemException
-            ``invalid-request`` when the cursor is none.
-        """
-        try:
-            last = Cursor.decode(self.cursor) if self.cursor else None
-        except ValueError as exc:
-            raise InvalidRequest.exception(
-                errors=[{"pointer": "/query/cursor", "detail": str(exc)}]
-            ) from None
-        return Page(self.limit, self.offset, last)
-
-
-class TaskPageQuery(PageQuery):
-    """Which page of a listing of tasks is asked for."""
+class TaskPage(Page):
+    """Which part of a listing of tasks is asked for."""
 
     status: TaskStatus | None = None
 
 
-Paging = Annotated[PageQuery, Query()]
-TaskPaging = Annotated[TaskPageQuery, Query()]
+Paging = Annotated[Page, Query()]
+TaskPaging = Annotated[TaskPage, Query()]
 
 
 def written(items: Iterable[Any]) -> bytes:
@@ -369,9 +342,7 @@ def location_of_task(request: Request, task_id: UUID) -> str:
     return quote(f"{above}{routes}tasks/{task_id}")
 
 
-def page_response(
-    request: Request, query: PageQuery, listing: Listing, items: Iterable[Any]
-) -> Response:
+def page_response(request: Request, page: Page, listing: Listing, items: Iterable[Any]) -> Response:
     """Return a page of a listing, with a link to the next one (RFC 8288)."""
     headers = {}
     if listing.next is not None:
@@ -379,9 +350,9 @@ def page_response(
             cursor=listing.next.encode()
         )
         headers["Link"] = f'<{quote(full_path(request))}?{url.query}>; rel="next"'
-    counts = {"total": listing.total, "limit": query.limit, "offset": query.offset}
-    page = b'{"items":%b,%b' % (written(items), to_json(counts)[1:])
-    return json_response(page, headers=headers)
+    counts = {"total": listing.total, "limit": page.limit, "offset": page.offset}
+    body = b'{"items":%b,%b' % (written(items), to_json(counts)[1:])
+    return json_response(body, headers=headers)
 
 
 # --- what stands in a request ---

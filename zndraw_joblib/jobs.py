@@ -10,11 +10,10 @@ from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import exceptions, lifecycle, models, queues
-from zndraw_joblib.database import execute, number, scalar, scalars, upsert
+from zndraw_joblib.database import Listing, Page, execute, number, paginate, scalar, scalars, upsert
 from zndraw_joblib.fields import JsonObject
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, WaitingFor
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
-from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.validation import differences

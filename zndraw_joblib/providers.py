@@ -9,12 +9,11 @@ from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
-from zndraw_joblib.database import execute, upsert
+from zndraw_joblib.database import Listing, Page, execute, paginate, size_of, upsert
 from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
 from zndraw_joblib.fields import JsonObject
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name
 from zndraw_joblib.models import PROVIDER, seen_from, visible
-from zndraw_joblib.paging import Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import ProviderResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import Caller, RoomAccess, check_length, check_quota, permits

@@ -78,12 +78,10 @@ async def create_worker(
 
 
 @router.get("/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary]))
-async def list_workers(context: RequestContext, session: SessionDep, query: Paging) -> Response:
+async def list_workers(context: RequestContext, session: SessionDep, page: Paging) -> Response:
     """List all workers."""
-    items, listing = await stats.list_workers(
-        session, query.page(), context.caller, context.settings
-    )
-    return deps.page_response(context.request, query, listing, items)
+    items, listing = await stats.list_workers(session, page, context.caller, context.settings)
+    return deps.page_response(context.request, page, listing, items)
 
 
 @router.patch("/workers/{worker_id}", **answers(schemas.HeartbeatResponse, *BODY, *WORKER))
@@ -117,14 +115,14 @@ async def delete_worker(context: RequestContext, session: SessionDep, worker_id:
     "/rooms/{room_id}/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary], *ROOM)
 )
 async def list_room_workers(
-    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging
 ) -> Response:
     """List the workers of the jobs that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
     items, listing = await stats.list_workers(
-        session, query.page(), context.caller, context.settings, room_id
+        session, page, context.caller, context.settings, room_id
     )
-    return deps.page_response(context.request, query, listing, items)
+    return deps.page_response(context.request, page, listing, items)
 
 
 # --- jobs ---
@@ -208,23 +206,23 @@ async def register_job(
     "/rooms/{room_id}/jobs", **answers(schemas.PaginatedResponse[schemas.JobSummary], *ROOM)
 )
 async def list_jobs(
-    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging
 ) -> Response:
     """List the jobs that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
     silence = context.settings.worker_timeout_seconds
-    items, listing = await jobs.list_visible(session, room_id, query.page(), silence)
-    return deps.page_response(context.request, query, listing, items)
+    items, listing = await jobs.list_visible(session, room_id, page, silence)
+    return deps.page_response(context.request, page, listing, items)
 
 
 @router.get("/rooms/{room_id}/stats", **answers(schemas.PaginatedResponse[schemas.JobStats], *ROOM))
 async def read_stats(
-    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging
 ) -> Response:
     """Show what goes on in the jobs that the room sees, over all rooms."""
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await stats.list_stats(session, room_id, query.page(), context.settings)
-    return deps.page_response(context.request, query, listing, items)
+    items, listing = await stats.list_stats(session, room_id, page, context.settings)
+    return deps.page_response(context.request, page, listing, items)
 
 
 # the tasks of a job first: a job's name takes what follows it
@@ -306,12 +304,12 @@ async def register_provider(
     **answers(schemas.PaginatedResponse[schemas.ProviderResponse], *ROOM),
 )
 async def list_providers(
-    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: Paging
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging
 ) -> Response:
     """List the providers that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await providers.list_visible(session, room_id, query.page(), context.settings)
-    return deps.page_response(context.request, query, listing, items)
+    items, listing = await providers.list_visible(session, room_id, page, context.settings)
+    return deps.page_response(context.request, page, listing, items)
 
 
 @router.get(

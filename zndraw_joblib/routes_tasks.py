@@ -202,29 +202,27 @@ async def list_job_tasks(
     may_enter: Access,
     room_id: str,
     job_name: str,
-    query: TaskPaging,
+    page: TaskPaging,
 ) -> Response:
     """List the tasks of a job that this room submitted."""
     await enter(session, context.caller, room_id, may_enter)
     job = await jobs.require(session, room_id, job_name, context.settings)
     listing = await tasks.list_tasks(
-        session, room_id, query.page(), context.settings, job_id=job.id, status=query.status
+        session, room_id, page, context.settings, job_id=job.id, status=page.status
     )
-    return deps.page_response(context.request, query, listing, map(tasks.as_json, listing.rows))
+    return deps.page_response(context.request, page, listing, map(tasks.as_json, listing.rows))
 
 
 @router.get(
     "/rooms/{room_id}/tasks", **answers(schemas.PaginatedResponse[schemas.TaskResponse], *ROOM)
 )
 async def list_room_tasks(
-    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, query: TaskPaging
+    context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: TaskPaging
 ) -> Response:
     """List the tasks that the room submitted."""
     await enter(session, context.caller, room_id, may_enter)
-    listing = await tasks.list_tasks(
-        session, room_id, query.page(), context.settings, status=query.status
-    )
-    return deps.page_response(context.request, query, listing, map(tasks.as_json, listing.rows))
+    listing = await tasks.list_tasks(session, room_id, page, context.settings, status=page.status)
+    return deps.page_response(context.request, page, listing, map(tasks.as_json, listing.rows))
 
 
 @router.post("/tasks/claim", **answers(schemas.TaskClaimResponse, *BODY, *WORKER, waits=True))

@@ -10,10 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import jobs, models
-from zndraw_joblib.database import execute, now, number
+from zndraw_joblib.database import Listing, Page, execute, now, number, paginate
 from zndraw_joblib.lifecycle import FullName, TaskStatus
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
-from zndraw_joblib.paging import Listing, Page, paginate
 from zndraw_joblib.schemas import JobStats, RunningTask, WorkerSummary
 from zndraw_joblib.settings import JobLibSettings, get_settings
 from zndraw_joblib.workers import Caller

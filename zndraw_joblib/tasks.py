@@ -12,12 +12,22 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import queues
-from zndraw_joblib.database import execute, now, number, scalar, scalars
+from zndraw_joblib.database import (
+    Completion,
+    Listing,
+    Page,
+    execute,
+    now,
+    number,
+    paginate,
+    scalar,
+    scalars,
+    size_of,
+)
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, TaskNotFound
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.models import LOG, TASK, constant, queued
-from zndraw_joblib.paging import Completion, Listing, Page, paginate, size_of
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits

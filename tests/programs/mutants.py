@@ -37,7 +37,7 @@ PATIENCE = 900
 TESTS = {
     "attempts": "mixed_sweeps internal reports sweeper batches races",
     "claims": "claims turns batches workers watch races",
-    "database": "tasks faults sweeper plans",
+    "database": "tasks faults sweeper plans pages",
     "delivery": "delivery internal tasks waiting telemetry faults",
     "dependencies": "access jobs providers pages limits waiting bad_input deprecated",
     "doctor": "doctor",
@@ -49,7 +49,6 @@ TESTS = {
     "lifecycle": "reports bad_input jobs providers purge extension",
     "long_polls": "waiting watch claims delivery batches",
     "models": "tasks reports workers claims mixed_sweeps",
-    "paging": "pages",
     "problem_route": "bad_input faults openapi attacks",
     "provider_reads": "relay providers results",
     "providers": "providers relay access limits",
