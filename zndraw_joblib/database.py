@@ -79,16 +79,11 @@ def written(construct: type[FunctionElement[Any]], standard: str, sqlite: str) -
 
 
 class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
-    """The database's clock, some seconds from now.
+    """The database's clock, so many seconds from now; negative ones are past.
 
     Replicas compare their times with each other's rows: only the clock that they
     share can say whether a worker is stale. Renders the statement's start, so that an
     index can serve the comparison.
-
-    Parameters
-    ----------
-    offset : float or ColumnElement, optional
-        Seconds, negative for the past.
     """
 
     type = UtcDateTime()

@@ -1,6 +1,5 @@
 """Jobs: registered by workers, seen by rooms, gone when nobody serves them."""
 
-from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -66,15 +65,14 @@ def named(name: FullName) -> sa.ColumnElement[bool]:
     return sa.and_(*(column == part for column, part in zip(FULL_NAME, name, strict=True)))
 
 
-@lru_cache(maxsize=8)
-def _target(worker_timeout: float) -> sa.Select[Any]:
-    obstacle = queues.obstacle(worker_timeout).label("obstacle")
-    return sa.select(JOB.c.id, sa.cast(JOB.c.schema, sa.Text).label("schema"), obstacle).where(
-        JOB.c.room_id == sa.bindparam("room"),
-        JOB.c.category == sa.bindparam("category"),
-        JOB.c.name == sa.bindparam("name"),
-        LIVE,
-    )
+_TARGET = sa.select(
+    JOB.c.id, sa.cast(JOB.c.schema, sa.Text).label("schema"), queues.obstacle().label("obstacle")
+).where(
+    JOB.c.room_id == sa.bindparam("room"),
+    JOB.c.category == sa.bindparam("category"),
+    JOB.c.name == sa.bindparam("name"),
+    LIVE,
+)
 
 
 async def require(
@@ -88,8 +86,8 @@ async def require(
         ``job-not-found``, also for a malformed name.
     """
     name = find_name(room, full_name)
-    target = _target(settings.worker_timeout_seconds)
-    row = (await execute(session, target, name._asdict())).one_or_none()
+    values = name._asdict() | queues.limits(settings)
+    row = (await execute(session, _TARGET, values)).one_or_none()
     if row is None:
         raise not_found(room, full_name)
     return Target(row.id, name, row.schema, row.obstacle)
@@ -179,11 +177,11 @@ async def _check_holders(
     replace: bool,
 ) -> None:
     """Refuse another schema, unless it replaces one that the caller alone serves."""
-    alive = models.alive_within(settings.worker_timeout_seconds)
     holding = sa.select(WORKER.c.id, WORKER.c.name, WORKER.c.user_id).join(
         LINK, LINK.c.worker_id == WORKER.c.id
     )
-    found = await execute(session, holding.where(LINK.c.job_id == job_id, alive))
+    holding = holding.where(LINK.c.job_id == job_id, models.ALIVE)
+    found = await execute(session, holding, queues.limits(settings))
     holders = sorted(found.all(), key=lambda worker: worker.user_id == caller.id)
     alone = all(worker.user_id == caller.id for worker in holders)
     if replace and alone:
@@ -227,15 +225,12 @@ async def _set_policy(
     settings: JobLibSettings,
 ) -> bool:
     """Set a job's policy where it is the caller's to set; return whether it is so now."""
-    others = _links().where(
-        LINK.c.job_id == JOB.c.id,
-        WORKER.c.user_id != caller.id,
-        models.alive_within(settings.worker_timeout_seconds),
-    )
+    others = _links().where(LINK.c.job_id == JOB.c.id, WORKER.c.user_id != caller.id, models.ALIVE)
     same = sa.and_(*(JOB.c[field].is_not_distinct_from(policy[field]) for field in policy))
     allowed = sa.true() if caller.is_superuser else sa.or_(same, ~others.exists())
     setting = sa.update(JOB).where(JOB.c.id == job_id, allowed).values(**policy)
-    return await scalar(session, setting.returning(JOB.c.id)) is not None
+    setting = setting.returning(JOB.c.id)
+    return await scalar(session, setting, queues.limits(settings)) is not None
 
 
 async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:
@@ -262,9 +257,8 @@ async def admit(
         most = settings.max_internal_tasks_per_user
         await check_quota(session, theirs, most, "@internal tasks")
     elif not settings.accept_without_workers:
-        alive = models.alive_within(settings.worker_timeout_seconds)
-        links = _links().join(JOB, JOB.c.id == LINK.c.job_id).where(named(name), alive)
-        if await scalar(session, links.limit(number(1))) is None:
+        links = _links().join(JOB, JOB.c.id == LINK.c.job_id).where(named(name), models.ALIVE)
+        if await scalar(session, links.limit(number(1)), queues.limits(settings)) is None:
             raise exceptions.NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
 
@@ -330,13 +324,12 @@ async def purge(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> int:
     return len(await scalars(session, purging.returning(JOB.c.id)))
 
 
-def alive_workers(worker_timeout: float) -> sa.ColumnElement[int]:
-    """Return the column ``workers_alive`` of a job."""
-    alive = _links().where(LINK.c.job_id == JOB.c.id, models.alive_within(worker_timeout))
-    return alive.with_only_columns(sa.func.count()).scalar_subquery().label("workers_alive")
+_ALIVE = _links().where(LINK.c.job_id == JOB.c.id, models.ALIVE)
+#: A column of a job.
+WORKERS_ALIVE = _ALIVE.with_only_columns(sa.func.count()).scalar_subquery().label("workers_alive")
 
 
-def _view(worker_timeout: float, *schema: sa.ColumnElement[Any]) -> sa.Select[Any]:
+def _view(*schema: sa.ColumnElement[Any]) -> sa.Select[Any]:
     workers = sa.select(sa.func.aggregate_strings(sa.cast(LINK.c.worker_id, sa.String), ","))
     return sa.select(
         JOB.c.id,
@@ -346,7 +339,7 @@ def _view(worker_timeout: float, *schema: sa.ColumnElement[Any]) -> sa.Select[An
         JOB.c.paused,
         *(JOB.c[field] for field in JobPolicy.model_fields),
         workers.where(LINK.c.job_id == JOB.c.id).scalar_subquery().label("workers"),
-        alive_workers(worker_timeout),
+        WORKERS_ALIVE,
     )
 
 
@@ -357,15 +350,16 @@ def _fields(row: sa.Row[Any]) -> dict[str, Any]:
 
 
 async def read(
-    session: AsyncSession, job_id: UUID, worker_timeout: float, **registered: Any
+    session: AsyncSession, job_id: UUID, settings: JobLibSettings, **registered: Any
 ) -> JobResponse:
     """Return a job, with what is told of its registration just now."""
-    rows = await execute(session, _view(worker_timeout, JOB.c.schema).where(JOB.c.id == job_id))
+    view = _view(JOB.c.schema).where(JOB.c.id == job_id)
+    rows = await execute(session, view, queues.limits(settings))
     return JobResponse(**_fields(rows.one()), **registered)
 
 
 async def read_named(
-    session: AsyncSession, room: str, full_name: str, worker_timeout: float
+    session: AsyncSession, room: str, full_name: str, settings: JobLibSettings
 ) -> JobResponse:
     """Return a job that ``room`` sees.
 
@@ -374,22 +368,20 @@ async def read_named(
     ProblemException
         ``job-not-found``, also for a malformed name.
     """
-    view = _view(worker_timeout, JOB.c.schema).where(named(find_name(room, full_name)), LIVE)
-    row = (await execute(session, view)).one_or_none()
+    view = _view(JOB.c.schema).where(named(find_name(room, full_name)), LIVE)
+    row = (await execute(session, view, queues.limits(settings))).one_or_none()
     if row is None:
         raise not_found(room, full_name)
     return JobResponse(**_fields(row))
 
 
-@lru_cache(maxsize=8)
-def _listed(worker_timeout: float) -> sa.Select[Any]:
-    return _view(worker_timeout).where(models.served())
+_LISTED = _view().where(models.served())
 
 
 async def list_visible(
-    session: AsyncSession, room: str, page: Page, worker_timeout: float
+    session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> tuple[list[JobSummary], Listing]:
     """Return a page of the jobs that ``room`` sees."""
-    seen = models.seen_from(room)
-    listing = await paginate(session, _listed(worker_timeout), JOB, page, seen)
+    values = models.seen_from(room) | queues.limits(settings)
+    listing = await paginate(session, _LISTED, JOB, page, values)
     return [JobSummary(**_fields(row)) for row in listing.rows], listing

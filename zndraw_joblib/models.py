@@ -308,9 +308,8 @@ def paused() -> sa.ColumnElement[bool]:
     return sa.and_(JOB.c.paused.is_(True))
 
 
-def alive_within(seconds: float) -> sa.ColumnElement[bool]:
-    """Return the condition under which a worker counts as alive."""
-    return WORKER.c.last_heartbeat >= now(-seconds)
+#: Whether a worker counts as alive; ``silence`` is a parameter of :func:`queues.limits`.
+ALIVE = WORKER.c.last_heartbeat >= now(sa.bindparam("silence", type_=sa.Float()))
 
 
 def queued(task: Any = TASK.c) -> sa.ColumnElement[bool]:

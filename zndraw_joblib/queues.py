@@ -6,12 +6,24 @@ import sqlalchemy as sa
 
 from zndraw_joblib.database import greatest, microseconds, now, number
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, TaskStatus, WaitingFor, WorkerState
-from zndraw_joblib.models import JOB, LINK, TASK, WORKER, alive_within, constant, paused, queued
+from zndraw_joblib.models import ALIVE, JOB, LINK, TASK, WORKER, constant, paused, queued
+from zndraw_joblib.settings import JobLibSettings
 
 # The places of one priority: 52 bits hold the microseconds until 2112.
 PRIORITY_STEP = 2**52
 
+#: The last position that is told; those beyond it are told the same.
+LAST: sa.ColumnElement[int] = sa.bindparam("last_position", type_=sa.Integer())
+
 ahead = TASK.alias()
+
+
+def limits(settings: JobLibSettings) -> dict[str, Any]:
+    """Return the parameters of statements that tell positions, or whether workers are alive."""
+    return {
+        "last_position": settings.queue_position_max,
+        "silence": -settings.worker_timeout_seconds,
+    }
 
 
 def _start(priority: Any) -> sa.ColumnElement[int]:
@@ -84,8 +96,8 @@ def of_job(column: Any) -> sa.ColumnElement[Any]:
     return sa.select(column).where(JOB.c.id == TASK.c.job_id).correlate(TASK).scalar_subquery()
 
 
-def position(job_id: Any, order: Any, task_id: Any, position_max: int) -> sa.ColumnElement[int]:
-    """Return the position of a place in a job's queue, counted up to a maximum."""
+def position(job_id: Any, order: Any, task_id: Any) -> sa.ColumnElement[int]:
+    """Return the position of a place in a job's queue, counted up to :data:`LAST`."""
     place = sa.tuple_(ahead.c.queue_order, ahead.c.id)
     before = (
         sa.select(sa.literal_column("1"))
@@ -93,20 +105,14 @@ def position(job_id: Any, order: Any, task_id: Any, position_max: int) -> sa.Col
         # In the order of the queue, and up to a number that PostgreSQL can't know: else
         # it would rather read a whole queue, if the jobs' queues are short on average.
         .order_by(ahead.c.queue_order, ahead.c.id)
-        .limit(sa.select(number(position_max - 1)).scalar_subquery())
+        .limit(sa.select(LAST - number(1)).scalar_subquery())
         .correlate_except(ahead)
         .subquery()
     )
     return sa.select(sa.func.count() + 1).select_from(before).scalar_subquery()
 
 
-def waiting_position(position_max: int) -> sa.ColumnElement[Any]:
-    """Return the position of a task in its queue; null if it does not wait."""
-    place = position(TASK.c.job_id, TASK.c.queue_order, TASK.c.id, position_max)
-    return sa.case((TASK.c.status == TaskStatus.PENDING, place))
-
-
-def obstacle(worker_timeout: float) -> sa.ColumnElement[Any]:
+def obstacle() -> sa.ColumnElement[Any]:
     """Return what keeps all tasks of a job waiting, inside a statement about jobs.
 
     Null if nothing does.
@@ -114,15 +120,15 @@ def obstacle(worker_timeout: float) -> sa.ColumnElement[Any]:
     at_work = (
         sa.exists()
         .where(LINK.c.job_id == JOB.c.id, LINK.c.worker_id == WORKER.c.id)
-        .where(alive_within(worker_timeout), WORKER.c.state == WorkerState.ACTIVE.value)
+        .where(ALIVE, WORKER.c.state == WorkerState.ACTIVE.value)
     )
     unserved = sa.and_(JOB.c.room_id != INTERNAL_ROOM, ~at_work)
     return sa.case((unserved, _why(WaitingFor.NO_WORKER)), (paused(), _why(WaitingFor.PAUSED)))
 
 
-def obstacle_of(job_id: Any, worker_timeout: float) -> sa.ColumnElement[Any]:
+def obstacle_of(job_id: Any) -> sa.ColumnElement[Any]:
     """Return the :func:`obstacle` of a job, inside any statement."""
-    found = sa.select(obstacle(worker_timeout)).where(JOB.c.id == job_id)
+    found = sa.select(obstacle()).where(JOB.c.id == job_id)
     return found.correlate_except(JOB).scalar_subquery()
 
 
@@ -136,10 +142,8 @@ def waiting_for(task: Any, of_all: sa.ColumnElement[Any]) -> sa.ColumnElement[An
     return sa.func.coalesce(of_all, sa.case(delayed, else_=_why(WaitingFor.BEHIND)))
 
 
-def waits(position_max: int, worker_timeout: float) -> dict[str, sa.ColumnElement[Any]]:
-    """Return where a task waits, and why."""
-    why = waiting_for(TASK.c, obstacle_of(TASK.c.job_id, worker_timeout))
-    return {
-        "queue_position": waiting_position(position_max),
-        "waiting_for": sa.case((TASK.c.status == TaskStatus.PENDING, why)),
-    }
+_WAITS = TASK.c.status == TaskStatus.PENDING
+_PLACE = position(TASK.c.job_id, TASK.c.queue_order, TASK.c.id)
+_REASON = waiting_for(TASK.c, obstacle_of(TASK.c.job_id))
+#: Where a task waits, and why; null if it does not.
+WAITING = {"queue_position": sa.case((_WAITS, _PLACE)), "waiting_for": sa.case((_WAITS, _REASON))}

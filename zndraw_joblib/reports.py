@@ -27,10 +27,10 @@ from zndraw_joblib.lifecycle import (
     uncollected,
 )
 from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
-from zndraw_joblib.queues import of_job
+from zndraw_joblib.queues import limits, of_job
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import SHOWN, back_in_queue, change, require_visible, seen
+from zndraw_joblib.tasks import SEEN, SHOWN, back_in_queue, change, require_visible
 from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
 
 
@@ -279,8 +279,8 @@ async def _read(
 ) -> dict[UUID, sa.Row[Any]]:
     if not task_ids:
         return {}
-    reading = seen(settings).add_columns(TASK.c.claim_key)
-    found = await execute(session, reading.where(TASK.c.id.in_(task_ids)))
+    reading = SEEN.add_columns(TASK.c.claim_key).where(TASK.c.id.in_(task_ids))
+    found = await execute(session, reading, limits(settings))
     return {row.id: row for row in found}
 
 

@@ -190,7 +190,7 @@ async def register_job(
     job = await jobs.read(
         session,
         registered.job_id,
-        settings.worker_timeout_seconds,
+        settings,
         worker_id=worker_id,
         policy_kept=registered.policy_kept,
     )
@@ -210,8 +210,7 @@ async def list_jobs(
 ) -> Response:
     """List the jobs that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
-    silence = context.settings.worker_timeout_seconds
-    items, listing = await jobs.list_visible(session, room_id, page, silence)
+    items, listing = await jobs.list_visible(session, room_id, page, context.settings)
     return deps.page_response(context.request, page, listing, items)
 
 
@@ -235,8 +234,8 @@ async def read_job(
 ) -> Response:
     """Show a job that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
-    silence = context.settings.worker_timeout_seconds
-    return deps.json_response(await jobs.read_named(session, room_id, job_name, silence))
+    job = await jobs.read_named(session, room_id, job_name, context.settings)
+    return deps.json_response(job)
 
 
 @router.patch(
@@ -259,8 +258,7 @@ async def update_job(
     if changed:
         context.outbox.jobs_changed([owner])
         context.outbox.job_resumed(str(job.name), waiting)
-    silence = context.settings.worker_timeout_seconds
-    updated = await jobs.read(session, job.id, silence)
+    updated = await jobs.read(session, job.id, context.settings)
     await context.commit(session)
     return deps.json_response(updated)
 

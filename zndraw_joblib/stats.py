@@ -2,14 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import jobs, models
+from zndraw_joblib import jobs, models, queues
 from zndraw_joblib.database import Listing, Page, execute, now, number, paginate
 from zndraw_joblib.lifecycle import FullName, TaskStatus
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
@@ -23,33 +22,32 @@ SECONDS_COUNTED = 60
 COUNTED_MAX = 100_000
 
 
-def _waiting(count_max: int, order: str, waits: sa.ColumnElement[bool]) -> Any:
-    # No more of a queue than count_max is read, in the order of its index: else
+def _waiting(order: str, waits: sa.ColumnElement[bool]) -> Any:
+    # No more of a queue than is told is read, in the order of its index: else
     # counting would take longer the longer the queue is. Written as positions are.
     return (
         sa.select(TASK.c.created_at)
         .where(TASK.c.job_id == JOB.c.id, waits)
         .order_by(TASK.c[order])
-        .limit(sa.select(number(count_max)).scalar_subquery())
+        .limit(sa.select(queues.LAST).scalar_subquery())
         .correlate_except(TASK)
         .subquery()
     )
 
 
-@lru_cache(maxsize=8)
-def _figures(most: int, worker_timeout: float) -> sa.Select[Any]:
-    pending = _waiting(most, "queue_order", queued())
-    delayed = _waiting(most, "available_at", TASK.c.available_at.is_not(None))
-    return sa.select(
-        JOB.c.id,
-        *jobs.FULL_NAME,
-        JOB.c.created_at,
-        sa.select(sa.func.count()).select_from(pending).scalar_subquery().label("pending"),
-        sa.select(sa.func.count()).select_from(delayed).scalar_subquery().label("delayed"),
-        sa.select(sa.func.min(pending.c.created_at)).scalar_subquery().label("oldest"),
-        sa.select(now()).scalar_subquery().label("now"),
-        jobs.alive_workers(worker_timeout),
-    )
+_PENDING = _waiting("queue_order", queued())
+_DELAYED = _waiting("available_at", TASK.c.available_at.is_not(None))
+_FIGURES = sa.select(
+    JOB.c.id,
+    *jobs.FULL_NAME,
+    JOB.c.created_at,
+    sa.select(sa.func.count()).select_from(_PENDING).scalar_subquery().label("pending"),
+    sa.select(sa.func.count()).select_from(_DELAYED).scalar_subquery().label("delayed"),
+    sa.select(sa.func.min(_PENDING.c.created_at)).scalar_subquery().label("oldest"),
+    sa.select(now()).scalar_subquery().label("now"),
+    jobs.WORKERS_ALIVE,
+)
+_LISTED = _FIGURES.where(models.served())
 
 
 async def _count(
@@ -103,23 +101,17 @@ async def queue_stats(
         ``queue_position_max`` for each job; a worker is alive that was heard within
         ``worker_timeout_seconds``.
     """
-    settings = settings or get_settings()
-    figures = _figures(settings.queue_position_max, settings.worker_timeout_seconds)
-    rows = await execute(session, figures.where(jobs.LIVE).order_by(JOB.c.id))
+    of_all = _FIGURES.where(jobs.LIVE).order_by(JOB.c.id)
+    rows = await execute(session, of_all, queues.limits(settings or get_settings()))
     return await _stats(session, rows.all())
-
-
-@lru_cache(maxsize=8)
-def _figures_listed(most: int, worker_timeout: float) -> sa.Select[Any]:
-    return _figures(most, worker_timeout).where(models.served())
 
 
 async def list_stats(
     session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> tuple[list[JobStats], Listing]:
     """Return a page of what goes on in the jobs that ``room`` sees."""
-    figures = _figures_listed(settings.queue_position_max, settings.worker_timeout_seconds)
-    listing = await paginate(session, figures, JOB, page, models.seen_from(room))
+    values = models.seen_from(room) | queues.limits(settings)
+    listing = await paginate(session, _LISTED, JOB, page, values)
     return await _stats(session, listing.rows), listing
 
 
@@ -127,24 +119,20 @@ async def list_stats(
 TASKS_NAMED = 32
 
 
-@lru_cache(maxsize=8)
-def _workers(worker_timeout: float, in_room: bool) -> sa.Select[Any]:
-    links = sa.select(sa.func.count()).select_from(LINK).where(LINK.c.worker_id == WORKER.c.id)
-    summaries = sa.select(
-        WORKER.c.id,
-        WORKER.c.last_heartbeat,
-        WORKER.c.state,
-        WORKER.c.name,
-        WORKER.c.info,
-        sa.func.coalesce(WORKER.c.stuck, number(0)).label("stuck"),
-        WORKER.c.created_at,
-        links.scalar_subquery().label("job_count"),
-        models.alive_within(worker_timeout).label("alive"),
-    )
-    if not in_room:
-        return summaries
-    serving = sa.select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id)
-    return summaries.where(WORKER.c.id.in_(serving.where(models.served())))
+_LINKS = sa.select(sa.func.count()).select_from(LINK).where(LINK.c.worker_id == WORKER.c.id)
+_WORKERS = sa.select(
+    WORKER.c.id,
+    WORKER.c.last_heartbeat,
+    WORKER.c.state,
+    WORKER.c.name,
+    WORKER.c.info,
+    sa.func.coalesce(WORKER.c.stuck, number(0)).label("stuck"),
+    WORKER.c.created_at,
+    _LINKS.scalar_subquery().label("job_count"),
+    models.ALIVE.label("alive"),
+)
+_SERVING = sa.select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id).where(models.served())
+_WORKERS_OF_ROOM = _WORKERS.where(WORKER.c.id.in_(_SERVING))
 
 
 async def list_workers(
@@ -159,12 +147,12 @@ async def list_workers(
     With those of the room's tasks that they run; without a room, with what the caller's
     own run, and to superusers with all.
     """
-    statement = _workers(settings.worker_timeout_seconds, room is not None)
-    values = {} if room is None else models.seen_from(room)
+    statement, values = _WORKERS, queues.limits(settings)
+    shown = sa.true() if caller.is_superuser else TASK.c.holder_id == caller.id
+    if room is not None:
+        statement, values = _WORKERS_OF_ROOM, values | models.seen_from(room)
+        shown = TASK.c.room_id == room
     listing = await paginate(session, statement, WORKER, page, values)
-    shown = TASK.c.room_id == room
-    if room is None:
-        shown = sa.true() if caller.is_superuser else TASK.c.holder_id == caller.id
     holding = (
         sa.select(TASK.c.worker_id, TASK.c.id, TASK.c.job_name, TASK.c.status, shown.label("shown"))
         .where(held(), TASK.c.worker_id.in_([row.id for row in listing.rows]))

@@ -91,7 +91,7 @@ def _insert(values: dict[Any, Any], source: sa.Select[Any]) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _inserting(internal: bool, keyed: bool, position_max: int) -> Any:
+def _inserting(internal: bool, keyed: bool) -> Any:
     """Return what inserts the first task of a submission, if the job takes it."""
     # built once for each shape
     values = _values(internal) | {TASK.c.max_attempts: JOB.c.max_attempts}
@@ -110,7 +110,7 @@ def _inserting(internal: bool, keyed: bool, position_max: int) -> Any:
         # as both databases have it; SQLAlchemy's own construct is compiled anew each time
         source = source.suffix_with("ON CONFLICT DO NOTHING")
     order, id_ = returned(TASK.c.queue_order), returned(TASK.c.id)
-    position = sa.null() if internal else queues.position(_JOB_ID, order, id_, position_max)
+    position = sa.null() if internal else queues.position(_JOB_ID, order, id_)
     placed = position.label("queue_position")
     shown = (placed if column.key == placed.key else column for column in tasks.SHOWN)
     return _insert(values, source).returning(*shown, TASK.c.queue_order)
@@ -200,8 +200,9 @@ async def submit(
     target = await jobs.require(session, room, full_name, settings)
     whose = {"in_room": room, "submitter": caller.id, "checked": check(target)}
     first, *others = _rows(target, whose, requests, settings, idempotency_key)
-    inserting = _inserting(target.internal, bool(idempotency_key), settings.queue_position_max)
-    inserted = await execute(session, inserting, first | {"schema": target.schema})
+    inserting = _inserting(target.internal, bool(idempotency_key))
+    values = {**first, "schema": target.schema, **queues.limits(settings)}
+    inserted = await execute(session, inserting, values)
     rows: list[Any] = list(inserted.all())
     if not rows:
         return await _earlier(session, target, first, len(requests), settings)
@@ -260,9 +261,13 @@ async def _earlier(
 ) -> Submission:
     """Return what was submitted under the key before."""
     if names["key"] is not None:
-        reading = tasks.seen(settings).where(*_UNDER_KEY)
+        reading = tasks.SEEN.where(*_UNDER_KEY)
         earlier = reading.add_columns(TASK.c.request_digest, TASK.c.batch_index)
-        found = await execute(session, earlier.order_by(TASK.c.batch_index).limit(number(1)), names)
+        found = await execute(
+            session,
+            earlier.order_by(TASK.c.batch_index).limit(number(1)),
+            names | queues.limits(settings),
+        )
         row: Any = found.one_or_none()
         if row is not None:
             if row.request_digest != names["digest"]:

@@ -13,7 +13,6 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import queues
 from zndraw_joblib.database import (
-    Completion,
     Listing,
     Page,
     execute,
@@ -98,22 +97,12 @@ def waiting(row: sa.Row[Any], position: int | None, why: str | None = None) -> T
     return task
 
 
-def seen(settings: JobLibSettings) -> sa.Select[Any]:
-    """Return the statement that reads tasks as the wire shows them, and who holds them."""
-    return _seen(settings.queue_position_max, settings.worker_timeout_seconds)
-
-
-@lru_cache(maxsize=8)
-def _seen(position_max: int, worker_timeout: float) -> sa.Select[Any]:
-    shown = _columns(queues.waits(position_max, worker_timeout))
-    return sa.select(*shown.values(), TASK.c.holder_id)
-
-
-@lru_cache(maxsize=8)
-def _waiting(position_max: int, worker_timeout: float) -> sa.Select[Any]:
-    asked = TASK.c.id.in_(sa.bindparam("tasks", expanding=True))
-    waits = queues.waits(position_max, worker_timeout).items()
-    return sa.select(TASK.c.id, *(column.label(name) for name, column in waits)).where(asked)
+#: Reads tasks as the wire shows them, and who holds them; with the parameters of
+#: :func:`queues.limits`, as what is below.
+SEEN = sa.select(*_columns(queues.WAITING).values(), TASK.c.holder_id)
+_ONE = SEEN.where(TASK.c.id == sa.bindparam("task"))
+_ASKED = TASK.c.id.in_(sa.bindparam("tasks", expanding=True))
+_PLACES = sa.select(TASK.c.id, *(c.label(name) for name, c in queues.WAITING.items())).where(_ASKED)
 
 
 # --- what becomes of it ---
@@ -164,8 +153,8 @@ async def with_positions(
     pending = [row.id for row in changed if row.status is TaskStatus.PENDING]
     if not pending:
         return list(changed)
-    asked = _waiting(settings.queue_position_max, settings.worker_timeout_seconds)
-    waits = {row.id: row for row in await execute(session, asked, {"tasks": pending})}
+    values = {"tasks": pending, **queues.limits(settings)}
+    waits = {row.id: row for row in await execute(session, _PLACES, values)}
     return [
         waiting(row, waits[row.id].queue_position, waits[row.id].waiting_for)
         if row.id in waits
@@ -222,11 +211,6 @@ async def require_own(
     return row
 
 
-@lru_cache(maxsize=8)
-def _reading(position_max: int, worker_timeout: float) -> sa.Select[Any]:
-    return _seen(position_max, worker_timeout).where(TASK.c.id == sa.bindparam("task"))
-
-
 async def read(
     session: AsyncSession,
     task_id: UUID,
@@ -241,8 +225,7 @@ async def read(
     ProblemException
         ``task-not-found``.
     """
-    reading = _reading(settings.queue_position_max, settings.worker_timeout_seconds)
-    found = await execute(session, reading, {"task": task_id})
+    found = await execute(session, _ONE, {"task": task_id, **queues.limits(settings)})
     row: Any = await require_visible(session, found.one_or_none(), task_id, caller, may_enter)
     return row  # type: ignore[no-any-return]
 
@@ -271,12 +254,9 @@ async def readable(
     return [task_id for task_id in known if rooms[task_id] in entered]
 
 
-@lru_cache(maxsize=8)
-def _queried(position_max: int, worker_timeout: float) -> sa.Select[Any]:
-    up_to_here = sa.func.sum(size_of(*_LARGE)).over(order_by=TASK.c.id)
-    fits = up_to_here <= sa.bindparam("all_together", type_=sa.BigInteger())
-    shown = _columns(queues.waits(position_max, worker_timeout), fits)
-    return sa.select(*shown.values()).where(TASK.c.id.in_(sa.bindparam("tasks", expanding=True)))
+_UP_TO_HERE = sa.func.sum(size_of(*_LARGE)).over(order_by=TASK.c.id)
+_FIT = sa.bindparam("all_together", type_=sa.BigInteger()) >= _UP_TO_HERE
+_QUERIED = sa.select(*_columns(queues.WAITING, _FIT).values()).where(_ASKED)
 
 
 async def read_many(
@@ -284,8 +264,7 @@ async def read_many(
 ) -> list[TaskView]:
     """Return the tasks with these ids, in their order; abridged beyond what fits."""
     values = {"tasks": task_ids, "all_together": settings.max_query_bytes}
-    asking = _queried(settings.queue_position_max, settings.worker_timeout_seconds)
-    found: Any = await execute(session, asking, values)
+    found: Any = await execute(session, _QUERIED, values | queues.limits(settings))
     tasks = {row.id: row for row in found}
     return [tasks[task_id] for task_id in task_ids if task_id in tasks]
 
@@ -313,12 +292,7 @@ def _listed(by_job: bool, by_status: bool) -> sa.Select[Any]:
     return listed.where(*(column == sa.bindparam(f"of_{column.key}") for column in columns))
 
 
-@lru_cache(maxsize=8)
-def _placing(position_max: int, worker_timeout: float) -> Completion:
-    return lambda listed: _placed(listed, position_max, worker_timeout)
-
-
-def _placed(listed: sa.Select[Any], position_max: int, worker_timeout: float) -> sa.Select[Any]:
+def _placed(listed: sa.Select[Any]) -> sa.Select[Any]:
     """Return a page with its tasks' places in their queues, and why they wait.
 
     Where a queue's last exact place is, is looked up once for each job: most of a page
@@ -332,16 +306,16 @@ def _placed(listed: sa.Select[Any], position_max: int, worker_timeout: float) ->
         .where(queues.ahead.c.job_id == jobs.c.job_id, queued(queues.ahead.c))
         .order_by(queues.ahead.c.queue_order, queues.ahead.c.id)
         .limit(number(1))
-        .offset(sa.select(number(position_max - 1)).scalar_subquery())
+        .offset(sa.select(queues.LAST - number(1)).scalar_subquery())
         .correlate(jobs)
         .scalar_subquery()
     )
-    obstacle = queues.obstacle_of(jobs.c.job_id, worker_timeout).label("obstacle")
+    obstacle = queues.obstacle_of(jobs.c.job_id).label("obstacle")
     edges = sa.select(jobs.c.job_id, edge.label("edge"), obstacle).cte("edges")
     edges = edges.prefix_with("MATERIALIZED")
     place = sa.case(
-        (page.c.queue_order > edges.c.edge, number(position_max)),
-        else_=queues.position(page.c.job_id, page.c.queue_order, page.c.id, position_max),
+        (page.c.queue_order > edges.c.edge, queues.LAST),
+        else_=queues.position(page.c.job_id, page.c.queue_order, page.c.id),
     )
     shown = {field: page.c[field] for field in FIELDS}
     shown["queue_position"] = sa.case((waits, place)).label("queue_position")
@@ -369,10 +343,10 @@ async def list_tasks(
         "of_job_id": job_id,
         "of_status": status,
         "largest": settings.max_page_bytes // max(page.limit, 1),
+        **queues.limits(settings),
     }
     statement = _listed(job_id is not None, status is not None)
-    placing = _placing(settings.queue_position_max, settings.worker_timeout_seconds)
-    return await paginate(session, statement, TASK, page, values, placing)
+    return await paginate(session, statement, TASK, page, values, _placed)
 
 
 def outlived(status: TaskStatus, kept_seconds: float) -> sa.Select[tuple[UUID]]:

@@ -13,7 +13,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from zndraw_joblib import exceptions
 from zndraw_joblib.database import execute, now, number, scalar, scalars
 from zndraw_joblib.lifecycle import SPECIAL_ROOMS, FullName, WorkerState
-from zndraw_joblib.models import JOB, LINK, PROVIDER, WORKER, alive_within
+from zndraw_joblib.models import ALIVE, JOB, LINK, PROVIDER, WORKER
 from zndraw_joblib.schemas import WorkerDescription
 from zndraw_joblib.settings import JobLibSettings
 
@@ -321,7 +321,7 @@ def commanded(worker_id: UUID, caller: Caller) -> sa.Select[tuple[UUID]]:
 
 def stale(settings: JobLibSettings) -> sa.Select[tuple[UUID]]:
     """Return the workers without a heartbeat for ``worker_timeout_seconds``."""
-    return sa.select(WORKER.c.id).where(~alive_within(settings.worker_timeout_seconds))
+    return sa.select(WORKER.c.id).where(~ALIVE).params(silence=-settings.worker_timeout_seconds)
 
 
 async def lock(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> Sequence[UUID]:
