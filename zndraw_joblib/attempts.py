@@ -14,10 +14,10 @@ from zndraw_joblib import lifecycle
 from zndraw_joblib.database import execute, noise, now, number, seconds_between
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, MAX_INT, ErrorType, TaskStatus
-from zndraw_joblib.models import JOB, TASK, WORKER, due, held, in_states, queued, rechecked
-from zndraw_joblib.queues import of_job
+from zndraw_joblib.models import JOB, TASK, WORKER, due, held, in_states, of_job, queued, rechecked
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import BRIEF, SHOWN, back_in_queue, born_claimed, change
+from zndraw_joblib.submissions import back_in_queue, born_claimed
+from zndraw_joblib.tasks import BRIEF, SHOWN, change
 
 MAX_KEPT_ERROR = 2000
 # Tasks whose payloads are read at once for the broker: each may have a MiB.

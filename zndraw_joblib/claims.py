@@ -14,9 +14,9 @@ from zndraw_joblib import workers
 from zndraw_joblib.database import execute, now, number, one_of, size_of
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.models import JOB, LINK, TASK, WORKER, due, held, paused, queued
-from zndraw_joblib.queues import ahead, of_job, place_again
+from zndraw_joblib.models import JOB, LINK, TASK, WORKER, ahead, due, held, of_job, paused, queued
 from zndraw_joblib.settings import JobLibSettings
+from zndraw_joblib.submissions import place_again
 from zndraw_joblib.tasks import SHOWN
 from zndraw_joblib.workers import Caller
 

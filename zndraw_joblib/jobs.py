@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import exceptions, lifecycle, models, queues
+from zndraw_joblib import exceptions, lifecycle, models, tasks
 from zndraw_joblib.database import Listing, Page, execute, number, paginate, scalar, scalars, upsert
 from zndraw_joblib.fields import JsonObject
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, WaitingFor
@@ -66,7 +66,7 @@ def named(name: FullName) -> sa.ColumnElement[bool]:
 
 
 _TARGET = sa.select(
-    JOB.c.id, sa.cast(JOB.c.schema, sa.Text).label("schema"), queues.obstacle().label("obstacle")
+    JOB.c.id, sa.cast(JOB.c.schema, sa.Text).label("schema"), tasks.obstacle().label("obstacle")
 ).where(
     JOB.c.room_id == sa.bindparam("room"),
     JOB.c.category == sa.bindparam("category"),
@@ -86,7 +86,7 @@ async def require(
         ``job-not-found``, also for a malformed name.
     """
     name = find_name(room, full_name)
-    values = name._asdict() | queues.limits(settings)
+    values = name._asdict() | tasks.limits(settings)
     row = (await execute(session, _TARGET, values)).one_or_none()
     if row is None:
         raise not_found(room, full_name)
@@ -181,7 +181,7 @@ async def _check_holders(
         LINK, LINK.c.worker_id == WORKER.c.id
     )
     holding = holding.where(LINK.c.job_id == job_id, models.ALIVE)
-    found = await execute(session, holding, queues.limits(settings))
+    found = await execute(session, holding, tasks.limits(settings))
     holders = sorted(found.all(), key=lambda worker: worker.user_id == caller.id)
     alone = all(worker.user_id == caller.id for worker in holders)
     if replace and alone:
@@ -230,7 +230,7 @@ async def _set_policy(
     allowed = sa.true() if caller.is_superuser else sa.or_(same, ~others.exists())
     setting = sa.update(JOB).where(JOB.c.id == job_id, allowed).values(**policy)
     setting = setting.returning(JOB.c.id)
-    return await scalar(session, setting, queues.limits(settings)) is not None
+    return await scalar(session, setting, tasks.limits(settings)) is not None
 
 
 async def install(session: AsyncSession, name: FullName, schema: JsonObject) -> None:
@@ -258,7 +258,7 @@ async def admit(
         await check_quota(session, theirs, most, "@internal tasks")
     elif not settings.accept_without_workers:
         links = _links().join(JOB, JOB.c.id == LINK.c.job_id).where(named(name), models.ALIVE)
-        if await scalar(session, links.limit(number(1)), queues.limits(settings)) is None:
+        if await scalar(session, links.limit(number(1)), tasks.limits(settings)) is None:
             raise exceptions.NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
 
@@ -354,7 +354,7 @@ async def read(
 ) -> JobResponse:
     """Return a job, with what is told of its registration just now."""
     view = _view(JOB.c.schema).where(JOB.c.id == job_id)
-    rows = await execute(session, view, queues.limits(settings))
+    rows = await execute(session, view, tasks.limits(settings))
     return JobResponse(**_fields(rows.one()), **registered)
 
 
@@ -369,7 +369,7 @@ async def read_named(
         ``job-not-found``, also for a malformed name.
     """
     view = _view(JOB.c.schema).where(named(find_name(room, full_name)), LIVE)
-    row = (await execute(session, view, queues.limits(settings))).one_or_none()
+    row = (await execute(session, view, tasks.limits(settings))).one_or_none()
     if row is None:
         raise not_found(room, full_name)
     return JobResponse(**_fields(row))
@@ -382,6 +382,6 @@ async def list_visible(
     session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> tuple[list[JobSummary], Listing]:
     """Return a page of the jobs that ``room`` sees."""
-    values = models.seen_from(room) | queues.limits(settings)
+    values = models.seen_from(room) | tasks.limits(settings)
     listing = await paginate(session, _LISTED, JOB, page, values)
     return [JobSummary(**_fields(row)) for row in listing.rows], listing

@@ -24,8 +24,7 @@ from zndraw_joblib.dependencies import Context
 from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
-from zndraw_joblib.models import JOB, LINK, LOG, TASK, WORKER, in_states, paused, queued
-from zndraw_joblib.queues import ahead
+from zndraw_joblib.models import JOB, LINK, LOG, TASK, WORKER, ahead, in_states, paused, queued
 from zndraw_joblib.waiting import ADMISSION, Admission, Subscription, Subscriptions, Waiter, Waiters
 from zndraw_joblib.wakeups import Wakeups
 

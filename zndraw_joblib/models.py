@@ -146,7 +146,7 @@ class Task(Base):
     holder_id : UUID or None
         The user of that worker: the one who may report.
     queue_order : int
-        Place in the job's queue, lower is claimed first: see ``queues.new_place``.
+        Place in the job's queue, lower is claimed first: see ``submissions.new_place``.
     failed_attempts : int
         Counts towards ``max_attempts``; unlike ``attempt`` it leaves out what was
         handed back.
@@ -286,6 +286,8 @@ JOB, WORKER, LINK, PROVIDER, TASK, LOG = (
     cast(sa.Table, table.__table__)
     for table in (Job, Worker, WorkerJobLink, ProviderRecord, Task, TaskLog)
 )
+#: The others, in a statement about a task.
+ahead = TASK.alias()
 
 
 def seen_from(room: str) -> dict[str, Any]:
@@ -308,7 +310,7 @@ def paused() -> sa.ColumnElement[bool]:
     return sa.and_(JOB.c.paused.is_(True))
 
 
-#: Whether a worker counts as alive; ``silence`` is a parameter of :func:`queues.limits`.
+#: Whether a worker counts as alive; ``silence`` is a parameter of :func:`tasks.limits`.
 ALIVE = WORKER.c.last_heartbeat >= now(sa.bindparam("silence", type_=sa.Float()))
 
 
@@ -325,6 +327,11 @@ def due(task: Any = TASK.c) -> sa.ColumnElement[bool]:
 def held(task: Any = TASK.c) -> sa.ColumnElement[bool]:
     """Return the condition under which a task is in somebody's hands."""
     return sa.and_(task.status.in_(map(constant, sorted(HELD))))
+
+
+def of_job(column: Any) -> sa.ColumnElement[Any]:
+    """Return a column of the task's job, inside a statement about tasks."""
+    return sa.select(column).where(JOB.c.id == TASK.c.job_id).correlate(TASK).scalar_subquery()
 
 
 def rechecked(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:

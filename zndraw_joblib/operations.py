@@ -11,11 +11,11 @@ from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib import exceptions, jobs, queues, reports, submissions, tasks
+from zndraw_joblib import exceptions, jobs, reports, submissions, tasks
 from zndraw_joblib.database import elements, execute, member, now, number, scalar, scalars
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, REPORTABLE, TERMINAL, TaskStatus
-from zndraw_joblib.models import JOB, TASK, constant, in_states, queued, rechecked
+from zndraw_joblib.models import JOB, TASK, constant, in_states, of_job, queued, rechecked
 from zndraw_joblib.schemas import TaskBulkRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import Caller, RoomAccess
@@ -82,7 +82,7 @@ async def choose(session: AsyncSession, room: str, request: TaskBulkRequest) -> 
     if request.before is not None:
         chosen.append(TASK.c.created_at < request.before)
     if request.action == "retry":
-        chosen.append(queues.of_job(JOB.c.deleted).is_(False))
+        chosen.append(of_job(JOB.c.deleted).is_(False))
     states = _SOURCES[request.action]
     states = states if request.status is None else states & {request.status}
     if not states:
@@ -128,9 +128,9 @@ def _retrying(internal: bool) -> ReturningUpdate[Any]:
     def own(name: str, type_: Any) -> sa.ColumnElement[Any]:
         return sa.cast(member(ended.c.value, sa.literal_column(f"'{name}'")), type_)
 
-    place = queues.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id)
+    place = submissions.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id)
     anew = {
-        **tasks.back_in_queue(),
+        **submissions.back_in_queue(),
         # none sees the others of its statement, which come behind each other
         TASK.c.queue_order: place + own("before", sa.Integer()),
         TASK.c.queued_at: now(),
@@ -145,14 +145,14 @@ def _retrying(internal: bool) -> ReturningUpdate[Any]:
         TASK.c.retried_by_id: sa.bindparam("retrier", type_=TASK.c.retried_by_id.type),
     }
     if internal:
-        anew |= tasks.born_claimed(sa.bindparam("seconds", type_=sa.Float()))
+        anew |= submissions.born_claimed(sa.bindparam("seconds", type_=sa.Float()))
     return (
         sa.update(TASK)
         .where(
             TASK.c.id == own("id", TASK.c.id.type),
             in_states(TERMINAL),
             TASK.c.attempt == own("attempt", TASK.c.attempt.type),
-            queues.of_job(JOB.c.deleted).is_(False),
+            of_job(JOB.c.deleted).is_(False),
         )
         .values(anew)
         .returning(*tasks.SHOWN, TASK.c.queue_order)
@@ -199,7 +199,7 @@ async def retry(
     row = await tasks.require_own(session, row, task_id, caller, may_enter, "retry")
     retried = await _retry(session, [row], caller, settings)
     if not retried:
-        gone = sa.select(queues.of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
+        gone = sa.select(of_job(JOB.c.deleted)).where(TASK.c.id == task_id)
         if await scalar(session, gone):
             raise exceptions.JobNotFound.exception("job not found: the task's job is gone")
         raise exceptions.InvalidTaskTransition.exception("only a terminal task can be tried again")

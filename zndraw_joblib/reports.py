@@ -26,11 +26,11 @@ from zndraw_joblib.lifecycle import (
     equal_json,
     uncollected,
 )
-from zndraw_joblib.models import JOB, TASK, constant, in_states, rechecked
-from zndraw_joblib.queues import limits, of_job
+from zndraw_joblib.models import JOB, TASK, constant, in_states, of_job, rechecked
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.tasks import SEEN, SHOWN, back_in_queue, change, require_visible
+from zndraw_joblib.submissions import back_in_queue
+from zndraw_joblib.tasks import SEEN, SHOWN, change, limits, require_visible
 from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import jobs, models, queues
+from zndraw_joblib import jobs, models, tasks
 from zndraw_joblib.database import Listing, Page, execute, now, number, paginate
 from zndraw_joblib.lifecycle import FullName, TaskStatus
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
@@ -29,7 +29,7 @@ def _waiting(order: str, waits: sa.ColumnElement[bool]) -> Any:
         sa.select(TASK.c.created_at)
         .where(TASK.c.job_id == JOB.c.id, waits)
         .order_by(TASK.c[order])
-        .limit(sa.select(queues.LAST).scalar_subquery())
+        .limit(sa.select(tasks.LAST).scalar_subquery())
         .correlate_except(TASK)
         .subquery()
     )
@@ -102,7 +102,7 @@ async def queue_stats(
         ``worker_timeout_seconds``.
     """
     of_all = _FIGURES.where(jobs.LIVE).order_by(JOB.c.id)
-    rows = await execute(session, of_all, queues.limits(settings or get_settings()))
+    rows = await execute(session, of_all, tasks.limits(settings or get_settings()))
     return await _stats(session, rows.all())
 
 
@@ -110,7 +110,7 @@ async def list_stats(
     session: AsyncSession, room: str, page: Page, settings: JobLibSettings
 ) -> tuple[list[JobStats], Listing]:
     """Return a page of what goes on in the jobs that ``room`` sees."""
-    values = models.seen_from(room) | queues.limits(settings)
+    values = models.seen_from(room) | tasks.limits(settings)
     listing = await paginate(session, _LISTED, JOB, page, values)
     return await _stats(session, listing.rows), listing
 
@@ -147,7 +147,7 @@ async def list_workers(
     With those of the room's tasks that they run; without a room, with what the caller's
     own run, and to superusers with all.
     """
-    statement, values = _WORKERS, queues.limits(settings)
+    statement, values = _WORKERS, tasks.limits(settings)
     shown = sa.true() if caller.is_superuser else TASK.c.holder_id == caller.id
     if room is not None:
         statement, values = _WORKERS_OF_ROOM, values | models.seen_from(room)

@@ -12,14 +12,109 @@ from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
-from zndraw_joblib import exceptions, jobs, queues, tasks, telemetry
-from zndraw_joblib.database import elements, execute, member, now, number, returned
+from zndraw_joblib import database, exceptions, jobs, tasks, telemetry
+from zndraw_joblib.database import execute, now, number
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TaskStatus, WaitingFor, canonical
-from zndraw_joblib.models import JOB, TASK, constant, queued
+from zndraw_joblib.models import JOB, TASK, ahead, constant, queued
 from zndraw_joblib.schemas import TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import Caller, check_quota
+
+# The places of one priority: 52 bits hold the microseconds until 2112.
+PRIORITY_STEP = 2**52
+
+
+def _start(priority: Any) -> sa.ColumnElement[int]:
+    start: sa.ColumnElement[int] = sa.literal(-PRIORITY_STEP, sa.BigInteger()) * priority
+    return start
+
+
+def _in_queue(job_id: Any, priority: Any) -> sa.ColumnElement[bool]:
+    order = ahead.c.queue_order
+    start = _start(priority)
+    return sa.and_(ahead.c.job_id == job_id, order >= start, order < start + PRIORITY_STEP)
+
+
+def _head(job_id: Any, priority: Any) -> sa.ColumnElement[int]:
+    return (
+        sa.select(ahead.c.queue_order)
+        .where(queued(ahead.c), _in_queue(job_id, priority))
+        .order_by(ahead.c.queue_order)
+        .limit(number(1))
+        .correlate_except(ahead)
+        .scalar_subquery()
+    )
+
+
+def new_place(job_id: Any, priority: Any, user_id: Any) -> sa.ColumnElement[int]:
+    """Return the place of a new task: behind the first of its queue, and the user's own.
+
+    A place is for life, so it is here that users take turns: a thousand tasks of one wait
+    behind each other, and another's first waits for the next turn. An empty queue begins
+    at the database's clock, which is ahead of all places before.
+
+    Parameters
+    ----------
+    job_id, priority, user_id : ColumnElement
+        Of the task. Each priority of a job is a queue of its own; higher comes first.
+    """
+    theirs = (
+        sa.select(ahead.c.queue_order)
+        .where(
+            ahead.c.created_by_id == user_id,
+            ahead.c.status == constant(TaskStatus.PENDING),
+            _in_queue(job_id, priority),
+        )
+        .order_by(ahead.c.queue_order.desc())
+        .limit(number(1))
+        .correlate_except(ahead)
+        .scalar_subquery()
+    )
+    start = _start(priority)
+    return database.greatest(
+        sa.func.coalesce(_head(job_id, priority) + 1, start + database.microseconds()),
+        # a clock may be set back
+        sa.func.coalesce(theirs + 1, start),
+    )
+
+
+def place_again() -> sa.ColumnElement[int]:
+    """Return the place of a task that comes back: its own, or beside the first if later.
+
+    With a place from long ago it would be the first of its queue for those who come now,
+    and they would pass all who wait. Beside the first it is earlier by its id.
+    """
+    first = _head(TASK.c.job_id, TASK.c.priority)
+    clock = _start(TASK.c.priority) + database.microseconds()
+    return database.greatest(TASK.c.queue_order, sa.func.coalesce(first, clock))
+
+
+def back_in_queue() -> dict[Any, Any]:
+    """Return what makes a task wait for another worker."""
+    return {
+        TASK.c.status: TaskStatus.PENDING,
+        TASK.c.worker_id: None,
+        TASK.c.holder_id: None,
+        TASK.c.claim_key: None,
+        TASK.c.claimed_at: None,
+        TASK.c.started_at: None,
+        TASK.c.deadline_at: None,
+        TASK.c.progress: None,
+        TASK.c.progress_message: None,
+        TASK.c.queue_order: place_again(),
+    }
+
+
+def born_claimed(redispatch_seconds: float | sa.ColumnElement[float]) -> dict[Any, Any]:
+    """Return what makes an ``@internal`` task wait for the broker's answer."""
+    return {
+        TASK.c.status: sa.literal(TaskStatus.CLAIMED, TASK.c.status.type),
+        TASK.c.attempt: TASK.c.attempt + 1,
+        TASK.c.claimed_at: now(),
+        TASK.c.deadline_at: now(redispatch_seconds),
+        TASK.c.dispatches: sa.literal(1),
+    }
 
 
 class Submission(NamedTuple):
@@ -68,7 +163,7 @@ def _values(internal: bool) -> dict[Any, Any]:
         TASK.c.payload: _parameter("given", TASK.c.payload),
         TASK.c.payload_checked: _parameter("checked", TASK.c.payload_checked),
         TASK.c.priority: rank,
-        TASK.c.queue_order: queues.new_place(_JOB_ID, rank, _SUBMITTER),
+        TASK.c.queue_order: new_place(_JOB_ID, rank, _SUBMITTER),
         TASK.c.job_name: _parameter("full_name", TASK.c.job_name),
         TASK.c.idempotency_key: _parameter("key", TASK.c.idempotency_key),
         TASK.c.request_digest: _parameter("digest", TASK.c.request_digest),
@@ -81,7 +176,7 @@ def _values(internal: bool) -> dict[Any, Any]:
 def _times(internal: bool, seconds: sa.ColumnElement[float]) -> dict[Any, Any]:
     """Return whether a new task waits for its time, or for the broker's answer."""
     if internal:
-        return tasks.born_claimed(seconds) | {TASK.c.attempt: sa.literal(1)}
+        return born_claimed(seconds) | {TASK.c.attempt: sa.literal(1)}
     return {TASK.c.available_at: sa.case((seconds > 0, now(seconds)))}
 
 
@@ -109,8 +204,8 @@ def _inserting(internal: bool, keyed: bool) -> Any:
     if keyed:
         # as both databases have it; SQLAlchemy's own construct is compiled anew each time
         source = source.suffix_with("ON CONFLICT DO NOTHING")
-    order, id_ = returned(TASK.c.queue_order), returned(TASK.c.id)
-    position = sa.null() if internal else queues.position(_JOB_ID, order, id_)
+    order, id_ = database.returned(TASK.c.queue_order), database.returned(TASK.c.id)
+    position = sa.null() if internal else tasks.position(_JOB_ID, order, id_)
     placed = position.label("queue_position")
     shown = (placed if column.key == placed.key else column for column in tasks.SHOWN)
     return _insert(values, source).returning(*shown, TASK.c.queue_order)
@@ -137,15 +232,15 @@ _OWN = {"new_id": TASK.c.id, "given": TASK.c.payload, "index": TASK.c.batch_inde
 def _inserting_others(internal: bool) -> Any:
     """Return what inserts the other ones, like the first, which holds the job."""
     # one parameter: no number of tasks makes a large statement
-    others = elements(sa.bindparam("others", type_=sa.Text())).table_valued("value")
+    others = database.elements(sa.bindparam("others", type_=sa.Text())).table_valued("value")
 
     def own(name: str, type_: Any) -> sa.ColumnElement[Any]:
-        return sa.cast(member(others.c.value, sa.literal_column(f"'{name}'")), type_)
+        return sa.cast(database.member(others.c.value, sa.literal_column(f"'{name}'")), type_)
 
     rank, seconds = own("rank", sa.BigInteger()), own("seconds", sa.Float())
     # none sees the others of its statement, which come behind each other
     before = sa.func.row_number().over(partition_by=rank, order_by=own("index", sa.Integer())) - 1
-    place = queues.new_place(_FIRST.c.job_id, rank, _FIRST.c.created_by_id)
+    place = new_place(_FIRST.c.job_id, rank, _FIRST.c.created_by_id)
     values = {
         **{column: _FIRST.c[column.key] for column in _SAME},
         **{column: own(name, column.type) for name, column in _OWN.items()},
@@ -201,7 +296,7 @@ async def submit(
     whose = {"in_room": room, "submitter": caller.id, "checked": check(target)}
     first, *others = _rows(target, whose, requests, settings, idempotency_key)
     inserting = _inserting(target.internal, bool(idempotency_key))
-    values = {**first, "schema": target.schema, **queues.limits(settings)}
+    values = {**first, "schema": target.schema, **tasks.limits(settings)}
     inserted = await execute(session, inserting, values)
     rows: list[Any] = list(inserted.all())
     if not rows:
@@ -266,7 +361,7 @@ async def _earlier(
         found = await execute(
             session,
             earlier.order_by(TASK.c.batch_index).limit(number(1)),
-            names | queues.limits(settings),
+            names | tasks.limits(settings),
         )
         row: Any = found.one_or_none()
         if row is not None:

@@ -1,4 +1,4 @@
-"""Tasks: how they are shown, read, listed and purged."""
+"""Tasks: where they wait, and how they are shown, read, listed and purged."""
 
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,6 @@ from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib import queues
 from zndraw_joblib.database import (
     Listing,
     Page,
@@ -25,8 +24,19 @@ from zndraw_joblib.database import (
 )
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, TaskNotFound
-from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
-from zndraw_joblib.models import LOG, TASK, constant, queued
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, WaitingFor, WorkerState
+from zndraw_joblib.models import (
+    ALIVE,
+    JOB,
+    LINK,
+    LOG,
+    TASK,
+    WORKER,
+    ahead,
+    constant,
+    paused,
+    queued,
+)
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
@@ -34,7 +44,74 @@ from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
 KEPT_ERRORS = 5
 KEPT_OF_ERROR = 1000
 
-# --- how a task is shown ---
+# --- where it waits ---
+
+#: The last position that is told; those beyond it are told the same.
+LAST: sa.ColumnElement[int] = sa.bindparam("last_position", type_=sa.Integer())
+
+
+def limits(settings: JobLibSettings) -> dict[str, Any]:
+    """Return the parameters of statements that tell positions, or whether workers are alive."""
+    return {
+        "last_position": settings.queue_position_max,
+        "silence": -settings.worker_timeout_seconds,
+    }
+
+
+def position(job_id: Any, order: Any, task_id: Any) -> sa.ColumnElement[int]:
+    """Return the position of a place in a job's queue, counted up to :data:`LAST`."""
+    place = sa.tuple_(ahead.c.queue_order, ahead.c.id)
+    before = (
+        sa.select(sa.literal_column("1"))
+        .where(ahead.c.job_id == job_id, queued(ahead.c), place < sa.tuple_(order, task_id))
+        # In the order of the queue, and up to a number that PostgreSQL can't know: else
+        # it would rather read a whole queue, if the jobs' queues are short on average.
+        .order_by(ahead.c.queue_order, ahead.c.id)
+        .limit(sa.select(LAST - number(1)).scalar_subquery())
+        .correlate_except(ahead)
+        .subquery()
+    )
+    return sa.select(sa.func.count() + 1).select_from(before).scalar_subquery()
+
+
+def obstacle() -> sa.ColumnElement[Any]:
+    """Return what keeps all tasks of a job waiting, inside a statement about jobs.
+
+    Null if nothing does.
+    """
+    at_work = (
+        sa.exists()
+        .where(LINK.c.job_id == JOB.c.id, LINK.c.worker_id == WORKER.c.id)
+        .where(ALIVE, WORKER.c.state == WorkerState.ACTIVE.value)
+    )
+    unserved = sa.and_(JOB.c.room_id != INTERNAL_ROOM, ~at_work)
+    return sa.case((unserved, _why(WaitingFor.NO_WORKER)), (paused(), _why(WaitingFor.PAUSED)))
+
+
+def obstacle_of(job_id: Any) -> sa.ColumnElement[Any]:
+    """Return the :func:`obstacle` of a job, inside any statement."""
+    found = sa.select(obstacle()).where(JOB.c.id == job_id)
+    return found.correlate_except(JOB).scalar_subquery()
+
+
+def _why(reason: WaitingFor) -> sa.ColumnElement[str]:
+    return sa.literal_column(f"'{reason}'", sa.String())
+
+
+def waiting_for(task: Any, of_all: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    """Return why a pending task waits, given the :func:`obstacle` of its job."""
+    delayed = (task.available_at > now(), _why(WaitingFor.DELAYED))
+    return sa.func.coalesce(of_all, sa.case(delayed, else_=_why(WaitingFor.BEHIND)))
+
+
+_WAITS = TASK.c.status == TaskStatus.PENDING
+_PLACE = position(TASK.c.job_id, TASK.c.queue_order, TASK.c.id)
+_REASON = waiting_for(TASK.c, obstacle_of(TASK.c.job_id))
+#: Where a task waits, and why; null if it does not.
+WAITING = {"queue_position": sa.case((_WAITS, _PLACE)), "waiting_for": sa.case((_WAITS, _REASON))}
+
+
+# --- how it is shown ---
 
 #: What a task's JSON consists of: the columns with which each row that is shown begins.
 FIELDS = tuple(TaskResponse.model_fields)
@@ -98,41 +175,14 @@ def waiting(row: sa.Row[Any], position: int | None, why: str | None = None) -> T
 
 
 #: Reads tasks as the wire shows them, and who holds them; with the parameters of
-#: :func:`queues.limits`, as what is below.
-SEEN = sa.select(*_columns(queues.WAITING).values(), TASK.c.holder_id)
+#: :func:`limits`, as what is below.
+SEEN = sa.select(*_columns(WAITING).values(), TASK.c.holder_id)
 _ONE = SEEN.where(TASK.c.id == sa.bindparam("task"))
 _ASKED = TASK.c.id.in_(sa.bindparam("tasks", expanding=True))
-_PLACES = sa.select(TASK.c.id, *(c.label(name) for name, c in queues.WAITING.items())).where(_ASKED)
+_PLACES = sa.select(TASK.c.id, *(c.label(name) for name, c in WAITING.items())).where(_ASKED)
 
 
 # --- what becomes of it ---
-
-
-def back_in_queue() -> dict[Any, Any]:
-    """Return what makes a task wait for another worker."""
-    return {
-        TASK.c.status: TaskStatus.PENDING,
-        TASK.c.worker_id: None,
-        TASK.c.holder_id: None,
-        TASK.c.claim_key: None,
-        TASK.c.claimed_at: None,
-        TASK.c.started_at: None,
-        TASK.c.deadline_at: None,
-        TASK.c.progress: None,
-        TASK.c.progress_message: None,
-        TASK.c.queue_order: queues.place_again(),
-    }
-
-
-def born_claimed(redispatch_seconds: float | sa.ColumnElement[float]) -> dict[Any, Any]:
-    """Return what makes an ``@internal`` task wait for the broker's answer."""
-    return {
-        TASK.c.status: sa.literal(TaskStatus.CLAIMED, TASK.c.status.type),
-        TASK.c.attempt: TASK.c.attempt + 1,
-        TASK.c.claimed_at: now(),
-        TASK.c.deadline_at: now(redispatch_seconds),
-        TASK.c.dispatches: sa.literal(1),
-    }
 
 
 async def change(
@@ -149,11 +199,11 @@ async def change(
 async def with_positions(
     session: AsyncSession, changed: Sequence[Any], settings: JobLibSettings
 ) -> list[TaskView]:
-    """Return changed tasks, those that wait now with their places in their queues."""
+    """Return changed tasks, those that wait now with their places in their"""
     pending = [row.id for row in changed if row.status is TaskStatus.PENDING]
     if not pending:
         return list(changed)
-    values = {"tasks": pending, **queues.limits(settings)}
+    values = {"tasks": pending, **limits(settings)}
     waits = {row.id: row for row in await execute(session, _PLACES, values)}
     return [
         waiting(row, waits[row.id].queue_position, waits[row.id].waiting_for)
@@ -225,7 +275,7 @@ async def read(
     ProblemException
         ``task-not-found``.
     """
-    found = await execute(session, _ONE, {"task": task_id, **queues.limits(settings)})
+    found = await execute(session, _ONE, {"task": task_id, **limits(settings)})
     row: Any = await require_visible(session, found.one_or_none(), task_id, caller, may_enter)
     return row  # type: ignore[no-any-return]
 
@@ -256,7 +306,7 @@ async def readable(
 
 _UP_TO_HERE = sa.func.sum(size_of(*_LARGE)).over(order_by=TASK.c.id)
 _FIT = sa.bindparam("all_together", type_=sa.BigInteger()) >= _UP_TO_HERE
-_QUERIED = sa.select(*_columns(queues.WAITING, _FIT).values()).where(_ASKED)
+_QUERIED = sa.select(*_columns(WAITING, _FIT).values()).where(_ASKED)
 
 
 async def read_many(
@@ -264,7 +314,7 @@ async def read_many(
 ) -> list[TaskView]:
     """Return the tasks with these ids, in their order; abridged beyond what fits."""
     values = {"tasks": task_ids, "all_together": settings.max_query_bytes}
-    found: Any = await execute(session, _QUERIED, values | queues.limits(settings))
+    found: Any = await execute(session, _QUERIED, values | limits(settings))
     tasks = {row.id: row for row in found}
     return [tasks[task_id] for task_id in task_ids if task_id in tasks]
 
@@ -302,24 +352,24 @@ def _placed(listed: sa.Select[Any]) -> sa.Select[Any]:
     waits = page.c.status == constant(TaskStatus.PENDING)
     jobs = sa.select(page.c.job_id).where(waits).distinct().subquery()
     edge = (
-        sa.select(queues.ahead.c.queue_order)
-        .where(queues.ahead.c.job_id == jobs.c.job_id, queued(queues.ahead.c))
-        .order_by(queues.ahead.c.queue_order, queues.ahead.c.id)
+        sa.select(ahead.c.queue_order)
+        .where(ahead.c.job_id == jobs.c.job_id, queued(ahead.c))
+        .order_by(ahead.c.queue_order, ahead.c.id)
         .limit(number(1))
-        .offset(sa.select(queues.LAST - number(1)).scalar_subquery())
+        .offset(sa.select(LAST - number(1)).scalar_subquery())
         .correlate(jobs)
         .scalar_subquery()
     )
-    obstacle = queues.obstacle_of(jobs.c.job_id).label("obstacle")
+    obstacle = obstacle_of(jobs.c.job_id).label("obstacle")
     edges = sa.select(jobs.c.job_id, edge.label("edge"), obstacle).cte("edges")
     edges = edges.prefix_with("MATERIALIZED")
     place = sa.case(
-        (page.c.queue_order > edges.c.edge, queues.LAST),
-        else_=queues.position(page.c.job_id, page.c.queue_order, page.c.id),
+        (page.c.queue_order > edges.c.edge, LAST),
+        else_=position(page.c.job_id, page.c.queue_order, page.c.id),
     )
     shown = {field: page.c[field] for field in FIELDS}
     shown["queue_position"] = sa.case((waits, place)).label("queue_position")
-    why = queues.waiting_for(page.c, edges.c.obstacle)
+    why = waiting_for(page.c, edges.c.obstacle)
     shown["waiting_for"] = sa.case((waits, why)).label("waiting_for")
     return (
         sa.select(*shown.values())
@@ -343,7 +393,7 @@ async def list_tasks(
         "of_job_id": job_id,
         "of_status": status,
         "largest": settings.max_page_bytes // max(page.limit, 1),
-        **queues.limits(settings),
+        **limits(settings),
     }
     statement = _listed(job_id is not None, status is not None)
     return await paginate(session, statement, TASK, page, values, _placed)
