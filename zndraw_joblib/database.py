@@ -24,6 +24,7 @@ from zndraw_joblib.lifecycle import MAX_INT, Written, uncollected
 from zndraw_joblib.schemas import MAX_PAGE
 
 T = TypeVar("T")
+E = TypeVar("E", bound=FunctionElement[Any])
 
 #: An INSERT that may have an ON CONFLICT: that reads the same in PostgreSQL and SQLite, and
 #: SQLAlchemy renders this one construct for both.
@@ -67,15 +68,20 @@ class JsonText(sa.TypeDecorator[Any]):
             return json.loads(value)
 
 
-def written(construct: type[FunctionElement[Any]], standard: str, sqlite: str) -> None:
+def written(standard: str, sqlite: str) -> Callable[[type[E]], type[E]]:
     """Say how a construct is written: ``{0}`` is its first argument, ``{all}`` is all of them."""
 
     def write(template: str, element: Any, compiler: SQLCompiler, **kw: Any) -> str:
         arguments = [compiler.process(argument, **kw) for argument in element.clauses]
         return template.format(*arguments, all=", ".join(arguments))
 
-    compiles(construct)(lambda *args, **kw: write(standard, *args, **kw))
-    compiles(construct, "sqlite")(lambda *args, **kw: write(sqlite, *args, **kw))
+    def declare(construct: type[E]) -> type[E]:
+        compiles(construct)(lambda *args, **kw: write(standard, *args, **kw))
+        compiles(construct, "sqlite")(lambda *args, **kw: write(sqlite, *args, **kw))
+        construct.inherit_cache = True
+        return construct
+
+    return declare
 
 
 class now(FunctionElement[datetime]):  # noqa: N801 - reads like the SQL function it is
@@ -112,29 +118,14 @@ def _sqlite_now(element: now, compiler: SQLCompiler, **kw: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{later})"
 
 
+@written("extract(epoch FROM {1} - {0})", sqlite="((julianday({1}) - julianday({0})) * 86400.0)")
 class seconds_between(FunctionElement[float]):  # noqa: N801
     """The seconds from one moment to a later one."""
 
     type = sa.Float()
-    inherit_cache = True
 
 
-written(
-    seconds_between,
-    "extract(epoch FROM {1} - {0})",
-    sqlite="((julianday({1}) - julianday({0})) * 86400.0)",
-)
-
-
-class microseconds(FunctionElement[int]):  # noqa: N801
-    """The database's clock as a number, since 1970."""
-
-    type = sa.BigInteger()
-    inherit_cache = True
-
-
-written(
-    microseconds,
+@written(
     "CAST(extract(epoch FROM statement_timestamp()) * 1000000 AS BIGINT)",
     # '%f' is the second with its milliseconds, '%s' all seconds before
     sqlite=(
@@ -142,58 +133,47 @@ written(
         " + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) * 1000)"
     ),
 )
+class microseconds(FunctionElement[int]):  # noqa: N801
+    """The database's clock as a number, since 1970."""
+
+    type = sa.BigInteger()
 
 
+@written("random()", sqlite="(0.5 + random() / 18446744073709551616.0)")
 class noise(FunctionElement[float]):  # noqa: N801
     """A random number between 0 and 1, drawn for each row."""
 
     type = sa.Float()
-    inherit_cache = True
 
 
-written(noise, "random()", sqlite="(0.5 + random() / 18446744073709551616.0)")
-
-
+@written("greatest({all})", sqlite="max({all})")
 class greatest(FunctionElement[int]):  # noqa: N801
     """The largest of several numbers, none of which may be null."""
 
     type = sa.BigInteger()
-    inherit_cache = True
 
 
-written(greatest, "greatest({all})", sqlite="max({all})")
-
-
+# SQLite has octet_length from 3.43 on
+@written("octet_length({0})", sqlite="length(CAST({0} AS BLOB))")
 class octets(FunctionElement[int]):  # noqa: N801
     """How many bytes a text takes; told without reading it, where the database can."""
 
     type = sa.Integer()
-    inherit_cache = True
 
 
-# SQLite has octet_length from 3.43 on
-written(octets, "octet_length({0})", sqlite="length(CAST({0} AS BLOB))")
-
-
+@written("json_array_elements(CAST({0} AS JSON))", sqlite="json_each({0})")
 class elements(FunctionElement[str]):  # noqa: N801
     """The members of a JSON list, given as text: rows of one column, ``value``."""
 
     type = sa.Text()
-    inherit_cache = True
 
 
-written(elements, "json_array_elements(CAST({0} AS JSON))", sqlite="json_each({0})")
-
-
+# SQLite has ->> from 3.38 on
+@written("({0} ->> {1})", sqlite="json_extract({0}, '$.' || {1})")
 class member(FunctionElement[str]):  # noqa: N801
     """A member of a JSON object, by its name, as text."""
 
     type = sa.Text()
-    inherit_cache = True
-
-
-# SQLite has ->> from 3.38 on
-written(member, "({0} ->> {1})", sqlite="json_extract({0}, '$.' || {1})")
 
 
 class one_of(FunctionElement[Any]):  # noqa: N801

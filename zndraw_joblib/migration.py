@@ -124,32 +124,25 @@ INDEX ix_task_job_room ON task (job_id, room_id, created_at, id)
 """
 
 
-class _stored(FunctionElement[Any]):  # noqa: N801
-    """A time as SQLAlchemy writes it; SQLite compares times as text."""
-
-    type = _TIME
-    inherit_cache = True
-
-
 # CURRENT_TIMESTAMP has no fraction, and others may have written a zone
-written(
-    _stored,
+@written(
     "{0}",
     sqlite=(
         "CASE WHEN {0} LIKE '____-__-__ __:__:__.______' THEN {0}"
         " ELSE strftime('%Y-%m-%d %H:%M:%f000', {0}) END"
     ),
 )
+class _stored(FunctionElement[Any]):  # noqa: N801
+    """A time as SQLAlchemy writes it; SQLite compares times as text."""
+
+    type = _TIME
 
 
+@written("0", sqlite="(SELECT foreign_keys FROM pragma_foreign_keys)")
 class _cascading(FunctionElement[int]):  # noqa: N801
     """Whether a table that is dropped to be made anew takes others' rows along."""
 
     type = sa.Integer()
-    inherit_cache = True
-
-
-written(_cascading, "0", sqlite="(SELECT foreign_keys FROM pragma_foreign_keys)")
 
 
 def _count_rows(connection: sa.Connection) -> dict[str, int]:
