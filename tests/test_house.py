@@ -24,7 +24,7 @@ FLOORS = [
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["database", "models", "migration"],
     [
-        "workers", "tasks", "jobs", "stats", "submissions", "attempts", "reports", "operations",
+        "workers", "tasks", "jobs", "submissions", "attempts", "reports", "operations",
         "claims", "logs", "heartbeats", "providers",
     ],
     ["provider_reads", "delivery", "registry", "sweeper"],

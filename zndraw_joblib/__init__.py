@@ -21,6 +21,7 @@ _NAMES = {
     "extension": "Category ClaimedTask Extension TaskCancelled",
     "lifecycle": "TaskStatus",
     "models": "Job ProviderRecord Task TaskLog Worker WorkerJobLink",
+    "operations": "queue_stats",
     "problem_route": "webhooks",
     "provider": "Provider",
     "registry": "InternalExecutor InternalProviderExecutor InternalRegistry ensure_internal_jobs"
@@ -30,7 +31,6 @@ _NAMES = {
     "routes": "router",
     "schemas": "JobPolicy JobStats",
     "settings": "JobLibSettings",
-    "stats": "queue_stats",
     "sweeper": "cleanup_idle_jobs cleanup_overdue_attempts cleanup_stale_workers"
     " cleanup_stuck_internal_tasks cleanup_worker expel purge_jobs purge_tasks run_sweeper",
     "wakeups": "PgWakeups RedisWakeups Wakeups",

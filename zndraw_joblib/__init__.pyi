@@ -52,6 +52,7 @@ from zndraw_joblib.models import Task as Task
 from zndraw_joblib.models import TaskLog as TaskLog
 from zndraw_joblib.models import Worker as Worker
 from zndraw_joblib.models import WorkerJobLink as WorkerJobLink
+from zndraw_joblib.operations import queue_stats as queue_stats
 from zndraw_joblib.problem_route import webhooks as webhooks
 from zndraw_joblib.provider import Provider as Provider
 from zndraw_joblib.registry import InternalExecutor as InternalExecutor
@@ -69,7 +70,6 @@ from zndraw_joblib.routes import router as router
 from zndraw_joblib.schemas import JobPolicy as JobPolicy
 from zndraw_joblib.schemas import JobStats as JobStats
 from zndraw_joblib.settings import JobLibSettings as JobLibSettings
-from zndraw_joblib.stats import queue_stats as queue_stats
 from zndraw_joblib.sweeper import cleanup_idle_jobs as cleanup_idle_jobs
 from zndraw_joblib.sweeper import cleanup_overdue_attempts as cleanup_overdue_attempts
 from zndraw_joblib.sweeper import cleanup_stale_workers as cleanup_stale_workers

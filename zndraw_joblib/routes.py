@@ -19,7 +19,6 @@ from zndraw_joblib import (
     providers,
     routes_tasks,
     schemas,
-    stats,
     validation,
     workers,
 )
@@ -80,7 +79,7 @@ async def create_worker(
 @router.get("/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary]))
 async def list_workers(context: RequestContext, session: SessionDep, page: Paging) -> Response:
     """List all workers."""
-    items, listing = await stats.list_workers(session, page, context.caller, context.settings)
+    items, listing = await operations.list_workers(session, page, context.caller, context.settings)
     return deps.page_response(context.request, page, listing, items)
 
 
@@ -119,7 +118,7 @@ async def list_room_workers(
 ) -> Response:
     """List the workers of the jobs that the room sees."""
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await stats.list_workers(
+    items, listing = await operations.list_workers(
         session, page, context.caller, context.settings, room_id
     )
     return deps.page_response(context.request, page, listing, items)
@@ -220,7 +219,7 @@ async def read_stats(
 ) -> Response:
     """Show what goes on in the jobs that the room sees, over all rooms."""
     await enter(session, context.caller, room_id, may_enter)
-    items, listing = await stats.list_stats(session, room_id, page, context.settings)
+    items, listing = await operations.list_stats(session, room_id, page, context.settings)
     return deps.page_response(context.request, page, listing, items)
 
 
