@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from makers import SessionMaker
 from steps import JOB, claim, offer, problem, read, register, report, stored, submit
 
+from zndraw_joblib.encoding import parse_json
 from zndraw_joblib.exceptions import PROBLEM_JSON
-from zndraw_joblib.lifecycle import parse_json
 
 # what matters here is what a database takes, and not how sessions are made
 pytestmark = pytest.mark.makers("plain", "postgres")

@@ -19,8 +19,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 #: imports go down; on a floor they go leftward
 FLOORS = [
-    ["lifecycle", "settings", "exceptions"],
-    ["fields", "schemas_workers", "schemas", "validation"],
+    ["encoding", "lifecycle", "settings", "exceptions"],
+    ["schemas_workers", "schemas", "validation"],
     ["telemetry", "events", "waiting", "wakeups", "results"],
     ["database", "models", "migration"],
     [
@@ -34,7 +34,6 @@ FLOORS = [
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
-    "encoding",
     "task_log",
     "extension",
     "provider",

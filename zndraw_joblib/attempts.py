@@ -12,8 +12,9 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import lifecycle
 from zndraw_joblib.database import execute, noise, now, number, seconds_between
+from zndraw_joblib.encoding import MAX_INT
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, MAX_INT, ErrorType, TaskStatus
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, ErrorType, TaskStatus
 from zndraw_joblib.models import JOB, TASK, WORKER, due, held, in_states, of_job, queued, rechecked
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.submissions import back_in_queue, born_claimed

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from zndraw_joblib.lifecycle import MAX_INT, Written, uncollected
+from zndraw_joblib.encoding import MAX_INT, Written, uncollected
 from zndraw_joblib.schemas import MAX_PAGE
 
 T = TypeVar("T")

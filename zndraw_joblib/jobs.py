@@ -10,8 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from zndraw_joblib import exceptions, lifecycle, models, tasks
 from zndraw_joblib.database import Listing, Page, execute, number, paginate, scalar, scalars, upsert
-from zndraw_joblib.fields import JsonObject
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, WaitingFor
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, JsonObject, WaitingFor
 from zndraw_joblib.models import JOB, LINK, TASK, WORKER, held, queued
 from zndraw_joblib.schemas import JobPolicy, JobResponse, JobSummary
 from zndraw_joblib.settings import JobLibSettings

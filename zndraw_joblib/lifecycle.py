@@ -1,15 +1,25 @@
-"""What both sides of the wire agree on: states of tasks, full names, rooms, and JSON."""
+"""What both sides of the wire agree on: states of tasks, full names, rooms, and fields."""
 
-import gc
-import json
 import re
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pydantic_core
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    StringConstraints,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+
+from zndraw_joblib.encoding import Json
 
 
 class TaskStatus(StrEnum):
@@ -311,127 +321,122 @@ def as_line(text: str) -> str:
     return UNPRINTABLE.sub(" ", text)
 
 
-# --- what JSON is taken ---
+# --- which values fields take ---
 
-Json = Any
+MAX_SECONDS = 10 * 365 * 86400
+MIN_LIMIT = 0.1
+
+# what was parsed is not gone through again
+JsonObject = InstanceOf[dict[str, Any]]
+
+_Part = Field(
+    json_schema_extra={
+        "minLength": 1,
+        "maxLength": MAX_LENGTH,
+        "pattern": "^[^:\\u0000-\\u001f\\u007f-\\u009f]+$",
+    }
+)
+Name = Annotated[str, AfterValidator(check_name), _Part]
+JobName = Annotated[str, AfterValidator(check_job_name), _Part]
+ProviderName = Annotated[str, AfterValidator(check_provider_name), _Part]
+Message = Annotated[str, StringConstraints(max_length=1000), AfterValidator(check_printable)]
+Label = Annotated[str, StringConstraints(max_length=MAX_LENGTH), AfterValidator(check_printable)]
+ErrorText = Annotated[str, StringConstraints(max_length=64 * 1024)]
+# RFC 9110, section 8.3.1
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+MediaType = Annotated[
+    str,
+    StringConstraints(
+        max_length=255,
+        pattern=rf'^{_TOKEN}/{_TOKEN}([ \t]*;[ \t]*{_TOKEN}=({_TOKEN}|"[ !#-\[\]-~]*"))*$',
+    ),
+]
 
 
-class Written(str):
-    """JSON that is written already, and was not parsed here."""
-
-
-MAX_INT = 2**63 - 1
-#: Lists and objects in one JSON body: an atom's three coordinates are one of them.
-MAX_CONTAINERS = 200_000
-
-# What the parser lets through but no database or second parser would is looked for in
-# the bytes: a walk through the values would take longer than everything else.
-_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-# All digits, and both signs of an exponent, are alike: a regular expression takes thirty
-# times as long to find none of these.
-_ALIKE = bytes.maketrans(b"123456789E", b"000000000e")
-_LARGE = (b"0" * 19, b"e000", b"e+000")
-_INTEGER = re.compile(rb"(?<![-+.\deE])-?\d{19,}+(?![.eE])")
-
-
-def parse_json(body: bytes) -> Json:
-    """Parse JSON that can be stored and sent back as it came.
-
-    Parameters
-    ----------
-    body : bytes
-        UTF-8, as RFC 8259 demands.
-
-    Raises
-    ------
-    ValueError
-        For anything that is not JSON, NaN and Infinity, lone surrogates, NUL
-        characters, integers beyond 64 bit, numbers that overflow a double,
-        nesting deeper than the parser's limit (about 200), and more than
-        :data:`MAX_CONTAINERS` lists and objects.
-    """
-    if _containers(body) > MAX_CONTAINERS and (
-        _containers(_outside_strings(body)) > MAX_CONTAINERS
-    ):
-        raise ValueError(f"lists and objects are limited to {MAX_CONTAINERS}")
-    with uncollected():
-        value = pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="keys")
-    if b"\\u0000" in body and _NUL.search(body):
-        raise ValueError("NUL characters can't be stored")
-    alike = body.translate(_ALIKE)
-    if any(large in alike for large in _LARGE):
-        _require_storable(value, _outside_strings(body))
+def _number(value: Json) -> Json:
+    # left to itself Pydantic takes true for 1, and "1" too
+    if isinstance(value, (bool, str)):
+        raise ValueError("must be a number")
     return value
 
 
-def take_result(body: bytes) -> tuple[bytes, Written]:
-    """Return an object in JSON without its ``result``, and that as it was written.
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Seconds = Annotated[Number, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+# less than the sweeper can tell apart, and tasks would be tried again for ever
+Limit = Annotated[Number, Field(ge=MIN_LIMIT, le=MAX_SECONDS, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
+Attempt = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 
-    Raises
-    ------
-    ValueError
-        When it is no JSON, or holds NUL characters.
-    """
-    # a worker reads none
-    import msgspec
 
-    if b"\0" in body or b"\\u0000" in body:
-        raise ValueError("NUL characters can't be stored")
+def _of_checkpoint_size(value: Json) -> Json:
+    size = len(pydantic_core.to_json(value))
+    if size > MAX_CHECKPOINT_BYTES:
+        raise ValueError(f"has {size} bytes: a checkpoint may have {MAX_CHECKPOINT_BYTES}")
+    return value
+
+
+Checkpoint = Annotated[Json, AfterValidator(_of_checkpoint_size)]
+
+
+def _of_log_size(lines: list[str]) -> list[str]:
+    size = sum(len(line.encode()) + 1 for line in lines)
+    if size > MAX_LOG_BYTES:
+        raise ValueError(f"have {size} bytes: of a task, a heartbeat may bring {MAX_LOG_BYTES}")
+    return lines
+
+
+LogLines = Annotated[
+    list[Annotated[str, AfterValidator(as_line)]],
+    Field(min_length=1, max_length=MAX_LOG_LINES),
+    AfterValidator(_of_log_size),
+]
+
+
+def _open(kind: type[StrEnum]) -> WrapValidator:
+    """Return what lets clients read values that later hosts have and this enum hasn't."""
+
+    def read(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValueError:
+            if not isinstance(value, str):
+                raise
+            member = str.__new__(kind, value)
+            member._name_ = member._value_ = value
+            return member
+
+    return WrapValidator(read)
+
+
+AnyStatus = Annotated[TaskStatus, _open(TaskStatus)]
+AnyErrorType = Annotated[ErrorType, _open(ErrorType)]
+AnyWaitingFor = Annotated[WaitingFor, _open(WaitingFor)]
+AnyState = Annotated[WorkerState, _open(WorkerState)]
+
+
+def _moment(value: Any) -> datetime:
+    # Pydantic would take numbers too, whose unit is guessed
+    if not isinstance(value, (str, datetime)):
+        raise ValueError("must be a date and time of ISO 8601")
+    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    if moment.tzinfo is None:
+        raise ValueError("must have a time zone")
     try:
-        # makes no values, which would take thirty times as much memory
-        parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        return body, Written("null")
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    result = Written(parts.pop("result", b"null"), "utf-8")
-    return msgspec.json.encode(parts), result
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must be between the years 1 and 9999 in UTC") from None
 
 
-def _containers(body: bytes) -> int:
-    return body.count(b"[") + body.count(b"{")
+Moment = Annotated[datetime, BeforeValidator(_moment)]
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Hold back the garbage collector while one call makes many values.
+class Model(BaseModel):
+    """What goes over the wire."""
 
-    They are no garbage, and it would go through all that the process has for each 36,000
-    lists or so: ten times what it takes to make them.
-    """
-    enabled = gc.isenabled()
-    if enabled:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    model_config = ConfigDict(populate_by_name=True, use_attribute_docstrings=True)
 
 
-def canonical(value: Json) -> str:
-    """Return JSON whose keys are sorted: equal for equal values, and for no others."""
-    with uncollected():
-        return json.dumps(value, sort_keys=True)
-
-
-def equal_json(one: Json, other: Json) -> bool:
-    """Tell whether two values are the same JSON: True is not 1, and 1 is not 1.0."""
-    if pydantic_core.to_json(one) == pydantic_core.to_json(other):
-        return True
-    return bool(one == other) and canonical(one) == canonical(other)
-
-
-def _outside_strings(body: bytes) -> bytes:
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return b" ".join(unescaped.split(b'"')[::2])
-
-
-def _require_storable(value: Json, numbers: bytes) -> None:
-    for digits in _INTEGER.findall(numbers):
-        if len(digits) > 20 or not -MAX_INT - 1 <= int(digits) <= MAX_INT:
-            raise ValueError("integers are limited to 64 bit")
-    # the parser makes Infinity of what overflows, which only one of these writes as null
-    written = (pydantic_core.to_json(value, inf_nan_mode=mode) for mode in ("constants", "null"))
-    if len(set(written)) > 1:
-        raise ValueError("numbers are limited to the range of a double")
+def example(**members: Any) -> ConfigDict:
+    """Return the configuration of a model that OpenAPI shows an example of."""
+    return ConfigDict(json_schema_extra={"examples": [members]})

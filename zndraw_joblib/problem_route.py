@@ -20,6 +20,7 @@ from zndraw_joblib import exceptions
 from zndraw_joblib.database import without_values
 from zndraw_joblib.delivery import runtime_of
 from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up, with_context
+from zndraw_joblib.encoding import parse_json, take_result
 from zndraw_joblib.events import FrozenEvent
 from zndraw_joblib.exceptions import (
     PROBLEM_JSON,
@@ -28,7 +29,6 @@ from zndraw_joblib.exceptions import (
     ProblemException,
     invalid_request,
 )
-from zndraw_joblib.lifecycle import parse_json, take_result
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.telemetry import continuing
 from zndraw_joblib.waiting import ADMISSION, Admission

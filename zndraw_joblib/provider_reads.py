@@ -23,8 +23,9 @@ from uuid import UUID
 import anyio
 
 from zndraw_joblib import exceptions
+from zndraw_joblib.encoding import parse_json
 from zndraw_joblib.events import Dispatcher, Emitter, ProviderRequest, providers_channel
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, parse_json
+from zndraw_joblib.lifecycle import INTERNAL_ROOM
 from zndraw_joblib.results import ResultBackend
 from zndraw_joblib.schemas import ProviderResponse
 from zndraw_joblib.settings import JobLibSettings

@@ -11,8 +11,7 @@ from uuid_utils.compat import uuid7
 
 from zndraw_joblib.database import Listing, Page, execute, paginate, size_of, upsert
 from zndraw_joblib.exceptions import Forbidden, ProviderNotFound
-from zndraw_joblib.fields import JsonObject
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, split_full_name
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName, JsonObject, split_full_name
 from zndraw_joblib.models import PROVIDER, seen_from, visible
 from zndraw_joblib.schemas import ProviderResponse
 from zndraw_joblib.settings import JobLibSettings

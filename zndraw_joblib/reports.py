@@ -13,6 +13,7 @@ from sqlalchemy.types import TypeEngine
 
 from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, failed
 from zndraw_joblib.database import execute, now
+from zndraw_joblib.encoding import Written, equal_json, uncollected
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
 from zndraw_joblib.lifecycle import (
@@ -22,9 +23,6 @@ from zndraw_joblib.lifecycle import (
     TERMINAL,
     ErrorType,
     TaskStatus,
-    Written,
-    equal_json,
-    uncollected,
 )
 from zndraw_joblib.models import JOB, TASK, constant, in_states, of_job, rechecked
 from zndraw_joblib.schemas import TaskUpdateRequest

@@ -34,8 +34,9 @@ from zndraw_joblib.dependencies import (
     WaitingContext,
     enter,
 )
+from zndraw_joblib.encoding import MAX_INT, Written
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import MAX_INT, TERMINAL, TaskStatus, Written, split_full_name
+from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, split_full_name
 from zndraw_joblib.problem_route import BODY, JOB, ROOM, TASK, WORKER, answers, new_router
 from zndraw_joblib.workers import OPERATE, Action
 

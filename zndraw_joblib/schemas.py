@@ -6,10 +6,18 @@ from uuid import UUID
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from zndraw_joblib import fields
+from zndraw_joblib import lifecycle
+from zndraw_joblib.encoding import Json
 from zndraw_joblib.exceptions import ProblemDetail
-from zndraw_joblib.fields import JsonObject, Model, example
-from zndraw_joblib.lifecycle import MAX_ATTEMPTS, MAX_PRIORITY, ErrorType, Json, TaskStatus
+from zndraw_joblib.lifecycle import (
+    MAX_ATTEMPTS,
+    MAX_PRIORITY,
+    ErrorType,
+    JsonObject,
+    Model,
+    TaskStatus,
+    example,
+)
 from zndraw_joblib.schemas_workers import MAX_HEARTBEAT_TASKS as MAX_HEARTBEAT_TASKS
 from zndraw_joblib.schemas_workers import HeartbeatResponse as HeartbeatResponse
 from zndraw_joblib.schemas_workers import RunningTask as RunningTask
@@ -76,14 +84,14 @@ class PolicyResponse(Model):
 class JobPolicy(Model):
     """How a job's tasks are tried: all of it is optional, times in seconds."""
 
-    max_attempts: fields.Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
-    retry_delay_seconds: fields.Seconds = 0
-    timeout_seconds: fields.Limit | None = None
-    start_timeout_seconds: fields.Limit | None = None
-    max_interruptions: fields.Integer = Field(default=10, ge=0, le=MAX_ATTEMPTS)
+    max_attempts: lifecycle.Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
+    retry_delay_seconds: lifecycle.Seconds = 0
+    timeout_seconds: lifecycle.Limit | None = None
+    start_timeout_seconds: lifecycle.Limit | None = None
+    max_interruptions: lifecycle.Integer = Field(default=10, ge=0, le=MAX_ATTEMPTS)
     """How often a running task may be given back, by workers that have to leave, until that
     counts as a failed attempt."""
-    expected_seconds: fields.Limit | None = None
+    expected_seconds: lifecycle.Limit | None = None
     """How long a run takes: a worker that is to leave sooner takes no such task."""
 
 
@@ -97,8 +105,8 @@ class JobRegisterRequest(JobPolicy):
         max_attempts=3,
     )
 
-    category: fields.Name
-    name: fields.JobName
+    category: lifecycle.Name
+    name: lifecycle.JobName
     schema_: JsonObject = Field(default={}, alias="schema")
     worker_id: UUID | None = None
     worker: WorkerDescription | None = None
@@ -175,8 +183,8 @@ class TaskSubmitRequest(Model):
     model_config = example(payload={"number": 21})
 
     payload: JsonObject = {}
-    priority: fields.Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    delay_seconds: fields.Seconds = 0
+    priority: lifecycle.Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    delay_seconds: lifecycle.Seconds = 0
 
 
 class TaskBatchRequest(Model):
@@ -197,7 +205,7 @@ class TaskError(Model):
     """How one attempt ended."""
 
     attempt: int
-    error_type: fields.AnyErrorType
+    error_type: lifecycle.AnyErrorType
     error: str | None = None
 
 
@@ -207,7 +215,7 @@ class TaskResponse(Model):
     id: UUID
     job_name: str
     room_id: str
-    status: fields.AnyStatus
+    status: lifecycle.AnyStatus
     created_at: datetime
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -219,7 +227,7 @@ class TaskResponse(Model):
     max_attempts: int = 1
     claimed_at: datetime | None = None
     available_at: datetime | None = None
-    error_type: fields.AnyErrorType | None = None
+    error_type: lifecycle.AnyErrorType | None = None
     errors: list[TaskError] = []
     result: Json = None
     progress: float | None = None
@@ -232,7 +240,7 @@ class TaskResponse(Model):
     it."""
     payload_checked: bool = True
     """Whether the host compared `payload` with the job's schema; the worker always does."""
-    waiting_for: fields.AnyWaitingFor | None = None
+    waiting_for: lifecycle.AnyWaitingFor | None = None
     """Why it is pending."""
     ended_by_id: UUID | None = None
     """The user who cancelled it."""
@@ -276,10 +284,12 @@ class TaskClaimRequest(Model):
     model_config = example(worker_id=_ID, max_tasks=4, start=True)
 
     worker_id: UUID
-    max_tasks: fields.Integer = Field(default=1, ge=1, le=MAX_CLAIM)
+    max_tasks: lifecycle.Integer = Field(default=1, ge=1, le=MAX_CLAIM)
     start: bool = Field(default=False, strict=True)
     """The tasks are running at once."""
-    jobs: list[fields.Message] | None = Field(default=None, min_length=1, max_length=MAX_CLAIM_JOBS)
+    jobs: list[lifecycle.Message] | None = Field(
+        default=None, min_length=1, max_length=MAX_CLAIM_JOBS
+    )
     """Full names: of the worker's jobs, these alone."""
 
 
@@ -296,13 +306,13 @@ class TaskUpdateRequest(Model):
     model_config = example(status="completed", attempt=1, result=42)
 
     status: TaskStatus
-    error: fields.ErrorText | None = None
-    attempt: fields.Attempt | None = None
+    error: lifecycle.ErrorText | None = None
+    attempt: lifecycle.Attempt | None = None
     error_type: Literal[ErrorType.USER_ERROR, ErrorType.CRASHED] = ErrorType.USER_ERROR
     """Of a failure: whether the process that ran the task died."""
     retryable: bool = Field(default=True, strict=True)
     result: Json = None
-    reason: fields.Message | None = None
+    reason: lifecycle.Message | None = None
     """Of a cancel: why. The first one stays."""
     interrupted: bool = Field(default=False, strict=True)
     """Of `pending`: the task was at work, and its worker has to leave."""
@@ -361,14 +371,14 @@ class TaskBulkRequest(Model):
     model_config = example(action="cancel", job="lab:analysis:Double", status="pending")
 
     action: Literal["cancel", "retry", "delete"]
-    job: fields.Message | None = None
+    job: lifecycle.Message | None = None
     """The full name of the tasks' job."""
     status: TaskStatus | None = None
     created_by: UUID | None = None
     """The user who submitted them."""
-    before: fields.Moment | None = None
+    before: lifecycle.Moment | None = None
     """They were submitted earlier than that."""
-    reason: fields.Message | None = None
+    reason: lifecycle.Message | None = None
     """Of a cancel: why."""
     dry_run: bool = Field(default=False, strict=True)
     """Nothing is changed."""
@@ -409,10 +419,10 @@ class ProviderRegisterRequest(Model):
 
     model_config = example(category="files", name="structures")
 
-    category: fields.Name
-    name: fields.ProviderName
+    category: lifecycle.Name
+    name: lifecycle.ProviderName
     schema_: JsonObject = Field(default={}, alias="schema")
-    content_type: fields.MediaType = "application/json"
+    content_type: lifecycle.MediaType = "application/json"
     worker_id: UUID | None = None
     worker: WorkerDescription | None = None
 

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from pydantic import Field
 
-from zndraw_joblib.fields import (
+from zndraw_joblib.lifecycle import (
     AnyState,
     Attempt,
     Checkpoint,
@@ -15,9 +15,9 @@ from zndraw_joblib.fields import (
     LogLines,
     Message,
     Model,
+    WorkerState,
     example,
 )
-from zndraw_joblib.lifecycle import WorkerState
 
 MAX_HEARTBEAT_TASKS = 256
 _ID = "0198a2f4-6c1e-7b3a-9d52-4f8e1c0b7a63"

@@ -14,8 +14,9 @@ from uuid_utils.compat import uuid7
 
 from zndraw_joblib import database, exceptions, jobs, tasks, telemetry
 from zndraw_joblib.database import execute, now, number
+from zndraw_joblib.encoding import canonical
 from zndraw_joblib.events import TaskView
-from zndraw_joblib.lifecycle import TaskStatus, WaitingFor, canonical
+from zndraw_joblib.lifecycle import TaskStatus, WaitingFor
 from zndraw_joblib.models import JOB, TASK, ahead, constant, queued
 from zndraw_joblib.schemas import TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings

@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_joblib import attempts, jobs, tasks, workers
 from zndraw_joblib.database import now, number, scalar, scalars
 from zndraw_joblib.delivery import Delivery, ProvidersRemoved, SessionMaker, Transports, runtime_of
+from zndraw_joblib.encoding import MAX_INT
 from zndraw_joblib.events import Dispatcher, Emitter, Outbox, TaskView, worker_key
-from zndraw_joblib.lifecycle import MAX_INT
 from zndraw_joblib.models import JOB, TASK, WORKER
 from zndraw_joblib.settings import JobLibSettings, get_settings, settings_of
 from zndraw_joblib.waiting import Waiters

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import jsonschema_rs
 from pydantic_core import from_json, to_json
 
+from zndraw_joblib.encoding import equal_json
 from zndraw_joblib.exceptions import (
     MAX_ERRORS,
     InvalidSchema,
@@ -24,8 +25,7 @@ from zndraw_joblib.exceptions import (
     json_pointer,
     shortened,
 )
-from zndraw_joblib.fields import JsonObject
-from zndraw_joblib.lifecycle import equal_json
+from zndraw_joblib.lifecycle import JsonObject
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SUBSCHEMAS = 5000

@@ -42,7 +42,7 @@ TESTS = {
     "dependencies": "access jobs providers pages limits waiting bad_input deprecated",
     "doctor": "doctor",
     "events": "claims internal delivery reports relay watch providers telemetry",
-    "encoding": "extension client",
+    "encoding": "bad_input extension client",
     "extension": "extension client client_alone",
     "heartbeats": "workers claims races",
     "jobs": "jobs access limits internal sweeper stats mixed_sweeps races",
