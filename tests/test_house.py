@@ -25,7 +25,7 @@ FLOORS = [
     ["database", "models", "migration"],
     [
         "workers", "tasks", "jobs", "submissions", "attempts", "reports", "operations",
-        "claims", "logs", "heartbeats", "providers",
+        "claims", "heartbeats", "providers",
     ],
     ["provider_reads", "delivery", "registry", "sweeper"],
     ["dependencies", "problem_route", "long_polls"],

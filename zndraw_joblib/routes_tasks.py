@@ -13,8 +13,8 @@ from zndraw_auth.db import SessionDep
 from zndraw_joblib import (
     claims,
     exceptions,
+    heartbeats,
     jobs,
-    logs,
     long_polls,
     operations,
     reports,
@@ -318,7 +318,7 @@ async def read_log(
 
     async def read() -> tuple[Any, UUID | None]:
         async with session_maker() as session:
-            found = await logs.read(session, task_id, after, context.caller, may_enter)
+            found = await heartbeats.read_log(session, task_id, after, context.caller, may_enter)
         return found, None if found["lines"] or found["ended"] else task_id
 
     wait = context.preferred_wait(context.settings.long_poll_max_wait_seconds)
