@@ -136,13 +136,11 @@ async def lose(
     return await change(session, losing, settings, {"lost": worker_ids})
 
 
-def orphaned() -> sa.Select[tuple[UUID]]:
-    """Return the attempts whose worker is gone without having ended them."""
-    return sa.select(TASK.c.id).where(
-        held(), TASK.c.worker_id.is_not(None), ~sa.exists().where(WORKER.c.id == TASK.c.worker_id)
-    )
-
-
+_OF_WORKER = TASK.c.worker_id.is_not(None)
+#: The attempts whose worker is gone without having ended them.
+ORPHANED = sa.select(TASK.c.id).where(
+    held(), _OF_WORKER, ~sa.exists().where(WORKER.c.id == TASK.c.worker_id)
+)
 lose_orphans = _ending(lifecycle.WORKER_LOST_ERROR, ErrorType.WORKER_LOST)
 
 
@@ -152,17 +150,11 @@ def _overdue(status: TaskStatus, whose: sa.ColumnElement[bool]) -> sa.Select[tup
     )
 
 
-def timed_out() -> sa.Select[tuple[UUID]]:
-    """Return the attempts that ran longer than their job allows."""
-    return _overdue(TaskStatus.RUNNING, TASK.c.worker_id.is_not(None))
-
-
+#: The attempts that ran longer than their job allows.
+TIMED_OUT = _overdue(TaskStatus.RUNNING, _OF_WORKER)
 time_out = _ending(lifecycle.TIMEOUT_ERROR, ErrorType.TIMEOUT)
-
-
-def never_started() -> sa.Select[tuple[UUID]]:
-    """Return the tasks that a worker claimed, and did not start in time."""
-    return _overdue(TaskStatus.CLAIMED, TASK.c.worker_id.is_not(None))
+#: The tasks that a worker claimed, and did not start in time.
+NEVER_STARTED = _overdue(TaskStatus.CLAIMED, _OF_WORKER)
 
 
 async def release_unstarted(
@@ -316,19 +308,13 @@ async def dispatch_again(
     return await change(session, resending.returning(*SHOWN), settings)
 
 
-def waiting_internal() -> Sequence[sa.Select[tuple[UUID]]]:
-    """Return the ``@internal`` tasks that wait for another attempt.
-
-    Returns
-    -------
-    sequence of Select
-        Those that wait for no time, and those whose time has come: each has an index of
-        its own.
-    """
-    own = sa.select(JOB.c.id).where(JOB.c.room_id == INTERNAL_ROOM)
-    return [
-        sa.select(TASK.c.id).where(waiting, TASK.c.job_id.in_(own)) for waiting in (queued(), due())
-    ]
+_INTERNAL = sa.select(JOB.c.id).where(JOB.c.room_id == INTERNAL_ROOM)
+#: The ``@internal`` tasks that wait for another attempt: those that wait for no time, and
+#: those whose time has come, since each has an index of its own.
+WAITING_INTERNAL = (
+    sa.select(TASK.c.id).where(queued(), TASK.c.job_id.in_(_INTERNAL)),
+    sa.select(TASK.c.id).where(due(), TASK.c.job_id.in_(_INTERNAL)),
+)
 
 
 async def dispatch_waiting(

@@ -14,7 +14,7 @@ from zndraw_joblib import workers
 from zndraw_joblib.database import execute, now, number, one_of, size_of
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.models import JOB, LINK, TASK, WORKER, ahead, due, held, of_job, paused, queued
+from zndraw_joblib.models import JOB, LINK, PAUSED, TASK, WORKER, ahead, due, held, of_job, queued
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.submissions import place_again
 from zndraw_joblib.tasks import SHOWN
@@ -28,7 +28,7 @@ MAX_BYTES = 1024 * 1024
 _WORKER: sa.ColumnElement[UUID] = sa.bindparam("worker", type_=WORKER.c.id.type)
 _FULL_NAME = JOB.c.room_id + ":" + JOB.c.category + ":" + JOB.c.name
 # read once for each statement, and not for each of a worker's jobs
-_PAUSED = sa.select(JOB.c.id).where(paused())
+_PAUSED = sa.select(JOB.c.id).where(PAUSED)
 
 
 def _served(link: Any, named: bool) -> sa.ColumnElement[bool]:

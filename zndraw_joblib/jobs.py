@@ -261,16 +261,6 @@ async def admit(
             raise exceptions.NoWorkersAvailable.exception(f"no worker of {name} is alive")
 
 
-def wanted() -> sa.ColumnElement[bool]:
-    """Return the condition under which a job is served, or has tasks that have not ended."""
-    return sa.or_(
-        sa.exists().where(LINK.c.job_id == JOB.c.id),
-        JOB.c.id.in_(sa.select(TASK.c.job_id).where(held())),
-        _first(TASK.c.queue_order, queued()).is_not(None),
-        _first(TASK.c.available_at, TASK.c.available_at.is_not(None)).is_not(None),
-    )
-
-
 def _first(column: Any, waiting: sa.ColumnElement[bool]) -> sa.ColumnElement[Any]:
     # not EXISTS: where many tasks wait for other jobs, PostgreSQL would look for one of
     # this job by reading the whole table
@@ -278,12 +268,16 @@ def _first(column: Any, waiting: sa.ColumnElement[bool]) -> sa.ColumnElement[Any
     return first.correlate(JOB).scalar_subquery()
 
 
+#: Whether a job is served, or has tasks that have not ended.
+WANTED = sa.or_(
+    sa.exists().where(LINK.c.job_id == JOB.c.id),
+    JOB.c.id.in_(sa.select(TASK.c.job_id).where(held())),
+    _first(TASK.c.queue_order, queued()).is_not(None),
+    _first(TASK.c.available_at, TASK.c.available_at.is_not(None)).is_not(None),
+)
 _OF_WORKERS = sa.and_(LIVE, JOB.c.room_id != INTERNAL_ROOM)
-
-
-def idle() -> sa.Select[tuple[UUID]]:
-    """Return the jobs that nobody serves and that have no tasks to end."""
-    return sa.select(JOB.c.id).where(_OF_WORKERS, ~wanted())
+#: The jobs that nobody serves and that have no tasks to end.
+IDLE = sa.select(JOB.c.id).where(_OF_WORKERS, ~WANTED)
 
 
 async def delete_idle(session: AsyncSession, chosen: sa.ColumnElement[bool]) -> list[FullName]:
@@ -293,7 +287,7 @@ async def delete_idle(session: AsyncSession, chosen: sa.ColumnElement[bool]) -> 
     # workers that go at once took its link with it.
     locking = sa.select(JOB.c.id).where(chosen, _OF_WORKERS).order_by(JOB.c.id).with_for_update()
     locked = await scalars(session, locking)
-    deleting = sa.update(JOB).where(JOB.c.id.in_(locked), ~wanted()).values(deleted=True)
+    deleting = sa.update(JOB).where(JOB.c.id.in_(locked), ~WANTED).values(deleted=True)
     return [FullName(*row) for row in await execute(session, deleting.returning(*FULL_NAME))]
 
 
@@ -374,7 +368,7 @@ async def read_named(
     return JobResponse(**_fields(row))
 
 
-_LISTED = _view().where(models.served())
+_LISTED = _view().where(models.SERVED)
 
 
 async def list_visible(

@@ -24,7 +24,7 @@ from zndraw_joblib.dependencies import Context
 from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
-from zndraw_joblib.models import JOB, LINK, LOG, TASK, WORKER, ahead, in_states, paused, queued
+from zndraw_joblib.models import JOB, LINK, LOG, PAUSED, TASK, WORKER, ahead, in_states, queued
 from zndraw_joblib.waiting import ADMISSION, Admission, Subscription, Subscriptions, Waiter, Waiters
 from zndraw_joblib.wakeups import Wakeups
 
@@ -268,7 +268,7 @@ _CHANGES = union_all(
         JOB.c.id,
         _counted(queued(ahead.c), ahead.c.queue_order)
         + _counted(ahead.c.available_at <= now(), ahead.c.available_at),
-    ).where(_among(JOB.c.id, "jobs"), ~paused()),
+    ).where(_among(JOB.c.id, "jobs"), ~PAUSED),
     select(
         _kind("worker"),
         WORKER.c.id,

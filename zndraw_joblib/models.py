@@ -291,7 +291,7 @@ ahead = TASK.alias()
 
 
 def seen_from(room: str) -> dict[str, Any]:
-    """Return the parameters of :func:`visible` and :func:`served`: whose view it is."""
+    """Return the parameters of :func:`visible` and :data:`SERVED`: whose view it is."""
     return {"rooms": visible_rooms(room)}
 
 
@@ -300,16 +300,10 @@ def visible(entry: sa.Table) -> sa.ColumnElement[bool]:
     return entry.c.room_id.in_(sa.bindparam("rooms", expanding=True))
 
 
-def served() -> sa.ColumnElement[bool]:
-    """Return the condition under which a job can be submitted to from a room."""
-    return sa.and_(visible(JOB), JOB.c.deleted.is_(False))
-
-
-def paused() -> sa.ColumnElement[bool]:
-    """Return the condition under which nothing of a job is given to workers."""
-    return sa.and_(JOB.c.paused.is_(True))
-
-
+#: Whether a job can be submitted to from a room.
+SERVED = sa.and_(visible(JOB), JOB.c.deleted.is_(False))
+#: Whether nothing of a job is given to workers.
+PAUSED = JOB.c.paused.is_(True)
 #: Whether a worker counts as alive; ``silence`` is a parameter of :func:`tasks.limits`.
 ALIVE = WORKER.c.last_heartbeat >= now(sa.bindparam("silence", type_=sa.Float()))
 

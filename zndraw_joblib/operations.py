@@ -53,7 +53,7 @@ _FIGURES = sa.select(
     sa.select(now()).scalar_subquery().label("now"),
     jobs.WORKERS_ALIVE,
 )
-_LISTED = _FIGURES.where(models.served())
+_LISTED = _FIGURES.where(models.SERVED)
 
 
 async def _count(
@@ -137,7 +137,7 @@ _WORKERS = sa.select(
     _LINKS.scalar_subquery().label("job_count"),
     models.ALIVE.label("alive"),
 )
-_SERVING = sa.select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id).where(models.served())
+_SERVING = sa.select(LINK.c.worker_id).join(JOB, JOB.c.id == LINK.c.job_id).where(models.SERVED)
 _WORKERS_OF_ROOM = _WORKERS.where(WORKER.c.id.in_(_SERVING))
 
 

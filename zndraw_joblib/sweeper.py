@@ -154,9 +154,9 @@ def _changing(step: Step) -> End:
 async def _overdue_attempts(sweep: _Sweep) -> int:
     ended = 0
     for rows, step in (
-        (attempts.timed_out(), attempts.time_out),
-        (attempts.never_started(), attempts.release_unstarted),
-        (attempts.orphaned(), attempts.lose_orphans),
+        (attempts.TIMED_OUT, attempts.time_out),
+        (attempts.NEVER_STARTED, attempts.release_unstarted),
+        (attempts.ORPHANED, attempts.lose_orphans),
     ):
         ended += await _each(sweep, rows, _changing(step))
     return ended
@@ -167,7 +167,7 @@ async def _stuck_internal_tasks(sweep: _Sweep) -> int:
     ended = await _each(sweep, attempts.stuck(settings), _changing(attempts.fail_stuck))
     if sweep.transports.registry is not None:
         await _each(sweep, attempts.undelivered(settings), _send_again)
-        for waiting in attempts.waiting_internal():
+        for waiting in attempts.WAITING_INTERNAL:
             await _each(sweep, waiting, _send)
     return ended
 
@@ -193,7 +193,7 @@ async def _idle_jobs(sweep: _Sweep) -> int:
         outbox.jobs_changed({name.room for name in idle})
         return len(idle)
 
-    return await _each(sweep, jobs.idle(), end)
+    return await _each(sweep, jobs.IDLE, end)
 
 
 async def _outlived_tasks(sweep: _Sweep) -> int:

@@ -30,11 +30,11 @@ from zndraw_joblib.models import (
     JOB,
     LINK,
     LOG,
+    PAUSED,
     TASK,
     WORKER,
     ahead,
     constant,
-    paused,
     queued,
 )
 from zndraw_joblib.schemas import TaskResponse
@@ -85,7 +85,7 @@ def obstacle() -> sa.ColumnElement[Any]:
         .where(ALIVE, WORKER.c.state == WorkerState.ACTIVE.value)
     )
     unserved = sa.and_(JOB.c.room_id != INTERNAL_ROOM, ~at_work)
-    return sa.case((unserved, _why(WaitingFor.NO_WORKER)), (paused(), _why(WaitingFor.PAUSED)))
+    return sa.case((unserved, _why(WaitingFor.NO_WORKER)), (PAUSED, _why(WaitingFor.PAUSED)))
 
 
 def obstacle_of(job_id: Any) -> sa.ColumnElement[Any]:

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import await_only
 from steps import Hold, claim, locking, move, offer, read, report, row
 
-from zndraw_joblib.jobs import wanted
+from zndraw_joblib.jobs import WANTED
 from zndraw_joblib.lifecycle import TERMINAL
 from zndraw_joblib.models import Job, Task, Worker, WorkerJobLink, held
 
@@ -556,8 +556,7 @@ async def intact(scene: Scene) -> None:
             WorkerJobLink.job_id.in_(ours), WorkerJobLink.worker_id.not_in(there)
         ),
         "jobs that nobody needs, or gone though somebody does": select(Job.id).where(
-            Job.room_id == scene.room,
-            or_(and_(Job.deleted, wanted()), and_(~Job.deleted, ~wanted())),
+            Job.room_id == scene.room, or_(and_(Job.deleted, WANTED), and_(~Job.deleted, ~WANTED))
         ),
         "tasks held by nobody": select(Task.id).where(
             Task.room_id == scene.room,
