@@ -11,32 +11,12 @@ from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib.database import (
-    Listing,
-    Page,
-    execute,
-    now,
-    number,
-    paginate,
-    scalar,
-    scalars,
-    size_of,
-)
+from zndraw_joblib import database, models
+from zndraw_joblib.database import Listing, Page, execute, now, number, paginate, scalar, scalars
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, TaskNotFound
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, TERMINAL, TaskStatus, WaitingFor, WorkerState
-from zndraw_joblib.models import (
-    ALIVE,
-    JOB,
-    LINK,
-    LOG,
-    PAUSED,
-    TASK,
-    WORKER,
-    ahead,
-    constant,
-    queued,
-)
+from zndraw_joblib.models import JOB, LINK, LOG, TASK, WORKER, ahead
 from zndraw_joblib.schemas import TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 from zndraw_joblib.workers import OPERATE, Caller, RoomAccess, permits
@@ -63,7 +43,7 @@ def position(job_id: Any, order: Any, task_id: Any) -> sa.ColumnElement[int]:
     place = sa.tuple_(ahead.c.queue_order, ahead.c.id)
     before = (
         sa.select(sa.literal_column("1"))
-        .where(ahead.c.job_id == job_id, queued(ahead.c), place < sa.tuple_(order, task_id))
+        .where(ahead.c.job_id == job_id, models.queued(ahead.c), place < sa.tuple_(order, task_id))
         # In the order of the queue, and up to a number that PostgreSQL can't know: else
         # it would rather read a whole queue, if the jobs' queues are short on average.
         .order_by(ahead.c.queue_order, ahead.c.id)
@@ -82,10 +62,10 @@ def obstacle() -> sa.ColumnElement[Any]:
     at_work = (
         sa.exists()
         .where(LINK.c.job_id == JOB.c.id, LINK.c.worker_id == WORKER.c.id)
-        .where(ALIVE, WORKER.c.state == WorkerState.ACTIVE.value)
+        .where(models.ALIVE, WORKER.c.state == WorkerState.ACTIVE.value)
     )
     unserved = sa.and_(JOB.c.room_id != INTERNAL_ROOM, ~at_work)
-    return sa.case((unserved, _why(WaitingFor.NO_WORKER)), (PAUSED, _why(WaitingFor.PAUSED)))
+    return sa.case((unserved, _why(WaitingFor.NO_WORKER)), (models.PAUSED, _why(WaitingFor.PAUSED)))
 
 
 def obstacle_of(job_id: Any) -> sa.ColumnElement[Any]:
@@ -304,7 +284,7 @@ async def readable(
     return [task_id for task_id in known if rooms[task_id] in entered]
 
 
-_UP_TO_HERE = sa.func.sum(size_of(*_LARGE)).over(order_by=TASK.c.id)
+_UP_TO_HERE = sa.func.sum(database.size_of(*_LARGE)).over(order_by=TASK.c.id)
 _FIT = sa.bindparam("all_together", type_=sa.BigInteger()) >= _UP_TO_HERE
 _QUERIED = sa.select(*_columns(WAITING, _FIT).values()).where(_ASKED)
 
@@ -336,7 +316,7 @@ async def last_unfinished(session: AsyncSession, task_ids: Sequence[UUID]) -> UU
 
 @lru_cache(maxsize=4)
 def _listed(by_job: bool, by_status: bool) -> sa.Select[Any]:
-    fits = size_of(*_LARGE) <= sa.bindparam("largest", type_=sa.BigInteger())
+    fits = database.size_of(*_LARGE) <= sa.bindparam("largest", type_=sa.BigInteger())
     columns = [TASK.c.room_id, *[TASK.c.job_id] * by_job, *[TASK.c.status] * by_status]
     listed = sa.select(*_columns(_NOT_TOLD, fits).values(), TASK.c.job_id, TASK.c.queue_order)
     return listed.where(*(column == sa.bindparam(f"of_{column.key}") for column in columns))
@@ -349,11 +329,11 @@ def _placed(listed: sa.Select[Any]) -> sa.Select[Any]:
     is beyond it, and to count to the maximum for each task would take most of its time.
     """
     page = listed.cte("page")
-    waits = page.c.status == constant(TaskStatus.PENDING)
+    waits = page.c.status == models.constant(TaskStatus.PENDING)
     jobs = sa.select(page.c.job_id).where(waits).distinct().subquery()
     edge = (
         sa.select(ahead.c.queue_order)
-        .where(ahead.c.job_id == jobs.c.job_id, queued(ahead.c))
+        .where(ahead.c.job_id == jobs.c.job_id, models.queued(ahead.c))
         .order_by(ahead.c.queue_order, ahead.c.id)
         .limit(number(1))
         .offset(sa.select(LAST - number(1)).scalar_subquery())
@@ -404,7 +384,7 @@ def outlived(status: TaskStatus, kept_seconds: float) -> sa.Select[tuple[UUID]]:
     ended = TASK.c.completed_at < now(-kept_seconds)
     return (
         sa.select(TASK.c.id)
-        .where(TASK.c.status == constant(status), ended)
+        .where(TASK.c.status == models.constant(status), ended)
         .order_by(TASK.c.completed_at)
     )
 
