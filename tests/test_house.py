@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 FLOORS = [
     ["encoding", "lifecycle", "settings", "exceptions"],
     ["schemas_workers", "schemas", "validation"],
-    ["telemetry", "events", "waiting", "wakeups", "results"],
+    ["telemetry", "events", "waiting", "results"],
     ["database", "models", "migration"],
     [
         "workers", "tasks", "jobs", "submissions", "attempts", "reports", "operations",

@@ -33,7 +33,7 @@ _NAMES = {
     "settings": "JobLibSettings",
     "sweeper": "cleanup_idle_jobs cleanup_overdue_attempts cleanup_stale_workers"
     " cleanup_stuck_internal_tasks cleanup_worker expel purge_jobs purge_tasks run_sweeper",
-    "wakeups": "PgWakeups RedisWakeups Wakeups",
+    "waiting": "PgWakeups RedisWakeups Wakeups",
     "workers": "Action",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

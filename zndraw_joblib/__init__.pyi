@@ -79,9 +79,9 @@ from zndraw_joblib.sweeper import expel as expel
 from zndraw_joblib.sweeper import purge_jobs as purge_jobs
 from zndraw_joblib.sweeper import purge_tasks as purge_tasks
 from zndraw_joblib.sweeper import run_sweeper as run_sweeper
-from zndraw_joblib.wakeups import PgWakeups as PgWakeups
-from zndraw_joblib.wakeups import RedisWakeups as RedisWakeups
-from zndraw_joblib.wakeups import Wakeups as Wakeups
+from zndraw_joblib.waiting import PgWakeups as PgWakeups
+from zndraw_joblib.waiting import RedisWakeups as RedisWakeups
+from zndraw_joblib.waiting import Wakeups as Wakeups
 from zndraw_joblib.workers import Action as Action
 
 __all__: list[str]

@@ -22,8 +22,7 @@ from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
 from zndraw_joblib.provider_reads import InFlight
 from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings, settings_of
-from zndraw_joblib.waiting import Subscriptions, Waiters
-from zndraw_joblib.wakeups import Wakeups
+from zndraw_joblib.waiting import Subscriptions, Waiters, Wakeups
 
 log = logging.getLogger(__name__)
 

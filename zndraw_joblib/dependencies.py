@@ -38,7 +38,7 @@ from zndraw_joblib.lifecycle import TaskStatus, check_printable, check_room
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
 from zndraw_joblib.settings import JobLibSettings, settings_of
-from zndraw_joblib.wakeups import wakeups_of
+from zndraw_joblib.waiting import wakeups_of
 from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
 
 # Longest `Prefer` that is read, in characters.

@@ -35,8 +35,7 @@ from zndraw_joblib.exceptions import ProblemException, describe
 from zndraw_joblib.models import JOB, LINK, LOG, PROVIDER, TASK, WORKER
 from zndraw_joblib.results import MemoryResults
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.waiting import Waiters
-from zndraw_joblib.wakeups import wakeups_of
+from zndraw_joblib.waiting import Waiters, wakeups_of
 
 log = logging.getLogger(__name__)
 

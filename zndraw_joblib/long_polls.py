@@ -25,8 +25,15 @@ from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
 from zndraw_joblib.models import JOB, LINK, LOG, PAUSED, TASK, WORKER, ahead, in_states, queued
-from zndraw_joblib.waiting import ADMISSION, Admission, Subscription, Subscriptions, Waiter, Waiters
-from zndraw_joblib.wakeups import Wakeups
+from zndraw_joblib.waiting import (
+    ADMISSION,
+    Admission,
+    Subscription,
+    Subscriptions,
+    Waiter,
+    Waiters,
+    Wakeups,
+)
 
 T = TypeVar("T")
 

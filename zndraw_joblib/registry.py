@@ -23,7 +23,7 @@ from zndraw_joblib.exceptions import describe
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
 from zndraw_joblib.providers import install as install_provider
 from zndraw_joblib.settings import settings_of
-from zndraw_joblib.wakeups import wakeups_of
+from zndraw_joblib.waiting import wakeups_of
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from zndraw_joblib.encoding import MAX_INT
 from zndraw_joblib.events import Dispatcher, Emitter, Outbox, TaskView, worker_key
 from zndraw_joblib.models import JOB, TASK, WORKER
 from zndraw_joblib.settings import JobLibSettings, get_settings, settings_of
-from zndraw_joblib.waiting import Waiters
-from zndraw_joblib.wakeups import wakeups_of
+from zndraw_joblib.waiting import Waiters, wakeups_of
 
 log = logging.getLogger(__name__)
 

@@ -64,7 +64,6 @@ TESTS = {
     "testing": "testing examples",
     "validation": "validation bad_input jobs",
     "waiting": "waiting watch delivery",
-    "wakeups": "waiting watch",
     "workers": "workers limits access sweeper jobs providers claims races",
     "client_claims": "client client_alone",
     "client_heartbeat": "client client_alone",
