@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, cast
 from uuid import UUID
 
 import sqlalchemy as sa
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field, TypeAdapter, WithJsonSchema
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field, TypeAdapter
 from pydantic_core import to_json
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, StatementError
@@ -312,17 +312,17 @@ class Cursor:
             raise ValueError("not a cursor of this listing") from None
 
 
+Token = Annotated[str, Field(max_length=MAX_TOKEN)] | None
+
+
 class Page(BaseModel):
     """Which part of a listing is asked for."""
 
     limit: Annotated[int, Field(ge=0, le=MAX_PAGE)] = 50
     offset: Annotated[int, Field(ge=0, le=MAX_INT)] = 0
     cursor: Annotated[
-        Cursor | None,
-        BeforeValidator(Cursor.decode),
-        WithJsonSchema({"anyOf": [{"type": "string", "maxLength": MAX_TOKEN}, {"type": "null"}]}),
-        Field(description='From `Link: rel="next"`.'),
-    ] = None
+        Cursor | None, BeforeValidator(Cursor.decode, json_schema_input_type=Token)
+    ] = Field(None, description='From `Link: rel="next"`.')
 
 
 @dataclass(frozen=True)
