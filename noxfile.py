@@ -94,7 +94,9 @@ def pictures(session: nox.Session) -> None:
     """Draw the pictures of the docs anew: the state machine, and the example host's page."""
     install(session, "test", "page")
     session.run("python", "docs/states.py")
-    drive_page(session, "-k", "people_see or runs_a_room", PICTURES=os.path.abspath("docs/pictures"))
+    drive_page(
+        session, "-k", "people_see or runs_a_room", PICTURES=os.path.abspath("docs/pictures")
+    )
 
 
 @nox.session
