@@ -45,9 +45,7 @@ JOB = "lab:analysis:Turn"
 
 @pytest.fixture(scope="module")
 async def hosted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Host]:
-    # isolated workers say nothing while their children start
-    patient = {"ZNDRAW_JOBLIB_WORKER_TIMEOUT_SECONDS": "60"}
-    async with hosting(tmp_path_factory.mktemp("host"), **patient) as host:
+    async with hosting(tmp_path_factory.mktemp("host")) as host:
         yield host
 
 

@@ -1,5 +1,6 @@
 """Workers that have to leave: what they are at goes on elsewhere, and costs no attempt."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ import pytest
 from isolated_worker import Odd
 from processes import HANG
 
-from zndraw_joblib.client import Category, ClaimedTask, Extension, JobManager, JobPolicy
-from zndraw_joblib.schemas import TaskResponse
+from zndraw_joblib.client import Category, ClaimedTask, Extension, JobManager, TaskCancelled
+from zndraw_joblib.schemas import JobPolicy, TaskResponse
 from zndraw_joblib.testing import Host
 
 pytestmark = pytest.mark.makers("plain")
@@ -83,6 +84,31 @@ def test_what_runs_when_the_grace_is_over_goes_on_elsewhere(
     other.register(Slow, room="lab")
     ended = manager.wait_all(tasks, timeout=HANG)
     assert {(t.status, t.attempt, t.interruptions) for t in ended} == {("completed", 2, 1)}
+
+
+def test_what_was_saved_last_goes_on_elsewhere(host: Host, manager: JobManager):
+    saved: list[Any] = []
+
+    def save(task: ClaimedTask) -> Any:
+        saved.append(task.saved)
+        # each heartbeat brings an older one: the last one goes by itself
+        for step in itertools.count():
+            task.save(step)
+            task.log(f"step {step}")
+            if task.cancelled:
+                task.save({"last": step})
+                raise TaskCancelled
+            time.sleep(0.001)
+
+    worker = host.manager(execute=save, grace_seconds=0.2, **OFTEN)
+    worker.register(Slow, room="lab")
+    task = manager.submit(Slow(), "lab")
+    wait_until_they_run(manager, task)
+    worker.disconnect()
+    assert status(manager, task) == ("pending", 1, 1)
+    kept = task.refresh().checkpoint
+    assert kept["last"] > 0
+    assert task.log()[-1] == f"step {kept['last']}"
 
 
 def test_a_child_process_is_ended_before_its_task_goes_on_elsewhere(

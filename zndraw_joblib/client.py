@@ -19,13 +19,13 @@ from zndraw_joblib.client_shutdown import Shutdown
 from zndraw_joblib.client_sockets import Socket
 from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_user import Rooms, Submissions, Submitting
-from zndraw_joblib.client_worker import Life, Offered, Registering, Registrations, in_notebook
+from zndraw_joblib.client_worker import Life, Offered, Registering, Registrations
 from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
 from zndraw_joblib.execution import Execute, Options, Threads, run_extension
-from zndraw_joblib.extension import Category, ClaimedTask, Extension, TaskCancelled, category_of
-from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName, TaskStatus
+from zndraw_joblib.extension import Category, ClaimedTask, Extension, TaskCancelled
+from zndraw_joblib.lifecycle import GLOBAL_ROOM, TaskStatus
 from zndraw_joblib.provider import Provider
-from zndraw_joblib.schemas import JobPolicy, JobSummary, TaskResponse, WorkerSummary
+from zndraw_joblib.schemas import JobSummary, TaskResponse, WorkerSummary
 
 __all__ = [
     "Category", "ClaimedTask", "Extension", "JobManager", "TaskCancelled", "TaskFailed",
@@ -53,7 +53,7 @@ class JobManager:
         ``result``, what it raises its ``error``. Without it the program claims by
         itself (see `listen`), or calls `wait`, which runs each task's extension.
     heartbeat_interval : float
-        Seconds between two signs of life while there is nothing to do.
+        At most so many seconds between two heartbeats; a third of the host's time-out, if less.
     polling_interval : float
         Seconds between two claims, where the host does not wait with its answers.
     max_unreachable_seconds : float
@@ -105,7 +105,9 @@ class JobManager:
         self.api = api
         self.polling_interval = polling_interval
         self.concurrency = concurrency
-        self._life = life = Life(lambda exc: self._shutdown.give_up(exc))
+        self._life = life = Life(
+            lambda e: self._shutdown.give_up(e), lambda w: self._shutdown.leave(w)
+        )
         self._held = HeldTasks()
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
         self._rooms = Rooms(self._transport)
@@ -117,10 +119,8 @@ class JobManager:
         self._readers = Readers(self._transport, self._registrations, life)
         self._shutdown = Shutdown(self._claims, self._heartbeat, self._readers, grace_seconds)
         self._executor = executor_of(life, execute, isolate, setup, kill_after)
-        self._allocation = Allocation(until, idle_seconds)
-        if self._executor is None and (until, idle_seconds) != (None, None):
-            raise ValueError("until and idle_seconds are for workers that execute: give execute")
-        self._socket = self._own_socket = tsio if isinstance(tsio, Socket) else Socket(tsio)
+        self._allocation = Allocation(until, idle_seconds, self._executor)
+        self._socket = tsio if isinstance(tsio, Socket) else Socket(tsio)
         self._registrations.listen_to(self._socket)
         self._socket.on(TaskStatusEvent.event_name, self._held.on_status)
         self._socket.on(ProviderRequest.event_name, self._readers.request)
@@ -154,9 +154,7 @@ class JobManager:
             proxy or certificates that the environment names can't be used.
         """
         api = HostApi(url, token=token, user=user, password=password)
-        manager = cls(api, Socket(api=api), **options)
-        manager._shutdown.own_api = api
-        return manager
+        return cls(api, Socket(api=api), **options)
 
     # --- what is offered ---
 
@@ -173,8 +171,7 @@ class JobManager:
     @property
     def handlers(self) -> dict[str, Any]:
         """What was given with each provider, by the provider's full name."""
-        providers = dict(self._registrations.providers)
-        return {name: provider.given for name, provider in providers.items()}
+        return {n: p.given for n, p in dict(self._registrations.providers).items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._registrations.jobs
@@ -233,12 +230,7 @@ class JobManager:
         """
         if extension_class is None:
             return partial(self.register, **how)
-        room, policy = how.get("room", GLOBAL_ROOM), how.get("policy") or JobPolicy()
-        name = FullName.of(room, category_of(extension_class), extension_class.__name__)
-        options = policy.model_dump(exclude_unset=True)
-        job = Offered("jobs", extension_class, name, how.get("run_kwargs") or {}, options)
-        replace = how.get("replace")
-        job.replace = in_notebook() if replace is None else replace
+        job = Offered.job(extension_class, how)
         if self._executor is not None:
             self._executor.check(job)
         self._registrations.add(job)
@@ -253,17 +245,13 @@ class JobManager:
         Its fields are the parameters of a request, which comes over Socket.IO, and ``handler``
         is given to ``cls.read`` with each. Room and errors are as for `register`.
         """
-        full_name = FullName.of(room, category_of(cls), name)
-        options = {"content_type": cls.content_type}
-        provider = Offered("providers", cls, full_name, handler, options)
+        provider = Offered.provider(cls, name, handler, room)
         self.create_worker()
         with self._registrations.lock:
             self._readers.start()
             self._heartbeat.start()
             self._socket.open()
-            self._registrations.add(provider)
-        assert provider.id is not None
-        return provider.id
+            return self._registrations.add(provider)
 
     def unregister_provider(self, full_name: str) -> None:
         """Take back a provider; KeyError when no such provider is registered here."""
@@ -296,16 +284,14 @@ class JobManager:
 
         A ValueError when it is not this worker's any more, or the result can't be kept.
         """
-        self._heartbeat.send_rest(task, saved=False)
-        self._claims.report_or_raise(task, TaskStatus.COMPLETED, result=result)
+        self._heartbeat.report_end(task, TaskStatus.COMPLETED, result=result)
 
     def fail(self, task: ClaimedTask[Any], error: str, *, retryable: bool = True) -> None:
         """Report that a task failed, and whether another attempt may go better.
 
         A ValueError when it is not this worker's any more.
         """
-        self._heartbeat.send_rest(task, saved=True)
-        self._claims.report_or_raise(task, TaskStatus.FAILED, error=error, retryable=retryable)
+        self._heartbeat.report_end(task, TaskStatus.FAILED, error=error, retryable=retryable)
 
     def fail_by_id(self, task_id: str, error: str) -> None:
         """Report that a task failed, whatever its attempt.
@@ -408,10 +394,8 @@ class JobManager:
     def read(self, provider: str, /, **params: Any) -> Any:
         """Return the data of a provider, by its full name: JSON unpacked, all else as bytes.
 
-        Raises
-        ------
-        KeyError, ValueError, ProviderTimeoutError
-            When there is no such provider, when it fails, when it does not answer.
+        A KeyError when there is no such provider, a ValueError when it fails, and a
+        ProviderTimeoutError when it does not answer.
         """
         return self._rooms.read(provider, params)
 
@@ -424,13 +408,11 @@ class JobManager:
             self._heartbeat.start()
             self._socket.open()
             self._shutdown.hands = Hands(
-                self._claims,
                 self._heartbeat,
                 self._executor,
                 self.concurrency,
                 self.polling_interval,
                 self._allocation,
-                self._shutdown.leave,
             )
 
     def wait(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from zndraw_joblib import provider, telemetry
 from zndraw_joblib.client_api import SlowDown, Unreachable
-from zndraw_joblib.client_claims import Claims, TaskOffer
+from zndraw_joblib.client_claims import TaskOffer
 from zndraw_joblib.client_heartbeat import Heartbeat
 from zndraw_joblib.client_transport import Transport, path
 from zndraw_joblib.client_worker import Life, Offered, Pool, Registrations
@@ -69,14 +69,20 @@ class Allocation:
         The moment, or the seconds from now. Running tasks are interrupted shortly before.
     idle_seconds : float, optional
         After so long without a task the worker leaves.
+    executor : Executor, optional
+        Without one the program claims by itself, and no worker leaves by itself.
 
     Raises
     ------
     ValueError
-        When the moment has passed.
+        When the moment has passed, or there is no executor.
     """
 
-    def __init__(self, until: datetime | float | None, idle_seconds: float | None) -> None:
+    def __init__(
+        self, until: datetime | float | None, idle_seconds: float | None, executor: Executor | None
+    ) -> None:
+        if executor is None and (until, idle_seconds) != (None, None):
+            raise ValueError("until and idle_seconds are for workers that execute: give execute")
         if isinstance(until, datetime):
             # without a zone it is local time
             until = until.timestamp() - time.time()
@@ -131,14 +137,11 @@ class Hands:
     """The claim thread asks for as many tasks as there are free hands; task threads start,
     execute and report them, together if they end at the same moment."""
 
-    claims: Claims
     heartbeat: Heartbeat
     executor: Executor
     concurrency: int
     polling_interval: float
     allocation: Allocation
-    #: given why: lets the worker leave by itself
-    leave: Callable[[str], None]
     #: hands that can take tasks, and those that have one whose end was not reported yet
     _open: int = 0
     _busy: int = 0
@@ -149,6 +152,7 @@ class Hands:
     _reporting: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self.claims = self.heartbeat.claims
         self._life = self.claims.life
         self._pool = Pool(self._life, self.concurrency, "task")
         self.executor.start(self)
@@ -197,7 +201,7 @@ class Hands:
             while not self._life.stopping.is_set():
                 self._warn_of_stuck()
                 if why := self._why_to_leave():
-                    self.leave(why)
+                    self._life.leave(why)
                     return
                 self._claim()
         except BaseException as exc:

@@ -13,12 +13,14 @@ from zndraw_joblib.client_api import Answer, SlowDown, Unreachable
 from zndraw_joblib.client_claims import Claims
 from zndraw_joblib.client_transport import path
 from zndraw_joblib.extension import ClaimedTask
-from zndraw_joblib.lifecycle import WorkerState
+from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 from zndraw_joblib.telemetry import SafeLogger, TaskLog
 
 PAUSE_AFTER_ERROR_SECONDS = 5.0
 # with tasks at hand: how long a cancel takes to arrive where no websocket brings it
 BUSY_BEAT_SECONDS = 0.5
+# between two, whatever a host takes for silence
+SHORTEST_SECONDS = 0.1
 # half of what a host takes as one body
 CHECKPOINTS_A_BEAT = 8
 # a quarter
@@ -49,6 +51,12 @@ class Heartbeat:
         if not self._started:
             self._started = True
             self._life.start("heartbeat", self._run)
+
+    @property
+    def _pause(self) -> float:
+        """For how long nothing need be said: a third of what the host takes for silence."""
+        silence = self.claims.transport.limits().worker_timeout_seconds
+        return min(self.interval, max(SHORTEST_SECONDS, silence / 3))
 
     def hurry(self) -> None:
         """Have the next heartbeat soon: there is a task to ask about."""
@@ -88,7 +96,7 @@ class Heartbeat:
 
     def send_rest(self, task: ClaimedTask[Any], *, saved: bool, **options: Any) -> None:
         """Send what a task logged, and what it ``saved``, before its end is reported."""
-        if task.attempt is None or task.ended:
+        if task.attempt is None:
             return
         try:
             while task.unsent_log.unsent() or (saved and task.unsent_checkpoint()):
@@ -97,6 +105,11 @@ class Heartbeat:
                     return
         except Exception as exc:
             log.warning("task %s: could not send the rest of its log: %s", task.task_id, exc)
+
+    def report_end(self, task: ClaimedTask[Any], status: TaskStatus, **fields: Any) -> None:
+        """Report the end of a task that the program runs by itself; raise if it is refused."""
+        self.send_rest(task, saved=status != TaskStatus.COMPLETED)
+        self.claims.report_or_raise(task, status, **fields)
 
     def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
         entries: list[dict[str, Any]] = []
@@ -147,11 +160,12 @@ class Heartbeat:
         return answer
 
     def _run(self) -> None:
-        pause = self.interval
+        # the first one at once: children may take long to start, and claim nothing until then
+        pause = 0.0
         while not self._life.aborting.is_set():
             if self._due.wait(pause):
                 self._due.clear()
-                self._life.stopping.wait(min(BUSY_BEAT_SECONDS, self.interval))
+                self._life.stopping.wait(min(BUSY_BEAT_SECONDS, self._pause))
             if self._life.aborting.is_set():
                 return
             try:
@@ -169,14 +183,14 @@ class Heartbeat:
                 self._put_again_at = now
                 self.claims.registrations.put_again()
         except SlowDown:
-            return self.interval
+            return self._pause
         except (Unreachable, PermissionError) as exc:
             if not self._life.aborting.is_set():
                 # the worker may have been deleted under this heartbeat
                 self._life.give_up(exc)
-            return self.interval
+            return self._pause
         # of a host that doesn't count attempts a heartbeat learns nothing of tasks
         held = self.claims.held
         untold = len(held.stuck()) != self._told_stuck
         busy = self._host_counts_attempts and (held.all() or untold)
-        return min(BUSY_BEAT_SECONDS, self.interval) if busy else self.interval
+        return min(BUSY_BEAT_SECONDS, self._pause) if busy else self._pause

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from zndraw_joblib.client_api import HostApi
 from zndraw_joblib.client_claims import LAST_RETRIES, Claims
 from zndraw_joblib.client_hands import Hands, Readers
 from zndraw_joblib.client_heartbeat import Heartbeat
@@ -34,7 +33,7 @@ log = SafeLogger(logging.getLogger(__name__))
 class Shutdown:
     """The end of a worker, which happens once, whoever begins it.
 
-    Running tasks may go on for ``grace_seconds``; ``own_api`` is closed with the worker.
+    Running tasks may go on for ``grace_seconds``.
     """
 
     claims: Claims
@@ -42,7 +41,6 @@ class Shutdown:
     readers: Readers
     grace_seconds: float
     hands: Hands | None = None
-    own_api: HostApi | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: threading.Event = field(default_factory=threading.Event)
     _failure: BaseException | None = None
@@ -117,9 +115,7 @@ class Shutdown:
         deadline = time.monotonic() + LAST_THREAD_SECONDS
         for thread in life.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if self.own_api is not None:
-            registrations.socket.close()
-            self.own_api.close()
+        registrations.socket.close()
 
     def _finish_tasks(self, hands: Hands) -> None:
         """Take no more tasks, and let those at hand end."""

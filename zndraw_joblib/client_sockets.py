@@ -91,7 +91,7 @@ class Socket:
             self._tried.wait(CONNECT_SECONDS)
 
     def close(self) -> None:
-        """Disconnect, and connect no more."""
+        """Disconnect, and connect no more; close ``api``."""
         self._closed.set()
         if self._opening is not None and self.tsio is not None:
             self._opening.join(CLOSE_SECONDS)
@@ -99,6 +99,8 @@ class Socket:
             closing = threading.Thread(target=self.tsio.shutdown, daemon=True)
             closing.start()
             closing.join(CLOSE_SECONDS)
+        if self._api is not None:
+            self._api.close()
 
     def _connect(self, api: HostApi) -> None:
         tsio, pause = self.tsio, 1.0

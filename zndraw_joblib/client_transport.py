@@ -66,6 +66,7 @@ class Limits(BaseModel):
     max_page: int = Field(default=500, ge=1)
     max_heartbeat_tasks: int = Field(default=256, ge=1)
     max_payload_bytes: int = 1024 * 1024
+    worker_timeout_seconds: float = math.inf
 
 
 #: Of a host that is older than limits and batches.

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
 from uuid import UUID
 
 from zndraw_joblib.client_api import Answer, describe_process
@@ -23,8 +23,8 @@ from zndraw_joblib.events import (
     TaskAvailable,
 )
 from zndraw_joblib.exceptions import SchemaConflict, WorkerNotFound
-from zndraw_joblib.extension import schema_of
-from zndraw_joblib.lifecycle import FullName
+from zndraw_joblib.extension import category_of, schema_of
+from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName
 from zndraw_joblib.schemas import JobPolicy
 from zndraw_joblib.telemetry import SafeLogger
 
@@ -39,6 +39,8 @@ class Life:
     ----------
     give_up : callable
         Given what went wrong: the worker can't go on.
+    leave : callable
+        Given why: the worker has stayed as long as it was to.
     wake : threading.Event
         Set: there may be work.
     stopping : threading.Event
@@ -50,6 +52,7 @@ class Life:
     """
 
     give_up: Callable[[BaseException], None]
+    leave: Callable[[str], None]
     wake: threading.Event = field(default_factory=threading.Event)
     stopping: threading.Event = field(default_factory=threading.Event)
     aborting: threading.Event = field(default_factory=threading.Event)
@@ -134,6 +137,23 @@ class Offered:
     #: of a job: its first registration takes the place of another schema
     replace: bool = False
 
+    @classmethod
+    def job(cls, extension: type[Any], how: Registering) -> Self:
+        """Return the job of an extension."""
+        room, policy = how.get("room", GLOBAL_ROOM), how.get("policy") or JobPolicy()
+        name = FullName.of(room, category_of(extension), extension.__name__)
+        options = policy.model_dump(exclude_unset=True)
+        replace = how.get("replace")
+        replace = in_notebook() if replace is None else replace
+        return cls("jobs", extension, name, how.get("run_kwargs") or {}, options, replace=replace)
+
+    @classmethod
+    def provider(cls, provider: type[Any], name: str, handler: Any, room: str) -> Self:
+        """Return a provider by its class and its name."""
+        full_name = FullName.of(room, category_of(provider), name)
+        options = {"content_type": provider.content_type}
+        return cls("providers", provider, full_name, handler, options)
+
     def join(self, worker_id: UUID | None) -> FrozenEvent:
         """Return the event with which a worker asks for what concerns this."""
         name, worker = str(self.name), str(worker_id)
@@ -177,8 +197,8 @@ class Registrations:
                 self.worker_id = self._post_worker()
             return self.worker_id
 
-    def add(self, offered: Offered) -> None:
-        """Offer a job or a provider."""
+    def add(self, offered: Offered) -> UUID:
+        """Offer a job or a provider, and return its id."""
         full_name = str(offered.name)
         known = self.jobs if offered.kind == "jobs" else self.providers
         self.check_process()
@@ -207,6 +227,8 @@ class Registrations:
             elif not self.socket.connected:
                 why = f"there is no Socket.IO ({self.socket.reason})"
                 log.warning("%s is offered, but no request reaches it: %s", full_name, why)
+            assert offered.id is not None
+            return offered.id
 
     def remove_provider(self, full_name: str) -> None:
         """Take back a provider."""
