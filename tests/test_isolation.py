@@ -89,6 +89,47 @@ def test_a_crashed_task_goes_on_where_it_was(host: Host):
     assert [task.errors[0].error_type for task in (raised, crashed)] == ["user_error", "crashed"]
 
 
+def test_what_a_child_prints_is_the_log_of_its_task(host: Host, capfd: Any):
+    manager = isolated(host)
+    loud, quiet, raised, crashed = run(manager, "loud", "", "raise", "loud and crash")
+    logs = [manager.task(task.id).log() for task in (loud, quiet, raised, crashed)]
+    lines = [
+        "printed",
+        "by another program",
+        "in C \u00e9\ufffd",
+        "logged",
+        "said",
+        "and more",
+        "20 %",
+    ]
+    assert logs[:2] == [lines, []]
+    assert logs[2][0].startswith("Traceback")
+    assert logs[2][-1] == raised.error == "ValueError: as asked"
+    assert sum("ValueError: as asked" in line for line in logs[2]) == 1
+    # the end of it at least, and where it crashed
+    assert "29999" in logs[3]
+    at = logs[3].index("29999")
+    assert logs[3][at + 1].startswith("the last wordFatal Python error: Segmentation fault")
+    assert any("in run" in line for line in logs[3][at:])
+    assert str(crashed.error).endswith("(SIGSEGV)")
+    manager.disconnect()
+    printed = capfd.readouterr().err
+    for line in (*lines[:-1], "ValueError: as asked", "29999"):
+        assert line in printed
+
+
+def test_a_worker_lives_while_its_children_start(host: Host):
+    host.app.state.joblib_settings = JobLibSettings(worker_timeout_seconds=1.5)
+    manager = host.manager(isolate=True, setup=isolated_worker.set_up_slowly)
+    manager.register(Odd, room="lab")
+    worker, task = manager.worker_id, manager.submit(Odd(), "lab")
+    while task.status == "pending":
+        time.sleep(0.1)
+        host.later(0)
+    assert task.result(HANG)
+    assert manager.worker_id == worker
+
+
 def test_code_that_holds_the_lock_loses_nothing(host: Host):
     host.app.state.joblib_settings = JobLibSettings(worker_timeout_seconds=1)
     manager = isolated(host)

@@ -270,8 +270,11 @@ class View:
                 params={"after": after},
                 headers=prefer(wait),
                 timeout=wait + CONNECT_SECONDS,
+                optional=True,
             )
-            part: TaskLogResponse = self._transport.value(answer)
+            part: TaskLogResponse | None = self._transport.value(answer)
+            if part is None:
+                raise ValueError("this host is older than logs are, and keeps none")
             yield from part.lines
             after = part.next
             if part.ended or not (part.lines or follow):

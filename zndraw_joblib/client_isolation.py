@@ -1,10 +1,11 @@
 """Tasks in child processes: whatever their code does there, the worker goes on.
 
 Each hand has one, which lasts: it runs one task after another. Parameters and reports cross
-a pipe as JSON.
+a pipe as JSON; what a child prints crosses another one, and is its task's log.
 """
 
 import atexit
+import codecs
 import faulthandler
 import json
 import logging
@@ -19,13 +20,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, TextIO
 
+from zndraw_joblib import execution
 from zndraw_joblib.exceptions import describe
 from zndraw_joblib.execution import Execute, Hands, Report, perform, report_of
 from zndraw_joblib.extension import ClaimedTask
-from zndraw_joblib.lifecycle import ErrorType, TaskStatus
+from zndraw_joblib.lifecycle import MAX_LOG_LINE, ErrorType, TaskStatus
 from zndraw_joblib.telemetry import SafeLogger
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ if sys.platform == "win32":
 TICK_SECONDS = 0.1
 # between SIGTERM and SIGKILL
 TERM_SECONDS = 2.0
+# what is read of a child's output at once
+READ_BYTES, READS = 64 * 1024, 64
 # how long a child may take to end with its worker
 CLOSE_SECONDS = 1.0
 #: What crosses the pipe of a task, beside class, ``run_kwargs`` and parameters.
@@ -155,12 +160,14 @@ class Processes:
         """Return a child's report of a task; EOFError or OSError if it dies instead."""
         about = {name: getattr(task, name) for name in ABOUT}
         job = pickle.dumps((task.extension.cls, task.run_kwargs))
+        child.output.task = task
         child.connection.send(("task", about, job, task.extension.payload))
         kill_at = math.inf
         signals = [signal.SIGKILL, signal.SIGTERM]
         while True:
             message = child.receive()
             if message is not None and message[0] == "report":
+                child.output.end_task()
                 report: Report | None = json.loads(message[1])
                 return report
             if message is not None and message[0] == "checkpoint":
@@ -194,23 +201,74 @@ def _pickled(what: str, content: Any) -> bytes:
     return pickled
 
 
+class _Output:
+    """What a child prints: it goes to the log of its task, and where the worker's errors go."""
+
+    def __init__(self, pipe: Connection) -> None:
+        #: empty when nobody can print any more
+        self.pipes = [pipe]
+        self.task: ClaimedTask[Any] | None = None
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._line = ""
+        os.set_blocking(pipe.fileno(), False)
+
+    def read(self) -> None:
+        """Take what was printed by now."""
+        with suppress(BlockingIOError):
+            for _ in range(READS if self.pipes else 0):
+                printed = os.read(self.pipes[0].fileno(), READ_BYTES)
+                if not printed:
+                    self.close()
+                    return
+                self._take(self._decode(printed))
+
+    def _take(self, text: str) -> None:
+        with suppress(Exception):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        *lines, self._line = (self._line + text).split("\n")
+        # of a bar that never ends its line, the last state
+        self._line = self._line.rpartition("\r")[2][-MAX_LOG_LINE:]
+        if self.task is not None and lines:
+            self.task.log("\n".join([*lines, ""]))
+
+    def end_task(self) -> None:
+        """Let what is printed from now on belong to no task."""
+        if self.task is not None and self._line:
+            self.task.log(self._line)
+        self.task, self._line = None, ""
+
+    def close(self) -> None:
+        """Listen no more."""
+        while self.pipes:
+            self.pipes.pop().close()
+
+
 class _Child:
     """A child process, as its worker sees it."""
 
     def __init__(self, code: bytes) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
+        output, their_output = context.Pipe(duplex=False)
+        self.output = _Output(output)
         # no daemon: that could have no children of its own, as tasks may want
-        self.process = context.Process(target=_run, args=(theirs, code), name="zndraw-task")
+        self.process = context.Process(
+            target=_run, args=(theirs, their_output, code), name="zndraw-task"
+        )
         self._worker_pid = os.getpid()
         # before multiprocessing would wait for it
         atexit.register(self.kill)
         self.process.start()
         theirs.close()
+        their_output.close()
 
     def receive(self) -> Any:
         """Return its next message, or None if it has none by now; EOFError if it is dead."""
-        if self.connection.poll(TICK_SECONDS):
+        ready = wait([self.connection, *self.output.pipes], TICK_SECONDS)
+        # what was printed before the message is there by now
+        self.output.read()
+        if self.connection in ready:
             return self.connection.recv()
         # what it has started may keep the pipe open
         if not self.process.is_alive() and not self.connection.poll():
@@ -233,6 +291,9 @@ class _Child:
         self.process.join(CLOSE_SECONDS)
         self.kill()
         self.process.join()
+        self.output.read()
+        self.output.end_task()
+        self.output.close()
         atexit.unregister(self.kill)
         code = self.process.exitcode or 0
         self.process.close()
@@ -243,9 +304,20 @@ class _Child:
         return f"was killed by signal {-code} ({names.get(-code, 'unnamed')}{memory})"
 
 
-def _run(connection: Connection, code: bytes) -> None:
+def _run(connection: Connection, output: Connection, code: bytes) -> None:
     """Run tasks in this child until the worker ends."""
+    # by C code, and by other processes, too
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(output.fileno(), fd)
+        setattr(sys, name, _printing_to(fd))
+    output.close()
+    # a failure's traceback is in the task's log
+    logging.getLogger(execution.__name__).disabled = True
     _Tasks(connection).run(code)
+
+
+def _printing_to(fd: int) -> TextIO:
+    return open(fd, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
 
 
 class _Tasks:
@@ -254,6 +326,7 @@ class _Tasks:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._pid = os.getpid()
+        self._log = partial(print, file=_printing_to(1))
         self._waiting: queue.SimpleQueue[tuple[bytes, str] | None] = queue.SimpleQueue()
         self._task: ClaimedTask[Any] | None = None
         # over what is sent, since progress is that of the task which runs
@@ -331,7 +404,7 @@ class _Tasks:
     def _take(self, what: str, *content: Any) -> None:
         if what == "task":
             about, job, payload = content
-            self._task = ClaimedTask(extension=None, **about)
+            self._task = ClaimedTask(extension=None, log=self._log, **about)
             self._waiting.put((job, payload))
         elif (task := self._task) is not None:
             (ended,) = content

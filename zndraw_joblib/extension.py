@@ -183,7 +183,7 @@ class ClaimedTask(Generic[E]):
         It goes with the next heartbeat: up to 100 lines of at most 4000 characters, in half a
         second. A text of several lines is taken as such. See also `TaskLogHandler`.
         """
-        self._add_to_log(str(line))
+        self._add_to_log(str(line).removesuffix("\n"))
 
     @property
     def saved(self) -> Any:

@@ -133,7 +133,7 @@ class TaskLog:
 
     def add(self, text: str) -> None:
         """Add one line, or several."""
-        lines = [as_line(_as_on_a_terminal(line)) for line in text.removesuffix("\n").split("\n")]
+        lines = [as_line(_as_on_a_terminal(line)) for line in text.split("\n")]
         with self._lock:
             self._lines += lines
             self._characters += sum(map(len, lines))

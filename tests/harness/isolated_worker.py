@@ -5,6 +5,7 @@ imported by the tests, too.
 """
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -52,6 +53,19 @@ class Odd(Extension):
                 return {"steps": list(self.steps(task))}
             case "sleep":
                 time.sleep(self.seconds)
+            case "loud":
+                sys.stdout.write("printed\n")
+                os.system("echo by another program")
+                os.write(2, b"in C \xc3\xa9\xff\n")
+                logging.getLogger("theirs").warning("logged")
+                task.log("said\nand more")
+                sys.stdout.write("\r10 %\r20 %")
+            case "loud and crash":
+                sys.stdout.write("x" * 100_000 + "".join(f"\n{n}" for n in range(30_000)) + "\n")
+                os.write(1, b"the last word")
+                ctypes.string_at(0)
+            case "raise":
+                raise ValueError("as asked")
             case "family":
                 # what it has forked holds its pipes open
                 child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -70,6 +84,11 @@ class Odd(Extension):
                 while task.unsent_checkpoint() is not None:
                     time.sleep(0.01)
                 os._exit(1)
+
+
+def set_up_slowly() -> None:
+    """Take longer than the host takes for silence."""
+    time.sleep(3)
 
 
 def hold_the_lock(seconds: float) -> None:
