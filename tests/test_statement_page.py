@@ -77,6 +77,8 @@ async def test_the_page_shows_what_is_run(app, ada, engine, session_maker, maker
     held = await claim(ada, worker, max_tasks=2)
     await report(ada, held[0], "running")
     beat = {"tasks": [{"id": held[0]["id"], "attempt": 1, "progress": 0.5}]}
+    line = {"id": held[0]["id"], "attempt": 1, "log": {"first": 1, "lines": ["step 1"]}}
+    saying = {"tasks": [line]}
     claiming, key = {"json": {"worker_id": worker}}, {"Idempotency-Key": "k"}
 
     async def sweep():
@@ -91,11 +93,12 @@ async def test_the_page_shows_what_is_run(app, ada, engine, session_maker, maker
         "Report": lambda: report(ada, held[0], "completed"),
         "Heartbeat": lambda: ada.patch(f"/workers/{worker}"),
         "Heartbeat with progress": lambda: ada.patch(f"/workers/{worker}", json=beat),
+        "Heartbeat with a log": lambda: ada.patch(f"/workers/{worker}", json=saying),
         "Read": lambda: ada.get(f"/tasks/{waiting[3]['id']}"),
         "List": lambda: ada.get("/rooms/lab/tasks"),
         "Sweep": sweep,
     }
-    beat["tasks"][0]["id"] = held[1]["id"]
+    beat["tasks"][0]["id"] = line["id"] = held[1]["id"]
     old = text = PAGE.read_text()
     for name, ask in asked.items():
         with recorded(engine) as sweeping:

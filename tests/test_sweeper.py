@@ -53,6 +53,32 @@ async def pass_deadlines(session_maker):
     )
 
 
+@pytest.mark.parametrize(
+    ("worker", "who"),
+    [
+        ({"name": "node7:42", "info": {"host": "node7", "pid": 42}}, "node7:42"),
+        ({"name": 'the "one"', "info": {"host": "node7", "pid": 42}}, 'the "one", node7:42'),
+        ({"name": "alone"}, "alone"),
+    ],
+)
+async def test_what_a_lost_worker_held_tells_who_it_was(ada, bob, session_maker, worker, who):
+    silent = (await ada.post("/workers", json=worker)).json()
+    unnamed = await offer(bob)
+    for user, worker_id in ((ada, silent["id"]), (bob, unnamed)):
+        await register(user, worker_id=worker_id)
+        await submit(ada)
+        await claim(user, worker_id)
+    await silence(session_maker, silent["id"], unnamed)
+    async with session_maker() as session:
+        heard = (await session.get(Worker, UUID(silent["id"]))).last_heartbeat
+    assert await cleanup_stale_workers(session_maker) == 2
+    tasks = (await ada.get("/rooms/lab/tasks")).json()["items"]
+    shown = [await read(ada, task) for task in tasks]
+    errors = {task["worker_id"]: (task["error"], task["errors"][0]["error"]) for task in shown}
+    error = f"Worker disconnected: {who}, last heard at {heard.isoformat(timespec='seconds')}"
+    assert errors == {silent["id"]: (error, error), unnamed: ("Worker disconnected",) * 2}
+
+
 async def test_a_silent_worker_goes_with_what_it_held(ada, bob, session_maker, tsio, events):
     lost, alive = await offer(ada), await offer(bob)
     await register(ada, "Scale", worker_id=lost, max_attempts=2)

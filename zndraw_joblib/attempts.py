@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from zndraw_joblib import lifecycle
 from zndraw_joblib.database import execute, noise, now, number, seconds_between
@@ -108,32 +106,43 @@ def _ending(error: str, error_type: ErrorType) -> Callable[..., Awaitable[list[T
     return end
 
 
-@lru_cache(maxsize=8)
-def _losing(limit: int, longest_backoff: float) -> ReturningUpdate[Any]:
-    # by id, as reports lock them
-    theirs = (
-        sa.select(TASK.c.id)
-        .where(held(), TASK.c.worker_id.in_(sa.bindparam("lost", expanding=True)))
-        .order_by(TASK.c.id)
-        .limit(number(limit))
-        .with_for_update()
-    )
-    error, error_type = lifecycle.WORKER_LOST_ERROR, ErrorType.WORKER_LOST
-    entry = error_entry(error, error_type)
-    values = failed(error, entry, error_type.value, longest_backoff, sa.true())
-    lost = sa.update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs))
-    return lost.values(values).returning(*BRIEF)
+def lost_error(worker: sa.Row[Any]) -> str:
+    """Return the error of what a worker held: who it was, if it said so, and when last heard."""
+    info = worker.info or {}
+    where = f"{info.get('host')}:{info.get('pid')}"
+    names = dict.fromkeys(name for name in (worker.name, where if info else None) if name)
+    if not names:
+        return lifecycle.WORKER_LOST_ERROR
+    heard = worker.last_heartbeat.isoformat(timespec="seconds")
+    return f"{lifecycle.WORKER_LOST_ERROR}: {', '.join(names)}, last heard at {heard}"
 
 
 async def lose(
     session: AsyncSession,
-    worker_ids: Sequence[UUID],
+    workers: Sequence[sa.Row[Any]],
     settings: JobLibSettings,
     limit: int = MAX_INT,
 ) -> list[TaskView]:
     """End the attempts of workers that are lost: all, or at most ``limit`` of them."""
-    losing = _losing(limit, settings.retry_delay_max_seconds)
-    return await change(session, losing, settings, {"lost": worker_ids})
+    errors = {worker.id: lost_error(worker) for worker in workers}
+    entries = {key: error_entry(error, ErrorType.WORKER_LOST) for key, error in errors.items()}
+    # by id, as reports lock them
+    theirs = (
+        sa.select(TASK.c.id)
+        .where(held(), TASK.c.worker_id.in_(list(errors)))
+        .order_by(TASK.c.id)
+        .limit(number(limit))
+        .with_for_update()
+    )
+    values = failed(
+        sa.case(errors, value=TASK.c.worker_id),
+        sa.case(entries, value=TASK.c.worker_id),
+        ErrorType.WORKER_LOST.value,
+        settings.retry_delay_max_seconds,
+        sa.true(),
+    )
+    lost = sa.update(TASK).where(rechecked(held()), TASK.c.id.in_(theirs)).values(values)
+    return await change(session, lost.returning(*BRIEF), settings)
 
 
 _OF_WORKER = TASK.c.worker_id.is_not(None)

@@ -70,10 +70,11 @@ async def retire(
     Returns how many. When they hold more than ``most`` tasks, so many are ended, and all of
     the workers stay.
     """
-    worker_ids = await workers.lock(session, chosen)
-    if not worker_ids:
+    gone = await workers.lock(session, chosen)
+    if not gone:
         return 0
-    lost = await attempts.lose(session, worker_ids, settings, most)
+    worker_ids = [worker.id for worker in gone]
+    lost = await attempts.lose(session, gone, settings, most)
     outbox.tasks_changed(lost)
     if len(lost) == most:
         return 0

@@ -324,15 +324,16 @@ def stale(settings: JobLibSettings) -> sa.Select[tuple[UUID]]:
     return sa.select(WORKER.c.id).where(~ALIVE).params(silence=-settings.worker_timeout_seconds)
 
 
-async def lock(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> Sequence[UUID]:
-    """Lock the chosen workers until the commit, and return their ids.
+async def lock(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> Sequence[sa.Row[Any]]:
+    """Lock the chosen workers until the commit, and return who they are.
 
     Until then no claim, heartbeat or registration of theirs can commit, on any database:
     it is a write. Chosen ``FOR UPDATE``, they are chosen as they are then: a heartbeat
     that came first wins.
     """
     locking = sa.update(WORKER).where(WORKER.c.id.in_(chosen)).values(state=WORKER.c.state)
-    return await scalars(session, locking.returning(WORKER.c.id))
+    told = (WORKER.c.id, WORKER.c.name, WORKER.c.info, WORKER.c.last_heartbeat)
+    return (await execute(session, locking.returning(*told))).all()
 
 
 async def remove(session: AsyncSession, worker_ids: Collection[UUID]) -> Removed:
