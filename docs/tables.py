@@ -263,7 +263,7 @@ def model(name: str, schema: dict[str, Any]) -> str:
 
 #: The modules of which a page tells; all others are for hosts.
 PAGES = {
-    "python-workers": ("client", "extension", "provider"),
+    "python-workers": ("client", "extension", "execution", "provider"),
     "python-wire": ("schemas", "events", "exceptions", "lifecycle"),
 }
 

@@ -102,6 +102,14 @@ async def test_from_a_submission_to_its_result(worker: Process, run: Run, tmp_pa
     assert headings.split() == ["ID", "STATUS", "PROGRESS", "JOB_NAME", "CREATED_AT", "ERROR"]
     assert shown.split()[:2] == [task_id.strip(), "failed"]
     assert "ValueError: more than once round" in out
+    code, out, _ = await run("log", task_id.strip(), "--follow")
+    assert code == 0
+    assert out.startswith("Traceback (most recent call last):\n")
+    assert out.endswith("\nValueError: more than once round\n")
+    code, out, _ = await run("log", task_id.strip(), "--json")
+    assert json.loads(out.splitlines()[0])["number"] == 1
+    code, _, err = await run("log", JOB)
+    assert (code, err) == (4, f"zndraw-joblib: {JOB!r} is not the id of a task\n")
     code, out, _ = await run("retry", "--json", task_id.strip())
     assert (code, json.loads(out)["id"]) == (0, task_id.strip())
     code, _, err = await run(*submit, "angle=500", "--wait")
