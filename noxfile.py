@@ -20,6 +20,13 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 # the versions of all that the groups install, but for one that asks for older ones
 LOCK = "tests/constraints.txt"
 UNLOCKED = {"zndraw"}
+# of each subject something, in a minute
+PART = (
+    *("--maker", "plain"),
+    *("tests/test_tasks.py", "tests/test_claims.py", "tests/test_testing.py"),
+    *("tests/test_doctor.py", "tests/test_beneath.py", "tests/test_internal.py"),
+    *("tests/test_results.py", "tests/test_validation.py"),
+)
 # each process brings up a PostgreSQL and a Redis of its own
 SPREAD = (
     *("--numprocesses=logical", "--maxprocesses=4"),
@@ -184,6 +191,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def pinned(session: nox.Session) -> None:
+    """Measure claims while a reader holds a snapshot open: ``-- --tasks 100000``."""
+    install(session, "test")
+    env = {"PYTHONPATH": os.pathsep.join([SUITE, "tests/bench"])}
+    session.run("python", "tests/bench/bench_pinned.py", *session.posargs, env=env, **PATIENT)
+
+
+@nox.session
 def sqlite(session: nox.Session) -> None:
     """Measure what SQLite writes in a second, as it comes and as it should be set."""
     install(session, "test")
@@ -234,6 +249,27 @@ def newest(session: nox.Session) -> None:
     """Run the suite on the newest of everything, whatever is locked."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "test"), "-e", ".")
     session.run("pytest", *SPREAD, *session.posargs, **PATIENT)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Run a part of the suite on the oldest of every direct dependency."""
+    package = ".[redis,worker,testing]"
+    session.install("--resolution", "lowest-direct", "-e", package)
+    # these would bring newer ones along, and stand only in tests that are not run here
+    newer = ("schemathesis", "zndraw-socketio")
+    wanted = nox.project.dependency_groups(PYPROJECT, "test")
+    session.install(*(one for one in wanted if not one.startswith(newer)), "-e", package)
+    # threads of older aiosqlite outlive the event loop of whoever was cancelled
+    late = "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+    session.run("pytest", "-W", late, *(session.posargs or PART), **PATIENT)
+
+
+@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+def pythons(session: nox.Session) -> None:
+    """Run a part of the suite on each Python that is there: ``nox -s pythons-3.13``."""
+    install(session, "test")
+    session.run("pytest", *(session.posargs or PART), **PATIENT)
 
 
 @nox.session

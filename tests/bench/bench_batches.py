@@ -1,7 +1,7 @@
 """Thousands of tasks at once, as somebody with thousands of structures has them.
 
 One program submits tasks that do nothing and waits for all of them, one worker process
-does them, 32 at a time, and the clock runs from the first submission until every result
+does them, 32 at a time in threads or 4 in child processes, and the clock runs from the first submission until every result
 is known. This tree is asked through its own client, in batches; the published release
 has no batches and gets fewer tasks; procrastinate (``bench_queue.py``), where there is
 a PostgreSQL, says what the same database does with no host in between.
@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 from bench_sides import HERE, PEER, TREE, Database, Host, cpu_of, database, environment, running
 
 QUEUE = "procrastinate"
+ISOLATED = "isolated"
 #: how many of this tree's tasks there are for one of the release's
 FEWER, FEWEST = 50, 100
 #: what a turn begins with, unmeasured: connections are open and caches warm afterwards
-WARM = {TREE: 64, PEER: 8, QUEUE: 64}
+WARM = {TREE: 64, ISOLATED: 64, PEER: 8, QUEUE: 64}
 
 
 class Program:
@@ -90,12 +91,13 @@ class Contender(NamedTuple):
     script: str
     #: where to work, as the programs are told
     words: tuple[str, ...]
+    role: str = "work"
 
     def turn(self, on: Database) -> dict[str, float]:
         """Return tasks a second, and what each process spent on a task, in ms."""
         start = self.python, self.script
         with (
-            program(*start, "work", *self.words) as worker,
+            program(*start, self.role, *self.words) as worker,
             program(*start, "submit", *self.words) as submitter,
         ):
             submitter.ask(WARM[self.name])
@@ -126,7 +128,10 @@ async def batches(kind: str, release: Path | None, tasks: int, rounds: int) -> d
             host = stack.enter_context(running(python, await on.create(), kind, beside))
             own = tasks if name == TREE else max(tasks // FEWER, FEWEST)
             words = f"http://127.0.0.1:{host.port}", host.token
-            contenders.append(Contender(name, own, host, python, "bench_worker.py", words))
+            one = Contender(name, own, host, python, "bench_worker.py", words)
+            contenders.append(one)
+            if name == TREE:
+                contenders.append(one._replace(name=ISOLATED, role=ISOLATED))
         if kind == "postgres":
             url = (await on.create()).replace("+asyncpg", "")
             python, script = sys.executable, "bench_queue.py"
@@ -145,7 +150,7 @@ async def batches(kind: str, release: Path | None, tasks: int, rounds: int) -> d
         }
         for one in contenders
     }
-    for name in (PEER, QUEUE):
+    for name in (ISOLATED, PEER, QUEUE):
         if name in rows:
             rows[TREE][f"of {name}"] = statistics.median(
                 ours["per_second"] / theirs["per_second"]

@@ -15,6 +15,8 @@ from zndraw_joblib import Category, ClaimedTask, Extension, JobManager
 
 ROOM = "bench"
 CONCURRENCY = 32
+#: a child process each
+ISOLATED = 4
 BATCHES = hasattr(JobManager, "connect")
 
 
@@ -50,9 +52,9 @@ def execute(task: ClaimedTask) -> int:
     return task.extension.run(None)
 
 
-def work(url: str, token: str) -> None:
+def work(url: str, token: str, **options: Any) -> None:
     if BATCHES:
-        options = {"execute": execute, "concurrency": CONCURRENCY}
+        options = {"execute": execute, "concurrency": CONCURRENCY, **options}
         manager = JobManager.connect(url, token=token, **options)
     else:
         # no event wakes it: with the 2 s that it is left with, it would often sleep
@@ -62,6 +64,10 @@ def work(url: str, token: str) -> None:
         manager.register(Relax)
         say("ready")
         manager.wait()
+
+
+def isolated(url: str, token: str) -> None:
+    work(url, token, isolate=True, concurrency=ISOLATED)
 
 
 def submit(url: str, token: str) -> None:
@@ -111,4 +117,4 @@ def say(word: object) -> None:
 
 
 if __name__ == "__main__":
-    {"work": work, "submit": submit}[sys.argv[1]](*sys.argv[2:])
+    {"work": work, "isolated": isolated, "submit": submit}[sys.argv[1]](*sys.argv[2:])

@@ -48,7 +48,7 @@ def response_of(operation: Document, status: int) -> Document | None:
 
 
 @lru_cache
-def _validator(schema: str) -> jsonschema_rs.Validator:
+def _validator(schema: str) -> Any:
     components = document()["components"]
     return jsonschema_rs.validator_for({**json.loads(schema), "components": components})
 
