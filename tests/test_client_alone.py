@@ -148,8 +148,9 @@ def test_a_report_waits_as_long_as_the_host_asks_for(retry_after: str):
 
     # it is less patient than the host asks for
     transport = Transport(Api(answer), patience=0.1)
-    given_up: list[BaseException] = []
-    claims = Claims(transport, None, Life(given_up.append), HeldTasks())  # type: ignore[arg-type]
+    given_up: list[Any] = []
+    life = Life(given_up.append, given_up.append)
+    claims = Claims(transport, None, life, HeldTasks())  # type: ignore[arg-type]
     assert claims.report({"id": "x", "status": "completed", "result": 1})
     assert given_up == []
     pauses = [later - earlier for earlier, later in pairwise(asked)]
