@@ -92,9 +92,9 @@ def test_a_verdict_is_what_a_whole_validator_says(dialect):
             at: Any = payload
             for key in error["pointer"].removeprefix("/body/payload").split("/")[1:]:
                 at = at[int(key) if isinstance(at, list) else key]
-            # older releases of jsonschema-rs write no sign
-            detail = error["detail"].replace("1e300", "1e+300")
-            assert detail.startswith(json.dumps(at, separators=",:")[:60])
+            # not all releases write the sign of an exponent
+            shown = json.dumps(at, separators=",:").replace("e+", "e")[:50]
+            assert error["detail"].replace("e+", "e").startswith(shown)
             seen["misfits"] += 1
         else:
             assert fits or not checked, (schema, payload)
