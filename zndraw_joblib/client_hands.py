@@ -149,7 +149,7 @@ class Hands:
     _over: dict[ClaimedTask[Any], float] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _ended: deque[Ended] = field(default_factory=deque)
-    _reporting: threading.Lock = field(default_factory=threading.Lock)
+    _reporting: bool = False
 
     def __post_init__(self) -> None:
         self.claims = self.heartbeat.claims
@@ -349,9 +349,19 @@ class Hands:
         if self.concurrency == 1 or len(ended.report) > BATCHED_REPORT_BYTES:
             return False
         self._ended.append(ended)
-        with self._reporting:
+        with self._changed:
+            # not in turns: who has been reported for takes a task while the next ones report
+            self._changed.wait_for(lambda: ended.agreed is not None or not self._reporting)
+            if ended.agreed is not None:
+                return ended.agreed
+            self._reporting = True
+        try:
             while ended.agreed is None:
                 self._report_batch()
+        finally:
+            with self._changed:
+                self._reporting = False
+                self._changed.notify_all()
         return ended.agreed
 
     def _report_batch(self) -> None:
