@@ -34,6 +34,7 @@ FLOORS = [
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
+    "task_log",
     "extension",
     "provider",
     "execution",
@@ -150,7 +151,7 @@ RULES: list[Rule] = [provides_sessions, locks, sleeps, asks_for_the_database, ma
 #: where a rule does not hold: the worker's side has threads, the sweeper has an interval
 EXEMPT = {
     # `testing` is a host, and what a task says comes from threads
-    "locks": {*CLIENT, "testing._one_at_a_time", "telemetry.__init__"},
+    "locks": {*CLIENT, "testing._one_at_a_time"},
     "provides_sessions": {"testing.__init__", "testing._one_at_a_time"},
     "asks_for_the_database": {"doctor._database"},
     "sleeps": {*CLIENT, "sweeper._forever"},

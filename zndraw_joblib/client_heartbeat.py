@@ -14,7 +14,8 @@ from zndraw_joblib.client_claims import Claims
 from zndraw_joblib.client_transport import path
 from zndraw_joblib.extension import ClaimedTask
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.telemetry import SafeLogger, TaskLog
+from zndraw_joblib.task_log import TaskLog
+from zndraw_joblib.telemetry import SafeLogger
 
 PAUSE_AFTER_ERROR_SECONDS = 5.0
 # with tasks at hand: how long a cancel takes to arrive where no websocket brings it

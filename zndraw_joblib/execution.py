@@ -21,7 +21,8 @@ from zndraw_joblib.encoding import as_json
 from zndraw_joblib.exceptions import describe, storable
 from zndraw_joblib.extension import ClaimedTask, TaskCancelled
 from zndraw_joblib.lifecycle import ErrorType, TaskStatus
-from zndraw_joblib.telemetry import SafeLogger, continuing, traceback_of
+from zndraw_joblib.task_log import traceback_of
+from zndraw_joblib.telemetry import SafeLogger, continuing
 
 log = SafeLogger(logging.getLogger(__name__))
 

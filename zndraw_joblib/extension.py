@@ -17,7 +17,7 @@ from typing_extensions import TypeVar
 
 from zndraw_joblib.encoding import as_json, encode, unfit
 from zndraw_joblib.lifecycle import MAX_CHECKPOINT_BYTES, UNPRINTABLE
-from zndraw_joblib.telemetry import TaskLog
+from zndraw_joblib.task_log import TaskLog
 
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
