@@ -117,16 +117,18 @@ def test_two_attempts_of_one_task_that_end_together_free_two_hands(host: Host):
     hands._busy = 3
     reports = [{"id": i, "attempt": n, "status": "completed"} for i, n in ("x1", "y1", "x2")]
     freed: list[bool] = []
-    with hands._reporting:
-        # all of them wait behind whoever reports
-        threads = [
-            threading.Thread(target=lambda r=report: freed.append(hands._report_together(r)))
-            for report in reports
-        ]
-        for thread in threads:
-            thread.start()
-            while len(hands._ended) <= threads.index(thread):
-                time.sleep(0.001)
+    # all of them wait behind whoever reports
+    hands._reporting = True
+    threads = [
+        threading.Thread(target=lambda r=report: freed.append(hands._report_together(r)))
+        for report in reports
+    ]
+    for thread in threads:
+        thread.start()
+        while len(hands._ended) <= threads.index(thread):
+            time.sleep(0.001)
+    hands._reporting = False
+    hands._free(0)
     for thread in threads:
         thread.join(HANG)
     assert batches == [{"x", "y"}]
@@ -134,6 +136,49 @@ def test_two_attempts_of_one_task_that_end_together_free_two_hands(host: Host):
     assert sorted(freed) == [False, True, True]
     assert hands._busy == 1
     hands._busy = 0
+
+
+def test_who_has_been_reported_for_waits_for_no_later_report(host: Host):
+    manager = host.manager(execute=lambda task: None, concurrency=4, polling_interval=HANG)
+    manager.register(Job, room="lab")
+    hands = manager._shutdown.hands
+    assert hands is not None
+    asked = [threading.Event(), threading.Event()]
+    answered = [threading.Event(), threading.Event()]
+    batches: list[set[str]] = []
+
+    def report_together(reports: dict[str, bytes]) -> set[str]:
+        at = len(batches)
+        batches.append(set(reports))
+        asked[at].set()
+        assert answered[at].wait(HANG)
+        return set(reports)
+
+    def end(*ids: str) -> list[threading.Thread]:
+        reports = [{"id": i, "attempt": 1, "status": "completed"} for i in ids]
+        threads = [threading.Thread(target=hands._report_together, args=(r,)) for r in reports]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    hands.claims.report_together = report_together  # type: ignore[method-assign]
+    hands._busy = 2
+    first = end("a", "b")
+    assert asked[0].wait(HANG)
+    hands._busy = 4
+    later = end("c", "d")
+    while len(hands._ended) < len(later):
+        time.sleep(0.001)
+    answered[0].set()
+    assert asked[1].wait(HANG)
+    for thread in first:
+        thread.join(HANG)
+        assert not thread.is_alive()
+    answered[1].set()
+    for thread in later:
+        thread.join(HANG)
+    assert batches == [{"a", "b"}, {"c", "d"}]
+    assert hands._busy == 0
 
 
 @pytest.mark.parametrize("retry_after", ["1", "0.2"])
