@@ -22,7 +22,7 @@ FLOORS = [
     ["encoding", "lifecycle", "settings", "exceptions"],
     ["schemas_workers", "schemas", "validation"],
     ["telemetry", "events", "waiting", "results"],
-    ["database", "models", "migration"],
+    ["database", "models"],
     [
         "workers", "tasks", "jobs", "submissions", "attempts", "reports", "operations",
         "claims", "heartbeats", "providers",

@@ -3,7 +3,7 @@
 Every constraint and index has a name of its own, whatever convention the host's metadata
 has: ``uq_``, ``ck_`` or ``ix_`` with the table and what it is about; foreign keys as
 PostgreSQL would name them. A change to a column, a constraint or an index is a change to
-:mod:`zndraw_joblib.migration` too.
+``docs/migrations/versions`` too.
 """
 
 from datetime import datetime
