@@ -25,9 +25,9 @@ FLOORS = [
     ["database", "models"],
     [
         "workers", "tasks", "jobs", "submissions", "attempts", "reports", "operations",
-        "claims", "heartbeats", "providers",
+        "claims", "heartbeats",
     ],
-    ["provider_reads", "delivery", "registry", "sweeper"],
+    ["delivery", "providers", "registry", "sweeper"],
     ["dependencies", "problem_route", "long_polls"],
     ["routes_tasks", "routes"],
     ["doctor"],

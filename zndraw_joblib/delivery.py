@@ -19,7 +19,7 @@ from zndraw_joblib import attempts, tasks, telemetry
 from zndraw_joblib.events import Dispatch, Dispatcher, Emitter, Outbox, TaskLogged, TaskView, emit
 from zndraw_joblib.exceptions import InternalJobNotConfigured, InvalidRequest
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
-from zndraw_joblib.provider_reads import InFlight
+from zndraw_joblib.results import InFlight
 from zndraw_joblib.schemas import TaskResponse, TaskSubmitRequest
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.waiting import Subscriptions, Waiters, Wakeups

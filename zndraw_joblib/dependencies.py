@@ -15,8 +15,9 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Annotated, Any
 from urllib.parse import quote
 from urllib.request import parse_http_list
@@ -33,7 +34,7 @@ from zndraw_auth.db import get_session_maker
 from zndraw_joblib.database import Listing, Page
 from zndraw_joblib.delivery import ProvidersRemoved, Runtime, SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Emitter, Outbox
-from zndraw_joblib.exceptions import Forbidden, InvalidRoomId, full_path
+from zndraw_joblib.exceptions import Forbidden, InvalidRoomId, PayloadTooLarge, full_path
 from zndraw_joblib.lifecycle import TaskStatus, check_printable, check_room
 from zndraw_joblib.registry import InternalRegistry
 from zndraw_joblib.results import ResultBackend, results_of
@@ -43,6 +44,8 @@ from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
 
 # Longest `Prefer` that is read, in characters.
 _MAX_PREFER = 1000
+#: Of a large answer, what is sent at once.
+CHUNK_BYTES = 64 * 1024
 
 # --- what a host can override ---
 
@@ -355,7 +358,30 @@ def page_response(request: Request, page: Page, listing: Listing, items: Iterabl
     return json_response(body, headers=headers)
 
 
+async def chunks(data: bytes) -> AsyncIterator[bytes]:
+    """Yield a large answer in parts: a server buffers each whole, for who is slow to take it."""
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
+
+
 # --- what stands in a request ---
+
+
+async def bounded(body: AsyncIterator[bytes], limit: int, what: str) -> bytes:
+    """Read a body up to its limit.
+
+    Raises
+    ------
+    ProblemException
+        ``payload-too-large``, before more than ``limit`` bytes are buffered.
+    """
+    # one growing block: chunks that are joined would need their size twice
+    data = BytesIO()
+    async for chunk in body:
+        if data.tell() + len(chunk) > limit:
+            raise PayloadTooLarge.exception(f"{what} is limited to {limit} bytes")
+        data.write(chunk)
+    return data.getvalue()
 
 
 def request_hash(params: Mapping[str, Any]) -> str:

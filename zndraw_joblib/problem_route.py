@@ -19,7 +19,13 @@ from starlette.types import Message, Receive, Scope, Send
 from zndraw_joblib import exceptions
 from zndraw_joblib.database import without_values
 from zndraw_joblib.delivery import runtime_of
-from zndraw_joblib.dependencies import PUBLISHED, get_joblib_settings, look_up, with_context
+from zndraw_joblib.dependencies import (
+    PUBLISHED,
+    bounded,
+    get_joblib_settings,
+    look_up,
+    with_context,
+)
 from zndraw_joblib.encoding import parse_json, take_result
 from zndraw_joblib.events import FrozenEvent
 from zndraw_joblib.exceptions import (
@@ -82,14 +88,7 @@ class BoundedRequest(Request):
             limit = self._limit = settings.max_payload_bytes
             if self.is_report:
                 limit = max(limit, settings.max_result_bytes)
-            chunks = bytearray()
-            async for chunk in self.stream():
-                chunks += chunk
-                if len(chunks) > limit:
-                    raise exceptions.PayloadTooLarge.exception(
-                        f"a request's body is limited to {limit} bytes"
-                    )
-            self._bounded = bytes(chunks)
+            self._bounded = await bounded(self.stream(), limit, "a request's body")
         return self._bounded
 
     async def json(self) -> Any:

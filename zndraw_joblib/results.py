@@ -1,14 +1,19 @@
-"""Where providers' results wait for their readers: in this process, or in Redis."""
+"""Where providers' results wait for their readers: in this process, or in Redis.
+
+Beside it, the requests to providers that have no answers yet.
+"""
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import anyio
 
+from zndraw_joblib.exceptions import ProblemException, ServiceUnavailable
 from zndraw_joblib.settings import settings_of
 from zndraw_joblib.waiting import Waiters
 
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024
+#: Headers of an answer to who may have more luck in a moment.
+RETRY_LATER = {"Retry-After": "2"}
 
 # What an entry in memory takes beside its bytes.
 _ENTRY_BYTES = 300
@@ -297,3 +304,56 @@ def results_of(app: Any) -> ResultBackend:
         backend = MemoryResults(max(DEFAULT_MAX_BYTES, 4 * largest))
         app.state.result_backend = backend
     return backend
+
+
+class InFlight:
+    """The requests that this process sent to providers and has no answers to."""
+
+    def __init__(self) -> None:
+        self._by_provider: dict[UUID, dict[str, asyncio.TimerHandle]] = {}
+        self._sending: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_provider.values()))
+
+    async def send(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Send a request to its end, whoever gives up: others count on it."""
+        task = asyncio.create_task(sending)
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+        await asyncio.shield(task)
+
+    def add(self, provider_id: UUID, digest: str, seconds: float, most: int) -> bool:
+        """Count a request for so many seconds; False when its provider has ``most``."""
+        others = self._by_provider.get(provider_id, {})
+        if len(others) >= most:
+            return False
+        self.remove(provider_id, digest)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(seconds, self.remove, provider_id, digest)
+        self._by_provider.setdefault(provider_id, {})[digest] = timer
+        return True
+
+    def remove(self, provider_id: UUID, digest: str) -> None:
+        """Count a request no more."""
+        others = self._by_provider.get(provider_id, {})
+        timer = others.pop(digest, None)
+        if timer is not None:
+            timer.cancel()
+            if not others:
+                del self._by_provider[provider_id]
+
+
+@asynccontextmanager
+async def reachable(seconds: float) -> AsyncIterator[None]:
+    """Turn a result backend that fails, or takes longer, into 503."""
+    try:
+        with anyio.fail_after(seconds):
+            yield
+    except ProblemException:
+        raise
+    except Exception as exc:
+        log.warning("result backend unavailable: %r", exc)
+        raise ServiceUnavailable.exception(
+            "results can't be reached right now", headers=RETRY_LATER
+        ) from exc

@@ -15,7 +15,6 @@ from zndraw_joblib import (
     jobs,
     long_polls,
     operations,
-    provider_reads,
     providers,
     routes_tasks,
     schemas,
@@ -36,6 +35,7 @@ from zndraw_joblib.problem_route import (
     answers,
     new_router,
 )
+from zndraw_joblib.results import reachable
 from zndraw_joblib.sweeper import retire
 
 router = new_router()
@@ -371,14 +371,14 @@ async def read_provider(
     wait = context.preferred_wait(settings.provider_long_poll_max_seconds)
     seconds = settings.provider_long_poll_default_seconds if wait is None else wait
     patience = seconds + 2 * settings.dispatch_timeout_seconds
-    wanted = provider_reads.Read(provider, digest, results, settings, context.runtime.reads)
-    async with provider_reads.reachable(patience):
-        data = await provider_reads.cached(wanted)
+    wanted = providers.Read(provider, digest, results, settings, context.runtime.reads)
+    async with reachable(patience):
+        data = await providers.cached(wanted)
         if data is None:
             registry = await deps.look_up(request, deps.get_internal_providers)
             tsio = context.transports.tsio
-            send = provider_reads.sender(provider, params, digest, tsio, registry)
-            fetch = partial(provider_reads.fetch, wanted, send, seconds)
+            send = providers.sender(provider, params, digest, tsio, registry)
+            fetch = partial(providers.fetch, wanted, send, seconds)
             data = await long_polls.for_answer(context, session_maker, provider.full_name, fetch)
     if data is None:
         # it is gone, or the server stops
@@ -391,9 +391,9 @@ async def read_provider(
         "X-Content-Type-Options": "nosniff",
         **deps.wait_headers(wait),
     }
-    if len(data) <= provider_reads.CHUNK_BYTES:
+    if len(data) <= deps.CHUNK_BYTES:
         return Response(data, headers=headers)
-    return StreamingResponse(provider_reads.chunks(data), headers=headers)
+    return StreamingResponse(deps.chunks(data), headers=headers)
 
 
 @router.post(
@@ -419,14 +419,15 @@ async def upload_result(
 
     await find()
     failed = x_result_status == "error"
-    data = await provider_reads.read_upload(context.request.stream(), failed, settings)
+    limit = providers.MAX_FAILURE if failed else settings.provider_result_max_bytes
+    data = await deps.bounded(context.request.stream(), limit, "a result")
     digest = x_request_hash.lower()
     # again: it may have gone while the body came in
     provider = await find()
-    answered = provider_reads.Read(provider, digest, results, settings, context.runtime.reads)
+    answered = providers.Read(provider, digest, results, settings, context.runtime.reads)
     # no reader waits longer
-    async with provider_reads.reachable(settings.provider_long_poll_max_seconds):
-        kept = await provider_reads.accept(answered, data, failed)
+    async with reachable(settings.provider_long_poll_max_seconds):
+        kept = await providers.accept(answered, data, failed)
     if kept:
         context.outbox.result_ready(provider.full_name, digest, provider.room_id)
         context.publish()
