@@ -50,7 +50,8 @@ async def healthy(app: FastAPI, engine: Any, monkeypatch: Any) -> AsyncIterator[
     app.state.session_maker = session_maker
     if hasattr(app.state, "undone_by"):
         # the tables of PostgreSQL are those of other tests, too
-        await run(app, app.state.undone_by)
+        for statement in app.state.undone_by.split("; "):
+            await run(app, statement)
 
 
 @asynccontextmanager
@@ -83,6 +84,13 @@ async def old_tables(app, monkeypatch):
     app.state.undone_by = "ALTER TABLE task RENAME COLUMN renamed TO revision"
 
 
+async def tables_from_before(app, monkeypatch):
+    # of 0.1.7 one table is missing as well: to make it would not do
+    await run(app, "ALTER TABLE task_log RENAME TO renamed")
+    await old_tables(app, monkeypatch)
+    app.state.undone_by += "; ALTER TABLE renamed RENAME TO task_log"
+
+
 async def no_database(app, monkeypatch):
     def session_maker() -> Any:
         raise ConnectionRefusedError("nobody listens")
@@ -92,6 +100,20 @@ async def no_database(app, monkeypatch):
 
 async def no_session_maker(app, monkeypatch):
     del app.state.session_maker
+
+
+async def no_auth_settings(app, monkeypatch):
+    del app.state.auth_settings
+
+
+async def silent_database(app, monkeypatch):
+    @asynccontextmanager
+    async def session_maker() -> Any:
+        await asyncio.sleep(60)
+        yield
+
+    monkeypatch.setattr(doctor, "_PATIENCE_SECONDS", 0.1)
+    app.state.session_maker = session_maker
 
 
 async def no_wal(app, monkeypatch):
@@ -139,6 +161,11 @@ def redis_away(attribute: str, kind: Any) -> Any:
     return set_backend
 
 
+async def no_redis_for_socketio(app, monkeypatch):
+    manager = socketio.AsyncRedisManager("unix:///nowhere/redis.sock")
+    app.state.tsio = socketio.AsyncServer(client_manager=manager)
+
+
 async def no_sweeper(app, monkeypatch):
     runtime_of(app).sweeper = None
 
@@ -157,8 +184,11 @@ ERROR, WARNING = logging.ERROR, logging.WARNING
 BROKEN = [
     (no_table, ERROR, "The database has no table worker_job_link."),
     (old_tables, ERROR, "The tables are of 0.1.7, or another release: no task.revision."),
+    (tables_from_before, ERROR, "The tables are of 0.1.7, or another release: no task.revision."),
     (no_database, ERROR, "The host's database can't be used: ConnectionRefusedError: nobody"),
-    (no_session_maker, ERROR, "The host's database can't be used: AttributeError"),
+    (no_session_maker, ERROR, "app.state.session_maker is not set."),
+    (no_auth_settings, ERROR, "app.state.auth_settings is not set."),
+    (silent_database, ERROR, "The host's database can't be used: there is no answer within"),
     (no_wal, WARNING, "SQLite runs without WAL"),
     (clock_ahead, WARNING, "The database's clock is 3600 s off."),
     (no_handler, ERROR, "Problems have no handler: refusals are 500."),
@@ -186,10 +216,21 @@ BROKEN = [
         "ZNDRAW_AUTH_SECRET in the environment is no setting, and is ignored."
         " Is ZNDRAW_AUTH_SECRET_KEY meant?",
     ),
-    (redis_away("result_backend", RedisResults), ERROR, "The host's redis can't be used: redis."),
-    (redis_away("wakeups", RedisWakeups), ERROR, "The host's redis can't be used"),
+    (
+        from_environment("ZNDRAW_JOB_LIB_MAX_WAITING", "60"),
+        WARNING,
+        "ZNDRAW_JOB_LIB_MAX_WAITING in the environment is no setting, and is ignored."
+        " Is ZNDRAW_JOBLIB_MAX_WAITING meant?",
+    ),
+    (
+        redis_away("result_backend", RedisResults),
+        ERROR,
+        "The host's result_backend can't be used: redis.",
+    ),
+    (redis_away("wakeups", RedisWakeups), ERROR, "The host's wakeups can't be used: redis."),
+    (no_redis_for_socketio, ERROR, "The host's socketio can't be used: redis."),
     (no_sweeper, ERROR, "No sweeper runs"),
-    (sweeper_ended, ERROR, "The sweeper has ended: OSError('disk on fire')."),
+    (sweeper_ended, ERROR, "The sweeper has ended: OSError: disk on fire."),
 ]
 
 
@@ -219,7 +260,9 @@ async def test_processes_have_to_share(healthy, maker, redis_url, monkeypatch):
     sentences = [finding.sentence for finding in await check_host(healthy)]
     assert sentences == [
         *["3 processes share one SQLite database."] * sqlite,
-        "3 processes don't share Socket.IO, results of providers or wake-ups.",
+        "3 processes don't share Socket.IO: each has events of its own alone.",
+        "3 processes don't share results of providers.",
+        "3 processes don't wake each other: what waits in another one polls.",
     ]
     async with Redis.from_url(redis_url) as redis:
         healthy.state.tsio = socketio.AsyncServer(
@@ -277,6 +320,9 @@ async def test_a_bad_setting_ends_the_start_and_not_each_request(monkeypatch, ca
     async with sweeping(app) as sweeper:
         pass
     assert isinstance(sweeper.exception(), ValidationError)
+    # once, not of the sweeper too
+    sentences = [finding.sentence for finding in await check_host(app)]
+    assert sum("sweeper_interval_seconds" in sentence for sentence in sentences) == 1
     (ended,) = [r for r in caplog.records if getattr(r, "event", "") == "sweeper ended"]
     assert "sweeper_interval_seconds" in ended.getMessage()
 
@@ -288,20 +334,22 @@ async def test_the_sweeper_has_the_settings_of_its_app(healthy, caplog):
             assert "sweeper began, every 77 s" in caplog.text
 
 
-async def test_the_command_runs_the_lifespan(tmp_path: Path, monkeypatch, caplog):
+async def test_the_command_runs_the_lifespan(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path / 'host.db'}")
     monkeypatch.setenv("ZNDRAW_AUTH_SECRET_KEY", "nobody knows these 32 characters")
     # the tables are there, and the sweeper runs
     assert await doctor._main("host:create_app") == 0
-    assert not [record for record in caplog.records if record.name == doctor.__name__]
+    assert capsys.readouterr().out == "Nothing is missing or wrong.\n"
     monkeypatch.delenv("ZNDRAW_AUTH_SECRET_KEY")
     assert await doctor._main("host:create_app") == 1
-    assert "Tokens are signed" in caplog.text
+    assert capsys.readouterr().out.startswith("error: Tokens are signed")
     monkeypatch.setenv("ZNDRAW_JOBLIB_MAX_WAITING", "few")
     for wrong, why in (
         ("host:create_app", "max_waiting"),
         ("host:app", "has no attribute 'app'"),
+        ("host:users", "it is no FastAPI app"),
         ("nothing:app", "No module named 'nothing'"),
     ):
         assert await doctor._main(wrong) == 1
-        assert re.search(rf"{wrong} does not start: .*{why}", caplog.text, re.DOTALL)
+        told = capsys.readouterr().out
+        assert re.match(rf"error: {wrong} does not start: .*{why}", told, re.DOTALL)

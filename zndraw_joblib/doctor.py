@@ -44,6 +44,7 @@ ERROR, WARNING = logging.ERROR, logging.WARNING
 # What one check may take, and how far clocks may be apart.
 _PATIENCE_SECONDS = 5.0
 _CLOCKS_SECONDS = 30.0
+_BAD_SETTINGS = (SettingsError, ValidationError)
 
 
 class Finding(NamedTuple):
@@ -74,10 +75,10 @@ async def _package(app: Any, processes: int) -> Findings:
 
 
 async def _settings(app: Any, processes: int) -> Findings:
-    advice = "Correct what begins with ZNDRAW_JOBLIB_ in the environment: every request is a 500."
+    advice = "Correct what begins with ZNDRAW_JOBLIB_ in the environment."
     try:
         await _given(app, dependencies.get_joblib_settings)
-    except (SettingsError, ValidationError) as exc:
+    except _BAD_SETTINGS as exc:
         wrong = exc.errors() if isinstance(exc, ValidationError) else []
         told = "; ".join(f"{error['loc'][0]}: {error['msg']}" for error in wrong)
         yield ERROR, f"The settings can't be read: {told or exc}.", advice
@@ -85,8 +86,9 @@ async def _settings(app: Any, processes: int) -> Findings:
     known += [f"ZNDRAW_AUTH_{name.upper()}" for name in AuthSettings.model_fields]
     known += [f"ZNDRAW_JOBLIB_{name}" for name in ("URL", "TOKEN", "PASSWORD")]
     for name in sorted({name.upper() for name in os.environ} - {*known}):
-        if name.startswith(("ZNDRAW_JOBLIB_", "ZNDRAW_AUTH_")):
-            near = difflib.get_close_matches(name, known, 1)
+        ours = name.startswith(("ZNDRAW_JOBLIB_", "ZNDRAW_AUTH_"))
+        near = difflib.get_close_matches(name, known, 1, 0.6 if ours else 0.9)
+        if ours or near:
             advice = f"Is {near[0]} meant?" if near else "Take it out of the environment."
             yield WARNING, f"{name} in the environment is no setting, and is ignored.", advice
 
@@ -122,14 +124,22 @@ async def _database(app: Any, processes: int) -> Findings:
         clock: datetime = (await connection.execute(sa.select(now()))).scalar_one()
         if connection.dialect.name == "sqlite":
             journal = (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one()
-    tables = (JOB, WORKER, LINK, PROVIDER, TASK, LOG)
     columns = {name: {column["name"] for column in there[_, name]} for _, name in there}
-    if missing := [table.name for table in tables if table.name not in columns]:
+    missing, lacking = [], []
+    for table in (JOB, WORKER, LINK, PROVIDER, TASK, LOG):
+        if table.name not in columns:
+            missing.append(table.name)
+        else:
+            lacking += [
+                f"{table.name}.{c.name}" for c in table.c if c.name not in columns[table.name]
+            ]
+    # tables of 0.1.7 lack one as well, which create_all would make
+    if lacking:
+        advice = "Bring them up to date as docs/upgrade.md says."
+        yield ERROR, f"The tables are of 0.1.7, or another release: no {lacking[0]}.", advice
+    elif missing:
         advice = "Call Base.metadata.create_all after zndraw_joblib.models is imported."
         yield ERROR, f"The database has no table {', '.join(missing)}.", advice
-    elif lacking := {f"{t.name}.{c}" for t in tables for c in {*t.c.keys()} - columns[t.name]}:
-        advice = "Bring them up to date as docs/upgrade.md says."
-        yield ERROR, f"The tables are of 0.1.7, or another release: no {min(lacking)}.", advice
     apart = abs((datetime.now(UTC) - clock).total_seconds())
     if apart > _CLOCKS_SECONDS:
         yield WARNING, f"The database's clock is {apart:.0f} s off.", "Use NTP on both machines."
@@ -140,32 +150,69 @@ async def _database(app: Any, processes: int) -> Findings:
         yield WARNING, f"{processes} processes share one SQLite database.", "Use PostgreSQL."
 
 
-async def _redis(app: Any, processes: int) -> Findings:
+async def _socketio(app: Any, processes: int) -> Findings:
     tsio = await _given(app, dependencies.get_tsio)
-    results = await _given(app, dependencies.get_result_backend)
-    wakeups = wakeups_of(app)
+    manager = getattr(tsio, "manager", None)
     if tsio is None:
         yield WARNING, "Without Socket.IO no provider can be read.", "Set app.state.tsio."
     # a manager of one process has no channel to others
-    shared = hasattr(getattr(tsio, "manager", None), "channel")
-    if processes > 1 and not (shared and wakeups and not isinstance(results, MemoryResults)):
-        sentence = f"{processes} processes don't share Socket.IO, results of providers or wake-ups."
-        yield WARNING, sentence, "Set all three as docs/redis.md says."
+    elif processes > 1 and not hasattr(manager, "channel"):
+        sentence = f"{processes} processes don't share Socket.IO: each has events of its own alone."
+        yield WARNING, sentence, "Give it an AsyncRedisManager, as docs/redis.md says."
+    url = getattr(manager, "redis_url", "")
+    if url.startswith(("redis:", "rediss:", "unix:")):
+        # Socket.IO itself logs that it is away, and goes on
+        from redis.asyncio import Redis
+
+        async with Redis.from_url(url, **tsio.manager.redis_options) as redis:
+            await redis.ping()
+
+
+async def _result_backend(app: Any, processes: int) -> Findings:
+    results = await _given(app, dependencies.get_result_backend)
+    if processes > 1 and isinstance(results, MemoryResults):
+        sentence = f"{processes} processes don't share results of providers."
+        yield WARNING, sentence, "Set app.state.result_backend to RedisResults."
     # of any backend, the host's own included
     await results.get("zndraw-joblib:doctor")
+
+
+async def _wakeups(app: Any, processes: int) -> Findings:
+    wakeups = wakeups_of(app)
     if wakeups is not None:
         with anyio.CancelScope() as scope:
             await wakeups.listen(Waiters(), scope.cancel)
+    elif processes > 1:
+        sentence = f"{processes} processes don't wake each other: what waits in another one polls."
+        yield WARNING, sentence, "Set app.state.wakeups to RedisWakeups or PgWakeups."
 
 
 async def _sweeper(app: Any, processes: int) -> Findings:
     sweeper = runtime_of(app).sweeper
-    advice = "Run run_sweeper(..., app=app) in a task of the lifespan, of the outer app if mounted."
     if sweeper is None:
+        advice = (
+            "Start run_sweeper(..., app=app) in a task of the lifespan, before check_host; of the"
+            " outer app's, if this app is mounted: no server runs its own."
+        )
         yield ERROR, "No sweeper runs: what a worker held that dies is never ended.", advice
     elif sweeper.done():
-        why = "it was cancelled" if sweeper.cancelled() else repr(sweeper.exception())
-        yield ERROR, f"The sweeper has ended: {why}.", advice
+        exc = None if sweeper.cancelled() else sweeper.exception()
+        why = describe(exc) if exc else "it was cancelled"
+        if not isinstance(exc, _BAD_SETTINGS):
+            yield ERROR, f"The sweeper has ended: {why}.", "Mend this, and start the host again."
+
+
+_CHECKS = (_package, _settings, _app, _database, _socketio, _result_backend, _wakeups, _sweeper)
+
+
+def _unusable(app: Any, name: str, exc: Exception) -> Finding:
+    if isinstance(exc, AttributeError) and exc.obj is app.state:
+        return Finding(ERROR, f"app.state.{exc.name} is not set.", "Set it as docs/mount.md says.")
+    why = describe(exc).partition("\n")[0].rstrip(".")
+    if isinstance(exc, TimeoutError):
+        why = f"there is no answer within {_PATIENCE_SECONDS:.0f} s"
+    sentence = f"The host's {name} can't be used: {why}."
+    return Finding(ERROR, sentence, "Is it there, reachable, and set as it should be?")
 
 
 async def check_host(app: FastAPI, processes: int | None = None) -> list[Finding]:
@@ -181,21 +228,20 @@ async def check_host(app: FastAPI, processes: int | None = None) -> list[Finding
         How many processes serve its database; by default ``WEB_CONCURRENCY`` of the
         environment, as for uvicorn and gunicorn.
     """
-    processes = processes or int(os.environ.get("WEB_CONCURRENCY") or 1)
+    workers = os.environ.get("WEB_CONCURRENCY", "")
+    processes = processes or (int(workers) if workers.isdecimal() else 1)
     app = _host_in(app) or app
     findings: list[Finding] = []
-    for check in (_package, _settings, _app, _database, _redis, _sweeper):
+    for check in _CHECKS:
         try:
             with anyio.fail_after(_PATIENCE_SECONDS):
                 async for found in check(app, processes):
                     findings += [Finding(*found)]
-        except (SettingsError, ValidationError):
+        except _BAD_SETTINGS:
             # told already
             continue
         except Exception as exc:
-            why = describe(exc).rstrip(".")
-            sentence = f"The host's {check.__name__[1:]} can't be used: {why}."
-            findings.append(Finding(ERROR, sentence, "Is it set, is it there, and reachable?"))
+            findings.append(_unusable(app, check.__name__[1:], exc))
     for finding in findings:
         log.log(finding.level, "%s %s", finding.sentence, finding.advice)
     return findings
@@ -205,16 +251,26 @@ async def _main(address: str) -> int:
     module, _, name = address.partition(":")
     async with AsyncExitStack() as stack:
         try:
-            app = getattr(import_module(module), name or "app")
-            app = app if isinstance(app, FastAPI) else app()
+            made = getattr(import_module(module), name or "app")
+            app = made() if inspect.isroutine(made) else made
+            if not isinstance(app, FastAPI):
+                raise TypeError("it is no FastAPI app, nor a function that returns one")
             await stack.enter_async_context(app.router.lifespan_context(app))
         except Exception as exc:
-            log.error("%s does not start: %s", address, describe(exc))
+            print(f"error: {address} does not start: {describe(exc)}")
             return 1
-        return int(any(finding.level == ERROR for finding in await check_host(app)))
+        findings = await check_host(app)
+    for level, sentence, advice in findings:
+        print(f"{logging.getLevelName(level).lower()}: {sentence} {advice}")
+    if not findings:
+        print("Nothing is missing or wrong.")
+    return int(any(finding.level == ERROR for finding in findings))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m zndraw_joblib.doctor")
     parser.add_argument("app", help="module:app, or module:function that returns it")
-    sys.exit(anyio.run(_main, parser.parse_args().app))
+    address = parser.parse_args().app
+    # of a lifespan that asks the doctor, and of what fails meanwhile
+    logging.disable()
+    sys.exit(anyio.run(_main, address))
