@@ -79,6 +79,13 @@ def median(turns: list[Slice | None], field: str) -> float:
     return statistics.median(taken or [float("nan")])
 
 
+def percentile(turns: list[Slice | None], percent: int) -> float:
+    """Return in how many ms so many of a hundred requests are answered."""
+    latencies = [latency for turn in turns if turn for latency in turn.latencies]
+    cuts = statistics.quantiles(latencies, n=100, method="inclusive")
+    return 1000 * cuts[percent - 1]
+
+
 async def throughput(
     hosts: dict[str, Host], on: Database, connections: int, rounds: int, each: int, warm: int
 ) -> dict[str, Turns]:
@@ -105,14 +112,18 @@ def tell_throughput(kind: str, override: str, connections: int, measured: dict[s
     plural = "s" * (connections > 1)
     print(f"\n{KINDS[kind]}, {connections} connection{plural}, {how}")
     print(
-        f"{'':12}{'per s':>8}{'cpu ms':>8}{'db ms':>8}{'WAL B':>8}   {'of bare':>9}"
-        f"{'(cpu)':>7}   {'of floor':>9}   {'x release':>9}{'(cpu)':>7}  refused"
+        f"{'':12}{'per s':>8}{'p50 ms':>8}{'p99 ms':>8}{'floor':>8}{'cpu ms':>8}{'db ms':>8}"
+        f"{'WAL B':>8}   {'of bare':>9}{'(cpu)':>7}   {'of floor':>9}"
+        f"   {'x release':>9}{'(cpu)':>7}  refused"
     )
     rows = {}
     for operation, turns in measured.items():
         tree = turns[TREE]
         row = {
             "per_second": 1 / median(tree, "seconds"),
+            "p50_ms": percentile(tree, 50),
+            "p99_ms": percentile(tree, 99),
+            "floor_p99_ms": percentile(turns[FLOOR], 99),
             "cpu_ms": 1000 * median(tree, "cpu"),
             "database_cpu_ms": 1000 * median(tree, "database_cpu"),
             "wal_bytes": median(tree, "wal"),
@@ -128,9 +139,10 @@ def tell_throughput(kind: str, override: str, connections: int, measured: dict[s
         row["refused"] = {name: count for name, count in refused.items() if count}
         rows[operation] = row
         print(
-            f"{operation:12}{row['per_second']:8.0f}{row['cpu_ms']:8.2f}"
-            f"{row['database_cpu_ms']:8.2f}{row['wal_bytes']:8.0f}   {row['of_bare']:9.2f}"
-            f"{row['of_bare_cpu']:7.2f}   {row['of_floor']:9.2f}"
+            f"{operation:12}{row['per_second']:8.0f}{row['p50_ms']:8.1f}{row['p99_ms']:8.1f}"
+            f"{row['floor_p99_ms']:8.1f}{row['cpu_ms']:8.2f}{row['database_cpu_ms']:8.2f}"
+            f"{row['wal_bytes']:8.0f}   {row['of_bare']:9.2f}{row['of_bare_cpu']:7.2f}"
+            f"   {row['of_floor']:9.2f}"
             f"   {row.get('of_release', 0):9.2f}{row.get('of_release_cpu', 0):7.2f}"
             f"  {row['refused'] or ''}",
             flush=True,

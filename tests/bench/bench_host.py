@@ -17,6 +17,7 @@ from uuid import UUID
 import uvicorn
 import zndraw_auth as auth
 from fastapi import FastAPI
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from starlette.types import ASGIApp, Receive, Scope, Send
 from zndraw_auth.users import get_jwt_strategy
@@ -26,17 +27,26 @@ import zndraw_joblib as joblib
 USER = auth.User(id=UUID(int=1), email="a@example.org", hashed_password="", is_superuser=True)
 
 
+def set_synchronous(connection: Any, record: Any) -> None:
+    """Set SQLite as docs/sqlite.md says."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
 def make_app(database_url: str, kind: str) -> FastAPI:
     app = FastAPI()
     app.state.auth_settings = auth.AuthSettings(secret_key="a key for HS256 " * 4)
     app.state.joblib_settings = joblib.JobLibSettings()
     app.state.engine = (
+        auth.create_engine_for_url(database_url)
+        if kind == "locked"
         # for each of the bench's connections one: what is beyond the pool is opened and
         # closed with each request, and its statements prepared anew
-        create_async_engine(database_url, pool_size=32, pool_use_lifo=True)
-        if kind == "postgres"
-        else auth.create_engine_for_url(database_url)
+        else create_async_engine(database_url, pool_size=32, pool_use_lifo=True)
     )
+    if kind == "wal":
+        event.listen(app.state.engine.sync_engine, "connect", set_synchronous)
     # the release reads entities after their commit
     base_maker = async_sessionmaker(app.state.engine, expire_on_commit=False)
     app.state.session_maker = base_maker

@@ -157,13 +157,14 @@ def running(
 
 
 class Slice(NamedTuple):
-    """What one side did in its turn: seconds are of one unit of work."""
+    """What one side did in its turn: seconds are of one unit of work, latencies of each."""
 
     seconds: float
     cpu: float
     database_cpu: float
     wal: float
     failed: int
+    latencies: list[float]
 
 
 class Side:
@@ -177,12 +178,15 @@ class Side:
         if (self.name, operation) in NOT_THERE:
             return None
         failed = 0
+        latencies: list[float] = []
 
         async def work(user: User) -> None:
             nonlocal failed
             for _ in range(each):
+                sent = time.perf_counter()
                 try:
                     await getattr(user, operation)()
+                    latencies.append(time.perf_counter() - sent)
                 except (Refused, IndexError):
                     failed += 1
 
@@ -191,11 +195,11 @@ class Side:
         begun = time.perf_counter()
         await asyncio.gather(*map(work, self.users))
         seconds = time.perf_counter() - begun
-        done = each * len(self.users) - failed
+        done = len(latencies)
         if not done:
             return None
         spent = self.host.cpu() - cpu, on.cpu() - database_cpu, await on.wal() - wal
-        return Slice(seconds / done, *(each / done for each in spent), failed)
+        return Slice(seconds / done, *(each / done for each in spent), failed, latencies)
 
 
 @asynccontextmanager
