@@ -20,6 +20,7 @@ import pytest
 from zndraw_joblib import client_api
 from zndraw_joblib.client import Category, Extension, JobManager
 from zndraw_joblib.client_claims import Claims, HeldTasks
+from zndraw_joblib.client_hands import Hands
 from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_worker import Life
 from zndraw_joblib.execution import Options
@@ -105,8 +106,8 @@ def test_two_attempts_of_one_task_that_end_together_free_two_hands(host: Host):
     """One was given up by the host, and claimed again by the same worker."""
     manager = host.manager(execute=lambda task: None, concurrency=2, polling_interval=HANG)
     manager.register(Job, room="lab")
-    hands = manager._shutdown.hands
-    assert hands is not None
+    hands = manager._shutdown.work
+    assert isinstance(hands, Hands)
     batches: list[set[str]] = []
 
     def report_together(reports: dict[str, bytes]) -> set[str]:
@@ -141,8 +142,8 @@ def test_two_attempts_of_one_task_that_end_together_free_two_hands(host: Host):
 def test_who_has_been_reported_for_waits_for_no_later_report(host: Host):
     manager = host.manager(execute=lambda task: None, concurrency=4, polling_interval=HANG)
     manager.register(Job, room="lab")
-    hands = manager._shutdown.hands
-    assert hands is not None
+    hands = manager._shutdown.work
+    assert isinstance(hands, Hands)
     asked = [threading.Event(), threading.Event()]
     answered = [threading.Event(), threading.Event()]
     batches: list[set[str]] = []

@@ -30,8 +30,9 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
+from zndraw_joblib.client_user import parameters_of
 from zndraw_joblib.encoding import as_json
-from zndraw_joblib.extension import Category, Extension, parameters_of, schema_of
+from zndraw_joblib.extension import Category, Extension, schema_of
 from zndraw_joblib.lifecycle import FullName
 from zndraw_joblib.provider import Provider, read_content
 

@@ -34,12 +34,10 @@ FLOORS = [
 ]  # fmt: skip
 #: the worker's side, beside the house: it stands on the floors 0 to 2
 CLIENT = [
-    "task_log",
     "extension",
     "provider",
     "execution",
     "client_api",
-    "client_sockets",
     "client_transport",
     "client_handles",
     "client_user",
@@ -48,7 +46,6 @@ CLIENT = [
     "client_heartbeat",
     "client_isolation",
     "client_hands",
-    "client_shutdown",
     "client",
     "__main__",
 ]

@@ -14,10 +14,8 @@ from zndraw_joblib.client_api import Api, HostApi
 from zndraw_joblib.client_claims import Claims, HeldTasks
 from zndraw_joblib.client_handles import Listing, TaskFailed, TaskHandle, View, as_completed, gather
 from zndraw_joblib.client_hands import Allocation, Hands, Readers, executor_of
-from zndraw_joblib.client_heartbeat import Heartbeat
-from zndraw_joblib.client_shutdown import Shutdown
-from zndraw_joblib.client_sockets import Socket
-from zndraw_joblib.client_transport import Transport
+from zndraw_joblib.client_heartbeat import Heartbeat, Shutdown
+from zndraw_joblib.client_transport import Socket, Transport
 from zndraw_joblib.client_user import Rooms, Submissions, Submitting
 from zndraw_joblib.client_worker import Life, Offered, Registering, Registrations
 from zndraw_joblib.events import ProviderRequest, TaskStatusEvent
@@ -117,7 +115,7 @@ class JobManager:
         self._claims = Claims(self._transport, self._registrations, life, self._held)
         self._heartbeat = Heartbeat(self._claims, heartbeat_interval)
         self._readers = Readers(self._transport, self._registrations, life)
-        self._shutdown = Shutdown(self._claims, self._heartbeat, self._readers, grace_seconds)
+        self._shutdown = Shutdown(self._heartbeat, grace_seconds)
         self._executor = executor_of(life, execute, isolate, setup, kill_after)
         self._allocation = Allocation(until, idle_seconds, self._executor)
         self._socket = tsio if isinstance(tsio, Socket) else Socket(tsio)
@@ -403,11 +401,11 @@ class JobManager:
 
     def _serve(self) -> None:
         with self._registrations.lock:
-            if self._executor is None or self._shutdown.hands or self._life.stopping.is_set():
+            if self._executor is None or self._shutdown.work or self._life.stopping.is_set():
                 return
             self._heartbeat.start()
             self._socket.open()
-            self._shutdown.hands = Hands(
+            self._shutdown.work = Hands(
                 self._heartbeat,
                 self._executor,
                 self.concurrency,

@@ -156,6 +156,7 @@ class Hands:
         self._life = self.claims.life
         self._pool = Pool(self._life, self.concurrency, "task")
         self.executor.start(self)
+        self._life.closing += [partial(self._free, 0), self.executor.close]
         self._claimer = self._life.start("claim", self._claim_all)
 
     @property
@@ -187,12 +188,6 @@ class Hands:
             return self._changed.wait_for(
                 lambda: self._busy == 0, max(0.0, deadline - time.monotonic())
             )
-
-    def close(self) -> None:
-        """Let the threads end."""
-        self._free(0)
-        self._pool.close()
-        self.executor.close()
 
     # --- claiming ---
 
@@ -403,11 +398,6 @@ class Readers:
         """Begin, if they have not begun."""
         if self._pool is None:
             self._pool = Pool(self.life, PROVIDER_THREADS, "provider")
-
-    def close(self) -> None:
-        """Let the threads end."""
-        if self._pool is not None:
-            self._pool.close()
 
     def request(self, data: dict[str, Any]) -> None:
         """Have a request answered, if it is for a provider of this worker."""

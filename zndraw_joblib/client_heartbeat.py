@@ -1,20 +1,25 @@
-"""The heartbeat of a worker, which keeps its tasks: what it tells of them, and is told."""
+"""How its host knows that a worker lives: its heartbeat, and its end."""
 
 import json
 import logging
+import os
 import random
+import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 from uuid import UUID
 
 from zndraw_joblib.client_api import Answer, SlowDown, Unreachable
-from zndraw_joblib.client_claims import Claims
+from zndraw_joblib.client_claims import LAST_RETRIES, Claims
 from zndraw_joblib.client_transport import path
+from zndraw_joblib.execution import Executor
 from zndraw_joblib.extension import ClaimedTask
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
-from zndraw_joblib.task_log import TaskLog
 from zndraw_joblib.telemetry import SafeLogger
 
 PAUSE_AFTER_ERROR_SECONDS = 5.0
@@ -22,10 +27,14 @@ PAUSE_AFTER_ERROR_SECONDS = 5.0
 BUSY_BEAT_SECONDS = 0.5
 # between two, whatever a host takes for silence
 SHORTEST_SECONDS = 0.1
-# half of what a host takes as one body
-CHECKPOINTS_A_BEAT = 8
-# a quarter
-LOGS_A_BEAT = 8
+# together three quarters of what a host takes as one body
+CHECKPOINTS_A_BEAT = LOGS_A_BEAT = 8
+
+LAST_THREAD_SECONDS = 2.0
+LAST_REQUEST_SECONDS = 5.0
+# in which tasks that have to stop may do so, and child processes are ended
+LAST_TASK_SECONDS = 4.0
+AT_ONCE_SECONDS = 1.0
 
 log = SafeLogger(logging.getLogger(__name__))
 
@@ -46,6 +55,7 @@ class Heartbeat:
 
     def __post_init__(self) -> None:
         self._life = self.claims.life
+        self._life.closing.append(self._due.set)
 
     def start(self) -> None:
         """Begin, if it has not begun."""
@@ -63,10 +73,6 @@ class Heartbeat:
         """Have the next heartbeat soon: there is a task to ask about."""
         if self._host_counts_attempts:
             self._due.set()
-
-    def close(self) -> None:
-        """Send no more of them, after ``aborting`` was set."""
-        self._due.set()
 
     def send(self, **options: Any) -> bool:
         """Send a heartbeat; return whether the host has lost registrations."""
@@ -114,18 +120,18 @@ class Heartbeat:
 
     def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
         entries: list[dict[str, Any]] = []
-        saved: list[tuple[ClaimedTask[Any], str]] = []
-        logged: list[tuple[TaskLog, dict[str, Any]]] = []
+        checkpoints: list[Callable[[], None]] = []
+        logs: list[Callable[[], None]] = []
         # of many that have much to say, not always the same
         for task in random.sample(tasks, len(tasks)):
             entry = {"id": task.task_id, "attempt": task.attempt, **task.unsent_progress()}
             checkpoint = task.unsent_checkpoint()
-            if checkpoint is not None and len(saved) < CHECKPOINTS_A_BEAT:
+            if checkpoint is not None and len(checkpoints) < CHECKPOINTS_A_BEAT:
                 entry["checkpoint"] = json.loads(checkpoint)
-                saved.append((task, checkpoint))
-            if len(logged) < LOGS_A_BEAT and (lines := task.unsent_log.unsent()):
+                checkpoints.append(partial(task.keep_checkpoint, checkpoint))
+            if len(logs) < LOGS_A_BEAT and (lines := task.unsent_log.unsent()):
                 entry["log"] = lines
-                logged.append((task.unsent_log, lines))
+                logs.append(partial(task.unsent_log.keep, lines))
             entries.append(entry)
         stuck = len(self.claims.held.stuck())
         content: dict[str, Any] = {"tasks": entries} if tasks else {}
@@ -144,19 +150,17 @@ class Heartbeat:
                 "patch", path("workers", worker_id), read=read, **options
             )
 
+        carried = [*checkpoints, *logs]
         try:
             answer: dict[str, Any] = self.claims.registrations.as_worker(ask).value
         except OSError:
             # they leave with the next one
-            saved.clear()
-            logged.clear()
+            carried.clear()
             raise
         finally:
             # what is refused too: with it, no other heartbeat would get through
-            for task, checkpoint in saved:
-                task.keep_checkpoint(checkpoint)
-            for unsent, lines in logged:
-                unsent.keep(lines)
+            for keep in carried:
+                keep()
         self._told_stuck = stuck
         return answer
 
@@ -195,3 +199,183 @@ class Heartbeat:
         untold = len(held.stuck()) != self._told_stuck
         busy = self._host_counts_attempts and (held.all() or untold)
         return min(BUSY_BEAT_SECONDS, self._pause) if busy else self._pause
+
+
+class Work(Protocol):
+    """What executes a worker's tasks, as far as its end goes."""
+
+    executor: Executor
+
+    @property
+    def busy(self) -> int:
+        """How many tasks are at hand."""
+
+    def finish(self, deadline: float) -> bool:
+        """Take no more tasks, and let those at hand end; return whether they did."""
+
+
+@dataclass
+class Shutdown:
+    """The end of a worker, which happens once, whoever begins it.
+
+    Running tasks may go on for ``grace_seconds``.
+    """
+
+    heartbeat: Heartbeat
+    grace_seconds: float
+    work: Work | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _failure: BaseException | None = None
+    #: whether tasks were left that had not ended
+    _left: bool = False
+    _signals: int = 0
+
+    def __post_init__(self) -> None:
+        self._claims = self.heartbeat.claims
+        self._life = self._claims.life
+
+    def begin(self) -> None:
+        """End the worker, and return when all is done."""
+        if self._life.is_forked:
+            # the worker is not this process's own to end
+            return
+        if threading.current_thread() in self._life.threads:
+            # a task or provider wants it: it has to go on before this can be done
+            _in_thread(self.begin)
+            return
+        with self._lock:
+            first = not self._life.stopping.is_set()
+            self._life.stopping.set()
+        if not first:
+            self._wait_until_done()
+            return
+        try:
+            self._end()
+        except BaseException:
+            self._end_at_once()
+            raise
+        finally:
+            self._done.set()
+
+    def give_up(self, exc: BaseException) -> None:
+        """End the worker, which can't go on."""
+        with self._lock:
+            if self._life.stopping.is_set():
+                return
+            self._failure = self._failure or exc
+        log.error("giving up: %s", exc)
+        _in_thread(self.begin)
+
+    def leave(self, why: str) -> None:
+        """End the worker, which has stayed as long as it was to."""
+        log.warning("leaving: %s", why)
+        self.grace_seconds = 0.0
+        _in_thread(self.begin)
+
+    def wait(self) -> bool:
+        """Return when the worker has ended, whether its tasks had; raise if it gave up."""
+        in_main = threading.current_thread() is threading.main_thread()
+        with self._signals_handled() if in_main else nullcontext():
+            self._wait_until_done()
+        if self._failure is not None:
+            kinds = (PermissionError, RuntimeError)
+            kind = next((k for k in kinds if isinstance(self._failure, k)), ConnectionError)
+            raise kind(f"the worker gave up: {self._failure}") from None
+        return not self._left
+
+    def _end(self) -> None:
+        self._life.wake.set()
+        if self.work is not None and self._failure is None:
+            self._finish_tasks(self.work)
+        self._abort()
+        registrations = self._claims.registrations
+        # the lock: a registration under way is to be over
+        with registrations.lock:
+            for close in self._life.closing:
+                close()
+            retries = 0 if self._failure else LAST_RETRIES
+            registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
+        deadline = time.monotonic() + LAST_THREAD_SECONDS
+        for thread in self._life.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        registrations.socket.close()
+
+    def _finish_tasks(self, work: Work) -> None:
+        deadline = time.monotonic() + self.grace_seconds
+        try:
+            # a claim that waits at the host gets nothing after this
+            self._claims.transport.exchange(
+                "patch",
+                path("workers", self._claims.registrations.worker_id),
+                read=dict,
+                json={"state": WorkerState.DRAINING.value},
+                timeout=LAST_REQUEST_SECONDS,
+            )
+        except Exception as exc:
+            log.warning("could not announce the end: %s", exc)
+        if not work.finish(deadline):
+            self._left = True
+            log.warning("tasks still run after %s s of grace", self.grace_seconds)
+            tasks = self._interruptible()
+            self._claims.held.end_all()
+            work.executor.close()
+            work.finish(time.monotonic() + LAST_TASK_SECONDS)
+            for task in tasks:
+                self.heartbeat.send_rest(task, saved=True, retries=LAST_RETRIES)
+            self._claims.interrupt(tasks, timeout=LAST_REQUEST_SECONDS)
+
+    def _interruptible(self) -> list[ClaimedTask[Any]]:
+        # a host that counts no attempts knows of no interruptions either
+        held = self._claims.held.all()
+        return [task for task in held if not task.ended and task.attempt is not None]
+
+    def _end_at_once(self) -> None:
+        self._left = True
+        self._claims.interrupt(self._interruptible(), retries=0, timeout=AT_ONCE_SECONDS)
+        self._abort()
+        self._claims.registrations.delete_worker(retries=0, timeout=AT_ONCE_SECONDS)
+        self._done.set()
+
+    def _abort(self) -> None:
+        self._life.aborting.set()
+        self._claims.held.end_all()
+
+    def _wait_until_done(self) -> None:
+        # in turns: on Windows Ctrl-C does not interrupt a wait
+        while not self._done.wait(1.0):
+            pass
+
+    @contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        earlier = {
+            signum: signal.signal(signum, self._on_signal)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for signum, handler in earlier.items():
+                signal.signal(signum, handler or signal.SIG_DFL)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self._life.is_forked:
+            # a fork of this process, made by a task, has inherited the handler
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        # in a thread: the main one may hold the very lock that is needed
+        self._signals += 1
+        again = "Ctrl-C again" if signum == signal.SIGINT else "a second signal"
+        first = partial(self._begin_to_finish, again)
+        _in_thread(first if self._signals == 1 else self._end_at_once)
+
+    def _begin_to_finish(self, again: str) -> None:
+        if self.work is not None and (busy := self.work.busy):
+            tasks, them = ("task", "it") if busy == 1 else ("tasks", "them")
+            log.warning("finishing %s %s, %s to stop %s now", busy, tasks, again, them)
+        self.begin()
+
+
+def _in_thread(call: Callable[[], None]) -> None:
+    threading.Thread(target=call, name="zndraw-end", daemon=True).start()

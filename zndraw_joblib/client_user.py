@@ -1,6 +1,5 @@
 """What a user sees in the rooms of a host, and what they submit. It needs no worker."""
 
-import json
 import math
 import uuid
 from collections.abc import Iterable, Iterator
@@ -10,14 +9,16 @@ from operator import itemgetter
 from typing import Any, TypedDict
 from uuid import UUID
 
-from pydantic import BaseModel
+import pydantic_core
+from pydantic import AliasChoices, BaseModel
+from pydantic.fields import FieldInfo
 
 from zndraw_joblib import exceptions, schemas, telemetry
 from zndraw_joblib.client_api import CONNECT_SECONDS
 from zndraw_joblib.client_handles import Listing, ShownTask, TaskHandle, View
 from zndraw_joblib.client_transport import Transport, path, prefer
-from zndraw_joblib.encoding import as_json
-from zndraw_joblib.extension import Extension, category_of, check_parameters, nearest, parameters_of
+from zndraw_joblib.encoding import as_json, encode
+from zndraw_joblib.extension import Extension, category_of, check_parameters, nearest
 from zndraw_joblib.lifecycle import (
     FullName,
     WorkerState,
@@ -177,7 +178,7 @@ class Submissions:
         key = how.get("idempotency_key") or uuid.uuid4().hex
         # what is not asked for is left out: an older host does not know it
         options = {w: value for w in ("priority", "delay_seconds") if (value := how.get(w))}
-        bodies = ((jobs, _encoded({"payload": payload, **options})) for jobs, payload in tasks)
+        bodies = ((jobs, encode({"payload": payload, **options})) for jobs, payload in tasks)
         handles: Listing[TaskHandle] = Listing()
         number = 0
         for jobs, alike in groupby(bodies, key=itemgetter(0)):
@@ -244,9 +245,92 @@ def _jobs(extension: Any, rooms: Iterable[str]) -> tuple[FullName, ...]:
     return tuple(FullName.of(room, category_of(extension), cls.__name__) for room in rooms)
 
 
-def _encoded(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
-
-
 def _full_names(page: Any) -> list[str]:
     return [item["full_name"] for item in page["items"]]
+
+
+def parameters_of(extension: BaseModel) -> dict[str, Any]:
+    """Return an extension's parameters as JSON that its class reads as the same.
+
+    What a model is dumped as need not be what it takes: aliases, excluded and computed
+    fields, secrets and serializers of its own may come between.
+
+    Raises
+    ------
+    ValueError
+        When the worker's class would read other parameters; the message names class and
+        field.
+    """
+    cls = type(extension)
+    try:
+        parameters = _dump(extension)
+        read = cls.model_validate_json(encode(parameters))
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise ValueError(f"{_blame(extension)} can't be sent as JSON: {exc}") from None
+    for name in cls.model_fields:
+        if not _same(vars(extension).get(name), vars(read).get(name)):
+            raise ValueError(
+                f"{cls.__name__}.{name} would reach the worker as another value than"
+                " this one: what it is written as is not what it is read from"
+            )
+    if not _same(extension.model_extra, read.model_extra):
+        raise ValueError(f"the extra fields of {cls.__name__} change on their way")
+    return parameters
+
+
+def _dump(extension: BaseModel) -> dict[str, Any]:
+    options: dict[str, Any] = {"mode": "json", "by_alias": True, "round_trip": True}
+    dumped = extension.model_dump(**options, warnings=False)
+    for name, field in type(extension).model_fields.items():
+        written = field.serialization_alias or name
+        if written in dumped:
+            value = dumped.pop(written)
+        elif field.exclude:
+            value = pydantic_core.to_jsonable_python(
+                vars(extension).get(name), by_alias=True, round_trip=True
+            )
+        else:
+            # a serializer of the class leaves it out
+            continue
+        dumped[_key(name, field)] = value
+    return dumped
+
+
+def _key(name: str, field: FieldInfo) -> str:
+    """Return what a field is called in what its class reads, and in its schema."""
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        alias = next((a for a in alias.choices if isinstance(a, str)), None)
+    return alias if isinstance(alias, str) else name
+
+
+def _blame(extension: BaseModel) -> str:
+    """Return the class, and the first of its fields that can't be written."""
+    for name in type(extension).model_fields:
+        try:
+            encode(extension.model_dump(mode="json", include={name}, warnings=False))
+        except (ValueError, TypeError, RecursionError):
+            return f"{type(extension).__name__}.{name}"
+    return type(extension).__name__
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two values mean the same to who computes with them."""
+    if isinstance(one, BaseModel):
+        return type(one) is type(other) and all(
+            _same(vars(one).get(name), vars(other).get(name)) for name in type(one).model_fields
+        )
+    if isinstance(one, dict) and isinstance(other, dict):
+        # in their order: it may matter
+        return list(one) == list(other) and all(
+            _same(value, other[key]) for key, value in one.items()
+        )
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if type(one) is type(other) and getattr(type(one), "__eq__", None) is object.__eq__:
+        # no value of its own to compare but what it is written as
+        return bool(
+            pydantic_core.to_json(one, fallback=vars) == pydantic_core.to_json(other, fallback=vars)
+        )
+    equal = one == other
+    return bool(equal.all() if hasattr(equal, "all") else equal)

@@ -12,8 +12,7 @@ from typing import Any, Literal, Self, TypedDict
 from uuid import UUID
 
 from zndraw_joblib.client_api import Answer, describe_process
-from zndraw_joblib.client_sockets import Socket
-from zndraw_joblib.client_transport import Transport, path
+from zndraw_joblib.client_transport import Socket, Transport, path
 from zndraw_joblib.events import (
     FrozenEvent,
     JoinJobRoom,
@@ -49,6 +48,8 @@ class Life:
         Set: no report is repeated any more.
     threads : list of threading.Thread
         All that the worker has started.
+    closing : list of callable
+        What is called that they end, after ``aborting`` was set.
     """
 
     give_up: Callable[[BaseException], None]
@@ -57,6 +58,7 @@ class Life:
     stopping: threading.Event = field(default_factory=threading.Event)
     aborting: threading.Event = field(default_factory=threading.Event)
     threads: list[threading.Thread] = field(default_factory=list)
+    closing: list[Callable[[], None]] = field(default_factory=list)
     _pid: int = field(default_factory=os.getpid)
 
     @property
@@ -77,7 +79,7 @@ class Life:
 
 
 class Pool:
-    """Threads that take calls from one queue.
+    """Threads that take calls from one queue, until the worker ends.
 
     Those of `concurrent.futures` would keep the process alive until the last call
     returns, and a call may hang.
@@ -86,6 +88,7 @@ class Pool:
     def __init__(self, life: Life, size: int, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._size = size
+        life.closing.append(self._close)
         for n in range(size):
             life.start(f"{name}-{n}", self._work)
 
@@ -93,8 +96,8 @@ class Pool:
         """Have a thread make the call as soon as one is free."""
         self._calls.put(call)
 
-    def close(self) -> None:
-        """Let the threads end once they have made the calls submitted so far."""
+    def _close(self) -> None:
+        # once the threads have made the calls submitted so far
         for _ in range(self._size):
             self._calls.put(None)
 

@@ -1,10 +1,12 @@
-"""What a worker's author subclasses to offer a job, and is given to run it."""
+"""What a worker's author subclasses to offer a job, and is given to run it: a claimed task."""
 
 import json
 import math
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from enum import StrEnum
@@ -15,12 +17,18 @@ from pydantic import AliasChoices, AliasPath, BaseModel
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeVar
 
-from zndraw_joblib.encoding import as_json, encode, unfit
-from zndraw_joblib.lifecycle import MAX_CHECKPOINT_BYTES, UNPRINTABLE
-from zndraw_joblib.task_log import TaskLog
+from zndraw_joblib.encoding import as_json, unfit
+from zndraw_joblib.lifecycle import MAX_CHECKPOINT_BYTES, MAX_LOG_LINES, UNPRINTABLE, as_line
 
 MAX_MESSAGE = 1000
 PROGRESS_SECONDS = 1.0
+# what may wait for heartbeats; beyond, the oldest lines are left out
+MAX_UNSENT_LINES = 2000
+MAX_UNSENT_CHARACTERS = 256 * 1024
+# half of what a host takes of a task at once
+BYTES_A_BEAT = 32 * 1024
+#: What sets colours, and moves the cursor.
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 E = TypeVar("E", bound="Extension", default=Any)
 
@@ -83,6 +91,63 @@ class Extension(BaseModel, ABC):
 
 class TaskCancelled(Exception):
     """The host wants this task to stop, or has given it to another worker."""
+
+
+class TaskLog:
+    """The lines of a task's attempt that the host does not have yet; for any thread."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque()
+        self._characters = 0
+        self._omitted = 0
+        self._first = 1
+        #: what is under way, as long as the host has not answered
+        self._sent: dict[str, Any] | None = None
+        self._lock = threading.Lock()
+
+    def add(self, text: str) -> None:
+        """Add one line, or several."""
+        lines = [as_line(_as_shown(line)) for line in text.split("\n")]
+        with self._lock:
+            self._lines += lines
+            self._characters += sum(map(len, lines))
+            while len(self._lines) > MAX_UNSENT_LINES or self._characters > MAX_UNSENT_CHARACTERS:
+                self._take()
+                self._omitted += 1
+
+    def unsent(self) -> dict[str, Any] | None:
+        """Return what a heartbeat is to carry, the same until it is kept."""
+        with self._lock:
+            if self._sent is None and self._lines:
+                lines = []
+                if self._omitted:
+                    lines.append(f"... {self._omitted} lines left out ...")
+                    self._omitted = 0
+                size = 0
+                while self._lines and len(lines) < MAX_LOG_LINES:
+                    size += len(self._lines[0].encode()) + 1
+                    if size > BYTES_A_BEAT:
+                        break
+                    lines.append(self._take())
+                self._sent = {"first": self._first, "lines": lines}
+                self._first += len(lines)
+            return self._sent
+
+    def keep(self, sent: dict[str, Any]) -> None:
+        """Note what the host has, or won't have."""
+        with self._lock:
+            if self._sent is sent:
+                self._sent = None
+
+    def _take(self) -> str:
+        line = self._lines.popleft()
+        self._characters -= len(line)
+        return line
+
+
+def _as_shown(line: str) -> str:
+    """Return what of a line a terminal shows in the end, without colours."""
+    return _ESCAPES.sub("", line.rstrip("\r").rpartition("\r")[2])
 
 
 class ClaimedTask(Generic[E]):
@@ -317,90 +382,3 @@ def _names(name: str, field: FieldInfo) -> Iterator[str]:
         first = one.path[0] if isinstance(one, AliasPath) else one
         if isinstance(first, str):
             yield first
-
-
-def parameters_of(extension: BaseModel) -> dict[str, Any]:
-    """Return an extension's parameters as JSON that its class reads as the same.
-
-    What a model is dumped as need not be what it takes: aliases, excluded and computed
-    fields, secrets and serializers of its own may come between.
-
-    Raises
-    ------
-    ValueError
-        When the worker's class would read other parameters; the message names class and
-        field.
-    """
-    cls = type(extension)
-    try:
-        parameters = _dump(extension)
-        read = cls.model_validate_json(encode(parameters))
-    except (ValueError, TypeError, RecursionError) as exc:
-        raise ValueError(f"{_blame(extension)} can't be sent as JSON: {exc}") from None
-    for name in cls.model_fields:
-        if not _same(vars(extension).get(name), vars(read).get(name)):
-            raise ValueError(
-                f"{cls.__name__}.{name} would reach the worker as another value than"
-                " this one: what it is written as is not what it is read from"
-            )
-    if not _same(extension.model_extra, read.model_extra):
-        raise ValueError(f"the extra fields of {cls.__name__} change on their way")
-    return parameters
-
-
-def _dump(extension: BaseModel) -> dict[str, Any]:
-    options: dict[str, Any] = {"mode": "json", "by_alias": True, "round_trip": True}
-    dumped = extension.model_dump(**options, warnings=False)
-    for name, field in type(extension).model_fields.items():
-        written = field.serialization_alias or name
-        if written in dumped:
-            value = dumped.pop(written)
-        elif field.exclude:
-            value = pydantic_core.to_jsonable_python(
-                vars(extension).get(name), by_alias=True, round_trip=True
-            )
-        else:
-            # a serializer of the class leaves it out
-            continue
-        dumped[_key(name, field)] = value
-    return dumped
-
-
-def _key(name: str, field: FieldInfo) -> str:
-    """Return what a field is called in what its class reads, and in its schema."""
-    alias = field.validation_alias
-    if isinstance(alias, AliasChoices):
-        alias = next((a for a in alias.choices if isinstance(a, str)), None)
-    return alias if isinstance(alias, str) else name
-
-
-def _blame(extension: BaseModel) -> str:
-    """Return the class, and the first of its fields that can't be written."""
-    for name in type(extension).model_fields:
-        try:
-            encode(extension.model_dump(mode="json", include={name}, warnings=False))
-        except (ValueError, TypeError, RecursionError):
-            return f"{type(extension).__name__}.{name}"
-    return type(extension).__name__
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Return whether two values mean the same to who computes with them."""
-    if isinstance(one, BaseModel):
-        return type(one) is type(other) and all(
-            _same(vars(one).get(name), vars(other).get(name)) for name in type(one).model_fields
-        )
-    if isinstance(one, dict) and isinstance(other, dict):
-        # in their order: it may matter
-        return list(one) == list(other) and all(
-            _same(value, other[key]) for key, value in one.items()
-        )
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if type(one) is type(other) and getattr(type(one), "__eq__", None) is object.__eq__:
-        # no value of its own to compare but what it is written as
-        return bool(
-            pydantic_core.to_json(one, fallback=vars) == pydantic_core.to_json(other, fallback=vars)
-        )
-    equal = one == other
-    return bool(equal.all() if hasattr(equal, "all") else equal)
