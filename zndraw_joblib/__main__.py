@@ -34,14 +34,12 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (ConnectionError, 6),
     (KeyboardInterrupt, 130),
     # there is no such thing, or the host or this machine can't do that
-    (LookupError, 4),
-    (ValueError, 4),
-    (TypeError, 4),
-    (RuntimeError, 4),
-    (OSError, 4),
+    *((kind, 4) for kind in (LookupError, ValueError, TypeError, RuntimeError, OSError)),
 )
 TASK_COLUMNS = ("id", "status", "progress", "job_name", "created_at", "error")
 CELL_CHARACTERS = 100
+#: Options of a `JobManager` that are named alike here.
+WORKER_OPTIONS = ("concurrency", "isolate", "grace_seconds", "until", "idle_seconds")
 
 log = logging.getLogger("zndraw_joblib.command")
 
@@ -96,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=int, default=50, help="how many; %(default)s")
     _add_submit(commands)
     wait = _add(commands, _wait, "Wait until tasks have ended, and list them.", "id")
-    wait.add_argument("--timeout", type=float, metavar="SECONDS")
+    _add_seconds(wait, "--timeout", "for all of them together")
     log = _add(commands, _log, "Print what a task has logged.")
     log.add_argument("id")
     log.add_argument("--follow", action="store_true", help="and what it logs, until it has ended")
@@ -122,6 +120,10 @@ def _add(
     return command
 
 
+def _add_seconds(command: argparse.ArgumentParser, name: str, text: str, **options: Any) -> None:
+    command.add_argument(name, type=float, metavar="SECONDS", help=text, **options)
+
+
 def _login(options: argparse.Namespace) -> dict[str, Any]:
     if not options.user:
         return {"token": options.token}
@@ -140,21 +142,13 @@ def _add_work(commands: Any) -> None:
     work.add_argument("--concurrency", type=int, default=1, help="tasks at a time; %(default)s")
     work.add_argument("--isolate", action="store_true", help="each task in a child process")
     work.add_argument("--setup", metavar="module:function", help="called once in each child")
-    work.add_argument(
-        "--grace", type=float, default=30, metavar="SECONDS",
-        help="how long tasks may go on when the worker is to end; %(default)s",
-    )  # fmt: skip
-    work.add_argument(
-        "--until", type=_moment, metavar="SECONDS|TIME",
-        help="when it leaves by itself: in so many seconds, or at 2030-01-31T18:00",
-    )  # fmt: skip
-    work.add_argument(
-        "--idle-seconds", type=float, metavar="SECONDS", help="without a task, until it leaves"
-    )
-    work.add_argument(
-        "--policy", action="append", default=[], metavar="name=value",
-        help="how the tasks are tried, as max_attempts=3",
-    )  # fmt: skip
+    grace = "how long tasks may go on when the worker is to end; %(default)s"
+    _add_seconds(work, "--grace", grace, default=30, dest="grace_seconds")
+    until = "when it leaves by itself: in so many seconds, or at 2030-01-31T18:00"
+    work.add_argument("--until", type=_moment, metavar="SECONDS|TIME", help=until)
+    _add_seconds(work, "--idle-seconds", "without a task, until it leaves")
+    policy = "how the tasks are tried, as max_attempts=3"
+    work.add_argument("--policy", action="append", default=[], metavar="name=value", help=policy)
 
 
 def _moment(given: str) -> float | datetime:
@@ -172,12 +166,8 @@ def _worker_options(options: argparse.Namespace) -> dict[str, Any]:
     sys.path.insert(0, os.getcwd())
     return {
         "execute": run_extension,
-        "concurrency": options.concurrency,
-        "isolate": options.isolate,
         "setup": _imported(options.setup) if options.setup else None,
-        "grace_seconds": options.grace,
-        "until": options.until,
-        "idle_seconds": options.idle_seconds,
+        **{name: getattr(options, name) for name in WORKER_OPTIONS},
     }
 
 
@@ -235,9 +225,9 @@ def _add_submit(commands: Any) -> None:
     submit.add_argument("--file", type=Path, help="a JSON object of parameters; - is the input")
     submit.add_argument("--room", required=True)
     submit.add_argument("--priority", type=int, default=0)
-    submit.add_argument("--delay", type=float, default=0, metavar="SECONDS")
+    _add_seconds(submit, "--delay", "until a worker may have it", default=0)
     submit.add_argument("--wait", action="store_true", help="print its result instead")
-    submit.add_argument("--timeout", type=float, metavar="SECONDS", help="of --wait")
+    _add_seconds(submit, "--timeout", "of --wait")
 
 
 def _submit(manager: JobManager, options: argparse.Namespace) -> int:

@@ -110,16 +110,15 @@ class JobManager:
         self._transport = Transport(api, max_unreachable_seconds, max_startup_retries)
         self._rooms = Rooms(self._transport)
         self._view = View(self._transport, polling_interval)
-        self._submissions = Submissions(self._transport, self._rooms, self._view)
-        self._registrations = Registrations(self._transport, life, self._held.end_all)
+        self._submissions = Submissions(self._rooms, self._view)
+        self._socket = tsio if isinstance(tsio, Socket) else Socket(tsio)
+        self._registrations = Registrations(self._transport, self._socket, life, self._held.end_all)
         self._claims = Claims(self._transport, self._registrations, life, self._held)
         self._heartbeat = Heartbeat(self._claims, heartbeat_interval)
         self._readers = Readers(self._transport, self._registrations, life)
         self._shutdown = Shutdown(self._heartbeat, grace_seconds)
         self._executor = executor_of(life, execute, isolate, setup, kill_after)
         self._allocation = Allocation(until, idle_seconds, self._executor)
-        self._socket = tsio if isinstance(tsio, Socket) else Socket(tsio)
-        self._registrations.listen_to(self._socket)
         self._socket.on(TaskStatusEvent.event_name, self._held.on_status)
         self._socket.on(ProviderRequest.event_name, self._readers.request)
 
@@ -185,8 +184,7 @@ class JobManager:
 
     def get_run_kwargs(self, name: str) -> dict[str, Any]:
         """Return what was given with a job, by its full name; KeyError if there is none."""
-        run_kwargs: dict[str, Any] = self._registrations.jobs[name].given
-        return run_kwargs
+        return dict(self._registrations.jobs[name].given)
 
     def create_worker(self) -> UUID:
         """Make the worker, if there is none yet, and return its id.
@@ -359,7 +357,10 @@ class JobManager:
 
         Timeout and errors are those of `TaskHandle.result`.
         """
-        return self._view.wait_for(task_id, timeout)
+        (task,) = self.wait_all([task_id], timeout)
+        if task.status != TaskStatus.COMPLETED:
+            raise TaskFailed(task)
+        return task
 
     def wait_all(
         self, task_ids: Iterable[str], timeout: float | None = None, *, progress: bool = False
@@ -383,11 +384,11 @@ class JobManager:
 
     def jobs(self, room: str) -> Listing[JobSummary]:
         """Return the jobs that a room sees."""
-        return self._rooms.jobs(room)
+        return self._rooms.list(JobSummary, room, "jobs")
 
     def workers(self, room: str) -> Listing[WorkerSummary]:
         """Return the workers of the jobs that a room sees."""
-        return self._rooms.workers(room)
+        return self._rooms.list(WorkerSummary, room, "workers")
 
     def read(self, provider: str, /, **params: Any) -> Any:
         """Return the data of a provider, by its full name: JSON unpacked, all else as bytes.
@@ -405,13 +406,8 @@ class JobManager:
                 return
             self._heartbeat.start()
             self._socket.open()
-            self._shutdown.work = Hands(
-                self._heartbeat,
-                self._executor,
-                self.concurrency,
-                self.polling_interval,
-                self._allocation,
-            )
+            hands = self.concurrency, self.polling_interval, self._allocation
+            self._shutdown.work = Hands(self._heartbeat, self._executor, *hands)
 
     def wait(self) -> bool:
         """Serve until `disconnect`, or in the main thread until SIGINT or SIGTERM.

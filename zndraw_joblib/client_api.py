@@ -8,11 +8,9 @@ import os
 import re
 import ssl
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from importlib import import_module
 from ipaddress import ip_address, ip_network
 from itertools import takewhile
@@ -358,14 +356,11 @@ def json_of(response: Any) -> Any:
 
 
 def _retry_after(response: Any) -> float:
-    given = response.headers.get("retry-after", "")
     try:
-        seconds = float(given)
+        seconds = float(response.headers.get("retry-after", ""))
     except ValueError:
-        try:
-            seconds = parsedate_to_datetime(given).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
+        # a date: when to ask again is then decided here
+        return 0.0
     # one that is no number either
     return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else 0.0
 

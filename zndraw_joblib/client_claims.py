@@ -12,8 +12,8 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field
 
-from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, SlowDown
-from zndraw_joblib.client_transport import FIRST_DELAY_SECONDS, Transport, path, prefer
+from zndraw_joblib.client_api import Answer, SlowDown
+from zndraw_joblib.client_transport import FIRST_DELAY_SECONDS, Transport, path
 from zndraw_joblib.client_worker import Life, Registrations
 from zndraw_joblib.encoding import as_json
 from zndraw_joblib.exceptions import describe, storable
@@ -152,8 +152,8 @@ class Claims:
                 path("tasks", "claim"),
                 read=read_offers,
                 json=body,
-                headers={"Idempotency-Key": key, **prefer(wait)},
-                timeout=wait + CONNECT_SECONDS,
+                headers={"Idempotency-Key": key},
+                wait=wait,
                 stop=stop,
             )
 

@@ -5,14 +5,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from html import escape
 from importlib import import_module
 from typing import Any, Literal, Self, TypeVar, overload
 from uuid import UUID
 
-from zndraw_joblib.client_api import CONNECT_SECONDS, Answer, Unreachable
-from zndraw_joblib.client_transport import Transport, path, prefer
-from zndraw_joblib.exceptions import InvalidTaskTransition, shortened
+from zndraw_joblib.client_api import Answer, Unreachable
+from zndraw_joblib.client_transport import Transport, path
+from zndraw_joblib.exceptions import shortened
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus
 from zndraw_joblib.schemas import LogLine, TaskLogResponse, TaskResponse
 
@@ -97,7 +98,7 @@ class TaskHandle(str):
 
     def refresh(self) -> TaskResponse:
         """Ask the host, and return all that it tells of the task."""
-        return self.keep(self.view.read_task(self))
+        return self._ask("get")
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait until the task is completed, and return its result.
@@ -122,7 +123,11 @@ class TaskHandle(str):
         PermissionError, KeyError
             When it is another user's; when there is no such task.
         """
-        return self.keep(self.view.cancel(self)).status == TaskStatus.CANCELLED
+        try:
+            task = self._ask("patch", json={"status": TaskStatus.CANCELLED.value})
+        except ValueError:
+            task = self.refresh()
+        return task.status == TaskStatus.CANCELLED
 
     def retry(self) -> Self:
         """Set the task going again, which has ended; its result is gone then.
@@ -132,7 +137,7 @@ class TaskHandle(str):
         ValueError, PermissionError, KeyError
             When it has not ended; when it is another user's; when there is no such task.
         """
-        self.keep(self.view.retry(self))
+        self._ask("post", "retry")
         return self
 
     @overload
@@ -147,6 +152,10 @@ class TaskHandle(str):
         """
         lines = shown_lines(self.view.log(self, follow))
         return lines if follow else list(lines)
+
+    def _ask(self, method: str, *action: str, **content: Any) -> TaskResponse:
+        where = path("tasks", self, *action)
+        return self.keep(self.view.transport.ask(method, where, _read_task, **content))
 
     def keep(self, task: TaskResponse) -> TaskResponse:
         """Remember how the task has ended, if it has."""
@@ -221,12 +230,12 @@ def gather(
     return [completed(task).result for task in ended]
 
 
+@dataclass
 class View:
-    """What a host tells a user of tasks, and does with them."""
+    """What a host tells a user of tasks."""
 
-    def __init__(self, transport: Transport, polling_interval: float) -> None:
-        self._transport = transport
-        self._polling_interval = polling_interval
+    transport: Transport
+    polling_interval: float
 
     def task(self, task_id: str | UUID) -> TaskHandle:
         """Return a handle of a task; the host is not asked for it."""
@@ -235,44 +244,24 @@ class View:
         except ValueError:
             raise ValueError(f"{task_id!r} is not the id of a task") from None
 
-    def read_task(self, task_id: str) -> TaskResponse:
-        """Return a task as it is now."""
-        return self._transport.ask("get", path("tasks", task_id), _read_task)
-
-    def cancel(self, task_id: str) -> TaskResponse:
-        """Cancel a task, if it has not ended, and return it."""
-        body = {"status": TaskStatus.CANCELLED.value}
-        answer = self._transport.send("patch", path("tasks", task_id), read=_read_task, json=body)
-        if answer.is_problem(InvalidTaskTransition):
-            return self.read_task(task_id)
-        task: TaskResponse = self._transport.value(answer)
-        return task
-
-    def retry(self, task_id: str) -> TaskResponse:
-        """Set a task that has ended going again, and return it."""
-        return self._transport.ask("post", path("tasks", task_id, "retry"), _read_task)
-
     def look(self, ids: list[TaskHandle]) -> list[TaskResponse]:
         """Return some tasks as they are now; a host that is away is not waited for."""
-        asked = {"ids": ids}
-        return self._transport.ask(
-            "post", path("tasks", "query"), _read_tasks, json=asked, retries=0
-        )
+        where = path("tasks", "query")
+        return self.transport.ask("post", where, _read_tasks, json={"ids": ids}, retries=0)
 
     def log(self, task_id: str, follow: bool) -> Iterator[LogLine]:
         """Yield the lines of a task's log; with ``follow``, those to come until it has ended."""
         after = wait = 0
         while True:
-            answer = self._transport.send(
+            answer = self.transport.send(
                 "get",
                 path("tasks", task_id, "log"),
                 read=TaskLogResponse.model_validate,
                 params={"after": after},
-                headers=prefer(wait),
-                timeout=wait + CONNECT_SECONDS,
+                wait=wait,
                 optional=True,
             )
-            part: TaskLogResponse | None = self._transport.value(answer)
+            part: TaskLogResponse | None = self.transport.value(answer)
             if part is None:
                 raise ValueError("this host is older than logs are, and keeps none")
             yield from part.lines
@@ -280,15 +269,8 @@ class View:
             if part.ended or not (part.lines or follow):
                 return
             if not part.lines and wait and not answer.waited:
-                time.sleep(self._polling_interval)
-            wait = self._transport.longest_wait if follow else 0
-
-    # --- waiting ---
-
-    def wait_for(self, task_id: str, timeout: float | None) -> TaskResponse:
-        """Wait until a task is completed; raise TaskFailed if it ends otherwise."""
-        (task,) = self.ends([task_id], timeout)
-        return completed(task)
+                time.sleep(self.polling_interval)
+            wait = self.transport.longest_wait if follow else 0
 
     def wait_all(
         self, ids: Iterable[str], timeout: float | None, progress: bool
@@ -309,7 +291,7 @@ class View:
         # duplicates apart, in their order
         left = list(dict.fromkeys(str(self.task(task_id)) for task_id in ids))
         total = len(left)
-        most = LIVE_SECONDS if live else self._transport.longest_wait
+        most = LIVE_SECONDS if live else self.transport.longest_wait
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         with _progress_bar(total if bar else 0) as show:
             while left:
@@ -331,25 +313,24 @@ class View:
         self, ids: list[str], deadline: float, most: int
     ) -> tuple[list[TaskResponse], Answer]:
         """Return the first of these tasks, after a wait for all that are asked for."""
-        page = self._transport.limits().max_page if len(ids) > 1 else 1
+        page = self.transport.limits().max_page if len(ids) > 1 else 1
         left = max(0.0, deadline - time.monotonic())
-        wait = int(min(left, most))
-        options: dict[str, Any] = {"headers": prefer(wait), "timeout": wait + CONNECT_SECONDS}
-        options["patience"] = min(left, self._transport.patience)
+        patience = min(left, self.transport.patience)
+        options: dict[str, Any] = {"wait": int(min(left, most)), "patience": patience}
         if page == 1:
-            answer = self._transport.send("get", path("tasks", ids[0]), read=_read_task, **options)
-            return [self._transport.value(answer)], answer
+            answer = self.transport.send("get", path("tasks", ids[0]), read=_read_task, **options)
+            return [self.transport.value(answer)], answer
         body = {"ids": ids[:page]}
-        answer = self._transport.send(
+        answer = self.transport.send(
             "post", path("tasks", "query"), read=_read_tasks, json=body, **options
         )
-        tasks: list[TaskResponse] = self._transport.value(answer)
+        tasks: list[TaskResponse] = self.transport.value(answer)
         if len(tasks) < len(body["ids"]):
             missing = set(body["ids"]) - {str(task.id) for task in tasks}
             raise KeyError(f"there is no task {missing.pop()}")
         # what is too large for one answer to many has to be asked for by itself
         whole = [
-            self.read_task(str(task.id)) if task.abridged and task.status in TERMINAL else task
+            self.task(task.id).refresh() if task.abridged and task.status in TERMINAL else task
             for task in tasks
         ]
         return whole, answer
@@ -361,7 +342,7 @@ class View:
             raise TimeoutError(f"task {task.id} is still {task.status.value}")
         if not answer.waited:
             # less than a second is left, or the host does not wait
-            time.sleep(min(left, self._polling_interval))
+            time.sleep(min(left, self.polling_interval))
 
 
 def _read_task(body: Any) -> TaskResponse:

@@ -297,7 +297,7 @@ class Shutdown:
             retries = 0 if self._failure else LAST_RETRIES
             registrations.retire(retries=retries, timeout=LAST_REQUEST_SECONDS)
         deadline = time.monotonic() + LAST_THREAD_SECONDS
-        for thread in self._life.threads:
+        for thread in filter(threading.Thread.is_alive, self._life.threads):
             thread.join(max(0.0, deadline - time.monotonic()))
         registrations.socket.close()
 

@@ -83,11 +83,6 @@ def path(*parts: object) -> str:
     return PREFIX + "".join("/" + quote(str(part), safe="@:") for part in parts)
 
 
-def prefer(wait: int) -> dict[str, str]:
-    """Return the header that asks a host to wait with its answer (RFC 7240)."""
-    return {"Prefer": f"wait={wait}"} if wait else {}
-
-
 class Transport:
     """Requests to one host, repeated as long as there is hope.
 
@@ -124,14 +119,9 @@ class Transport:
         if time.monotonic() > self._limits_until:
             seconds = OLDER_SECONDS
             try:
-                answer = self.send(
-                    "get",
-                    path("limits"),
-                    read=Limits.model_validate,
-                    optional=True,
-                    retries=retries,
-                )
-                if limits := self.value(answer):
+                read = Limits.model_validate
+                limits = self.ask("get", path("limits"), read, optional=True, retries=retries)
+                if limits is not None:
                     self._limits, seconds = limits, math.inf
             except (OSError, LookupError, ValueError) as exc:
                 # the request that is limited finds out whether the host is there
@@ -147,6 +137,7 @@ class Transport:
         *,
         read: Callable[[Any], Any] | None = None,
         headers: dict[str, str] | None = None,
+        wait: int | None = None,
         timeout: float | None = None,
         optional: bool = False,
         **content: Any,
@@ -158,31 +149,30 @@ class Transport:
         read : callable, optional
             Given the JSON of a success; what it returns is the answer's ``value``. If it
             raises, the answer is not the host's. Without it, a success has no content.
+        wait : int, optional
+            Seconds that the host is asked to wait with its answer (RFC 7240).
         timeout : float, optional
-            Seconds that the answer may take; by default the client's own.
+            Seconds that the answer may take, without ``wait``; by default the client's own.
         optional : bool
             Whether older hosts have no such route; the ``value`` is None then.
 
         Raises
         ------
-        Unreachable, LoginRefused
-            When there is no answer of the host's; when it does not know who asks.
-        ValueError
-            When such a request can never be sent.
-        RuntimeError
-            When the client was made in another process, of which this is a fork.
+        Unreachable, LoginRefused, ValueError, RuntimeError
+            When no answer of the host's came; when it does not know who asks; when such a
+            request can never be sent; in a fork of the process that made the client.
         """
-        http = self._own_client()
+        headers = (headers or {}) | ({"Prefer": f"wait={wait}"} if wait else {})
+        timeout = timeout if wait is None else wait + CONNECT_SECONDS
         if timeout is not None and self.can_wait:
             limits = httpx.Timeout(min(timeout, CONNECT_SECONDS), read=timeout)
             content["extensions"] = {"timeout": limits.as_dict()}
         url = str(self.api.base_url).rstrip("/") + path
-        for attempt in (0, 1):
-            asked = time.monotonic()
-            response = self._ask(getattr(http, method), url, headers or {}, content)
-            if response.status_code != 401 or attempt:
-                break
+        asked = time.monotonic()
+        response = self._ask(method, url, headers, content)
+        if response.status_code == 401:
             # the token may have expired: its owner is asked for a new one
+            response = self._ask(method, url, headers, content)
         if optional and response.status_code == 404 and json_of(response) == NO_ROUTE:
             answer = Answer(response)
         else:
@@ -267,8 +257,8 @@ class Transport:
         self._http, self._pid = http, os.getpid()
         return http
 
-    def _ask(self, send: Any, url: str, headers: dict[str, str], content: dict[str, Any]) -> Any:
-        who: dict[str, str] = {}
+    def _ask(self, method: str, url: str, headers: dict[str, str], content: dict[str, Any]) -> Any:
+        send, who = getattr(self._own_client(), method), {}
         try:
             who = self.api.get_headers()
             return send(url, headers={**who, **headers}, **content)

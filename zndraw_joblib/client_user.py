@@ -4,6 +4,7 @@ import math
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, TypedDict
@@ -14,9 +15,8 @@ from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
 from zndraw_joblib import exceptions, schemas, telemetry
-from zndraw_joblib.client_api import CONNECT_SECONDS
 from zndraw_joblib.client_handles import Listing, ShownTask, TaskHandle, View
-from zndraw_joblib.client_transport import Transport, path, prefer
+from zndraw_joblib.client_transport import Transport, path
 from zndraw_joblib.encoding import as_json, encode
 from zndraw_joblib.extension import Extension, category_of, check_parameters, nearest
 from zndraw_joblib.lifecycle import (
@@ -35,52 +35,45 @@ BATCH_BYTES = 512 * 1024
 LIMITS_RETRIES = 5
 
 
+@dataclass
 class Rooms:
     """What rooms see: tasks, jobs, workers and data."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    transport: Transport
 
     def tasks(
         self, room: str, status: str | None, job: str | None, limit: int
     ) -> Listing[schemas.TaskResponse]:
         """Return the latest tasks of a room."""
-        of_job = ["jobs", job] if job else []
-        where = path("rooms", check_room(room), *of_job, "tasks")
+        what = ["jobs", job, "tasks"] if job else ["tasks"]
         asked = {"status": status} if status else {}
-        return self._list(ShownTask, where, limit, **asked)
-
-    def jobs(self, room: str) -> Listing[schemas.JobSummary]:
-        """Return the jobs that a room sees."""
-        return self._list(schemas.JobSummary, path("rooms", check_room(room), "jobs"))
+        return self.list(ShownTask, room, *what, most=limit, **asked)
 
     def job(self, room: str, name: str) -> schemas.JobResponse:
         """Return a job that a room sees; raise a KeyError that says what it sees."""
         where = path("rooms", check_room(room), "jobs", name or "-")
-        answer = self._transport.send("get", where, read=schemas.JobResponse.model_validate)
+        answer = self.transport.send("get", where, read=schemas.JobResponse.model_validate)
         if answer.is_problem(exceptions.JobNotFound):
             raise self.not_found("jobs", room, name)
-        job: schemas.JobResponse = self._transport.value(answer)
+        job: schemas.JobResponse = self.transport.value(answer)
         return job
-
-    def workers(self, room: str) -> Listing[schemas.WorkerSummary]:
-        """Return the workers of the jobs that a room sees."""
-        return self._list(schemas.WorkerSummary, path("rooms", check_room(room), "workers"))
 
     def drain(self, worker_id: str | UUID) -> schemas.WorkerResponse:
         """Let a worker finish what it has, and give it nothing more."""
         body = {"state": WorkerState.DRAINING.value}
         read = schemas.WorkerResponse.model_validate
-        return self._transport.ask("patch", path("workers", worker_id), read, json=body)
+        return self.transport.ask("patch", path("workers", worker_id), read, json=body)
 
-    def _list(
-        self, kind: type[BaseModel], where: str, most: float = math.inf, **asked: Any
+    def list(
+        self, kind: type[BaseModel], room: str, *what: str, most: float = math.inf, **asked: Any
     ) -> Listing[Any]:
+        """Return what there is of a kind in a room, page by page."""
+        where = path("rooms", check_room(room), *what)
         found: Listing[Any] = Listing()
         while len(found) < most:
             limit = int(min(PAGE, most - len(found)))
             params = {**asked, "limit": limit, "offset": len(found)}
-            page = self._transport.ask("get", where, lambda body: body["items"], params=params)
+            page = self.transport.ask("get", where, lambda body: body["items"], params=params)
             found += map(kind.model_validate, page)
             if len(page) < limit:
                 break
@@ -91,9 +84,8 @@ class Rooms:
         where, what = path("rooms", room, kind), kind.removesuffix("s")
         names: list[str] = []
         with suppress(OSError, LookupError, ValueError):
-            names = self._transport.ask(
-                "get", where, _full_names, params={"limit": PAGE}, retries=0
-            )
+            page = self.transport.ask("get", where, dict, params={"limit": PAGE}, retries=0)
+            names = [item["full_name"] for item in page["items"]]
         return KeyError(
             f"{what} not found: room {room!r} sees no {what} {name!r}; {nearest(name, names)}"
         )
@@ -101,20 +93,18 @@ class Rooms:
     def read(self, provider: str, params: dict[str, Any]) -> Any:
         """Return what a provider has for these parameters: JSON unpacked, else bytes."""
         room = split_full_name(provider).room
-        wait = self._transport.longest_wait
-        answer = self._transport.send(
+        answer = self.transport.send(
             "get",
             path("rooms", room, "providers", provider),
             read=lambda body: body,
             params=params,
-            headers=prefer(wait),
-            timeout=wait + CONNECT_SECONDS,
+            wait=self.transport.longest_wait,
         )
         if answer.is_problem(exceptions.ProviderNotFound):
             raise self.not_found("providers", room, provider)
         if answer.is_problem(exceptions.ProviderTimeout):
             raise exceptions.ProviderTimeoutError(answer.reason)
-        self._transport.value(answer)
+        self.transport.value(answer)
         is_json = "json" in answer.response.headers.get("content-type", "")
         return answer.value if is_json else answer.response.content
 
@@ -128,13 +118,12 @@ class Submitting(TypedDict, total=False):
     idempotency_key: str | None
 
 
+@dataclass
 class Submissions:
     """How tasks get to a host."""
 
-    def __init__(self, transport: Transport, rooms: Rooms, view: View) -> None:
-        self._transport = transport
-        self._rooms = rooms
-        self._view = view
+    rooms: Rooms
+    view: View
 
     def submit(
         self, job: Any, parameters: dict[str, Any] | str | None, room: str | None, how: Submitting
@@ -151,7 +140,12 @@ class Submissions:
             return self.submit_many([job], room, how)[0]
         if not isinstance(parameters, dict | None):
             raise TypeError(f"the parameters of {job!r} are to be a dict")
-        return self._submit_named(job, parameters or {}, room, how)
+        payload = as_json(parameters or {}, "payload")
+        found = self.rooms.job(room, job)
+        schema = found.schema_
+        if "properties" in schema and "additionalProperties" not in schema:
+            check_parameters(job, payload, schema["properties"])
+        return self._send([((split_full_name(found.full_name),), payload)], room, how)[0]
 
     def submit_many(
         self, extensions: Iterable[Extension], room: str, how: Submitting
@@ -160,16 +154,6 @@ class Submissions:
         job_room = how.get("job_room")
         rooms = (job_room,) if job_room else visible_rooms(room)
         return self._send(((_jobs(e, rooms), parameters_of(e)) for e in extensions), room, how)
-
-    def _submit_named(
-        self, name: str, parameters: dict[str, Any], room: str, how: Submitting
-    ) -> TaskHandle:
-        job = self._rooms.job(room, name)
-        schema = job.schema_
-        if "properties" in schema and "additionalProperties" not in schema:
-            check_parameters(name, parameters, schema["properties"])
-        task = (split_full_name(job.full_name),), as_json(parameters, "payload")
-        return self._send([task], room, how)[0]
 
     def _send(
         self, tasks: Iterable[tuple[tuple[FullName, ...], Any]], room: str, how: Submitting
@@ -193,7 +177,7 @@ class Submissions:
         for body in bodies:
             if batch:
                 # a repetition under the same key is to be cut into the same batches
-                limits = self._transport.limits(LIMITS_RETRIES)
+                limits = self.view.transport.limits(LIMITS_RETRIES)
                 most_bytes = min(BATCH_BYTES, limits.max_payload_bytes - len(b'{"tasks":[]}'))
                 if len(batch) == limits.max_batch or size + len(body) > most_bytes:
                     yield batch
@@ -210,14 +194,14 @@ class Submissions:
             ids = [answer["id"]] if alone else answer["ids"]
             if len(ids) != len(bodies):
                 raise ValueError("it is about other tasks")
-            return [self._view.task(task_id) for task_id in ids]
+            return [self.view.task(task_id) for task_id in ids]
 
         headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
         if trace := telemetry.carried():
             headers["traceparent"] = trace
         alone = len(bodies) == 1
         for job in jobs:
-            answer = self._transport.send(
+            answer = self.view.transport.send(
                 "post",
                 path("rooms", check_room(room), "tasks" if alone else "batches", job),
                 read=read,
@@ -225,10 +209,10 @@ class Submissions:
                 headers=headers,
             )
             if not answer.is_problem(exceptions.JobNotFound):
-                handles: list[TaskHandle] = self._transport.value(answer)
+                handles: list[TaskHandle] = self.view.transport.value(answer)
                 return handles
         sought = job if len(jobs) == 1 else f"{job.category}:{job.name}"
-        raise self._rooms.not_found("jobs", room, str(sought))
+        raise self.rooms.not_found("jobs", room, str(sought))
 
 
 def _jobs(extension: Any, rooms: Iterable[str]) -> tuple[FullName, ...]:
@@ -243,10 +227,6 @@ def _jobs(extension: Any, rooms: Iterable[str]) -> tuple[FullName, ...]:
             " or submit('room:category:name', {...}, room)"
         )
     return tuple(FullName.of(room, category_of(extension), cls.__name__) for room in rooms)
-
-
-def _full_names(page: Any) -> list[str]:
-    return [item["full_name"] for item in page["items"]]
 
 
 def parameters_of(extension: BaseModel) -> dict[str, Any]:

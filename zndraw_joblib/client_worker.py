@@ -70,11 +70,7 @@ class Life:
         """Start a thread that the end waits for, and the process does not."""
         thread = threading.Thread(target=run, name=f"zndraw-{name}", daemon=True)
         self.threads.append(thread)
-        try:
-            thread.start()
-        except BaseException:
-            self.threads.remove(thread)
-            raise
+        thread.start()
         return thread
 
 
@@ -87,19 +83,13 @@ class Pool:
 
     def __init__(self, life: Life, size: int, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._size = size
-        life.closing.append(self._close)
+        life.closing.append(partial(self._calls.put, None))
         for n in range(size):
             life.start(f"{name}-{n}", self._work)
 
     def submit(self, call: Callable[[], None]) -> None:
         """Have a thread make the call as soon as one is free."""
         self._calls.put(call)
-
-    def _close(self) -> None:
-        # once the threads have made the calls submitted so far
-        for _ in range(self._size):
-            self._calls.put(None)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -108,6 +98,8 @@ class Pool:
             except BaseException:
                 # even SystemExit: it would end this thread and nothing else
                 log.exception("unexpected")
+        # the others end, too, once the calls submitted so far are made
+        self._calls.put(None)
 
 
 class Registering(TypedDict, total=False):
@@ -137,8 +129,6 @@ class Offered:
     #: what the host gets beside its name and schema
     options: dict[str, Any]
     id: UUID | None = None
-    #: of a job: its first registration takes the place of another schema
-    replace: bool = False
 
     @classmethod
     def job(cls, extension: type[Any], how: Registering) -> Self:
@@ -147,8 +137,9 @@ class Offered:
         name = FullName.of(room, category_of(extension), extension.__name__)
         options = policy.model_dump(exclude_unset=True)
         replace = how.get("replace")
-        replace = in_notebook() if replace is None else replace
-        return cls("jobs", extension, name, how.get("run_kwargs") or {}, options, replace=replace)
+        if in_notebook() if replace is None else replace:
+            options["replace"] = True
+        return cls("jobs", extension, name, how.get("run_kwargs") or {}, options)
 
     @classmethod
     def provider(cls, provider: type[Any], name: str, handler: Any, room: str) -> Self:
@@ -159,17 +150,18 @@ class Offered:
 
     def join(self, worker_id: UUID | None) -> FrozenEvent:
         """Return the event with which a worker asks for what concerns this."""
-        name, worker = str(self.name), str(worker_id)
-        if self.kind == "jobs":
-            return JoinJobRoom(job_name=name, worker_id=worker)
-        return JoinProviderRoom(provider_name=name, worker_id=worker)
+        return self._event(JoinJobRoom, JoinProviderRoom, worker_id)
 
     def leave(self, worker_id: UUID | None) -> FrozenEvent:
         """Return the event with which it asks for no more of it."""
-        name, worker = str(self.name), str(worker_id)
-        if self.kind == "jobs":
-            return LeaveJobRoom(job_name=name, worker_id=worker)
-        return LeaveProviderRoom(provider_name=name, worker_id=worker)
+        return self._event(LeaveJobRoom, LeaveProviderRoom, worker_id)
+
+    def _event(self, of_job: Any, of_provider: Any, worker_id: UUID | None) -> FrozenEvent:
+        event, name = (
+            (of_job, "job_name") if self.kind == "jobs" else (of_provider, "provider_name")
+        )
+        made: FrozenEvent = event(**{name: str(self.name), "worker_id": str(worker_id)})
+        return made
 
 
 class Registrations:
@@ -178,8 +170,10 @@ class Registrations:
     ``on_lost`` is called when the host has lost the worker, and its tasks with it.
     """
 
-    def __init__(self, transport: Transport, life: Life, on_lost: Callable[[], None]) -> None:
-        self.socket = Socket()
+    def __init__(
+        self, transport: Transport, socket: Socket, life: Life, on_lost: Callable[[], None]
+    ) -> None:
+        self.socket = socket
         self.worker_id: UUID | None = None
         self.jobs: dict[str, Offered] = {}
         self.providers: dict[str, Offered] = {}
@@ -189,6 +183,8 @@ class Registrations:
         self._transport = transport
         self._life = life
         self._on_lost = on_lost
+        socket.on("connect", self.join_rooms)
+        socket.on(TaskAvailable.event_name, self._on_task_available)
 
     def create_worker(self) -> UUID:
         """Make the worker, if there is none yet, and return its id."""
@@ -216,7 +212,9 @@ class Registrations:
                 self.socket.settle()
                 self.socket.emit(offered.join(self.worker_id), wait=True)
             try:
-                self.as_worker(partial(self._put, offered, replace=offered.replace))
+                self.as_worker(partial(self._put, offered))
+                # once: another worker may take its place
+                offered.options.pop("replace", None)
             except BaseException:
                 if earlier is None:
                     del known[full_name]
@@ -268,12 +266,6 @@ class Registrations:
                 log.warning("the host has lost registrations: making them again")
                 self._put_all(self.worker_id)
 
-    def listen_to(self, socket: Socket) -> None:
-        """Have events come and go by this Socket.IO from now on."""
-        self.socket = socket
-        socket.on("connect", self.join_rooms)
-        socket.on(TaskAvailable.event_name, self._on_task_available)
-
     def _on_task_available(self, data: dict[str, Any]) -> None:
         if data.get("job_name") in self.jobs:
             self._life.wake.set()
@@ -319,14 +311,10 @@ class Registrations:
             self._transport.value(answer)
 
     def _post_worker(self) -> UUID:
-        stop = self._life.stopping
-        answer = self._transport.send(
-            "post", path("workers"), read=_read_id, json=describe_process(), stop=stop
-        )
-        worker_id: UUID = self._transport.value(answer)
-        return worker_id
+        about, stop = describe_process(), self._life.stopping
+        return self._transport.ask("post", path("workers"), _read_id, json=about, stop=stop)
 
-    def _put(self, offered: Offered, worker_id: UUID, replace: bool = False) -> Answer:
+    def _put(self, offered: Offered, worker_id: UUID) -> Answer:
         answer = self._transport.send(
             "put",
             path("rooms", offered.name.room, offered.kind),
@@ -337,7 +325,6 @@ class Registrations:
                 "schema": schema_of(offered.cls),
                 "worker_id": str(worker_id),
                 **offered.options,
-                **({"replace": True} if replace else {}),
             },
             stop=self._life.stopping,
         )

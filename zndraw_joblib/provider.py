@@ -5,7 +5,7 @@ import logging
 from typing import Any, ClassVar
 
 import pydantic_core
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from zndraw_joblib.encoding import unpack
 from zndraw_joblib.exceptions import PROBLEM_JSON, ProviderExecutionFailed, describe, storable
@@ -75,7 +75,7 @@ def read_content(cls: type[Provider], handler: Any, params: dict[str, Any]) -> b
     TypeError
         When ``read`` returned something that its content type can't hold.
     """
-    result = cls.model_validate(_with_lists(cls, params)).read(handler)
+    result = _query(cls, params).read(handler)
     if isinstance(result, bytes | bytearray | memoryview):
         return bytes(result)
     if isinstance(result, str):
@@ -90,22 +90,17 @@ def read_content(cls: type[Provider], handler: Any, params: dict[str, Any]) -> b
     )
 
 
-def _with_lists(cls: type[Provider], params: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters, a list of one wherever a field takes only lists.
+def _query(cls: type[Provider], params: dict[str, Any]) -> Provider:
+    """Return the provider with these parameters, a list of one where only that is taken.
 
     A query string can't tell a list of one element from the element.
     """
-    schema = cls.model_json_schema()
-    fields, shared = schema.get("properties", {}), schema.get("$defs", {})
-
-    def takes_lists(field: dict[str, Any]) -> bool:
-        field = shared.get(field.get("$ref", "").rpartition("/")[2], field)
-        kinds = [k for k in field.get("anyOf", ()) if k.get("type") != "null"]
-        return field.get("type") == "array" or (bool(kinds) and all(map(takes_lists, kinds)))
-
-    return {
-        name: [value]
-        if not isinstance(value, list) and takes_lists(fields.get(name, {}))
-        else value
-        for name, value in params.items()
-    }
+    try:
+        return cls.model_validate(params)
+    except ValidationError as exc:
+        refused = {name for error in exc.errors() for name in error["loc"][:1]}
+        lists = {n: [v] for n, v in params.items() if n in refused and not isinstance(v, list)}
+        try:
+            return cls.model_validate(params | lists)
+        except ValidationError:
+            raise exc from None
