@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from zndraw_joblib import deprecated
+
 # Names are handed on when they are first asked for: a worker's process imports the
 # client and must load neither the web framework nor the database toolkit for it.
 _NAMES = {
@@ -43,9 +45,5 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return deprecated.alias(__name__, name, stacklevel=4)
     return getattr(import_module(f"zndraw_joblib.{_MODULE_OF[name]}"), name)
-
-
-# for one release: what hosts of 0.1.7 call
-import_module("zndraw_joblib.deprecated")

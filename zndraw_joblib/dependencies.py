@@ -31,6 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from zndraw_auth import User, current_active_user, current_user_scoped_session
 from zndraw_auth.db import get_session_maker
 
+from zndraw_joblib import deprecated
 from zndraw_joblib.database import Listing, Page
 from zndraw_joblib.delivery import ProvidersRemoved, Runtime, SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Emitter, Outbox
@@ -41,6 +42,8 @@ from zndraw_joblib.results import ResultBackend, results_of
 from zndraw_joblib.settings import JobLibSettings, settings_of
 from zndraw_joblib.waiting import wakeups_of
 from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
+
+__getattr__ = functools.partial(deprecated.alias, __name__)
 
 # Longest `Prefer` that is read, in characters.
 _MAX_PREFER = 1000
@@ -73,6 +76,7 @@ async def get_internal_providers(request: Request) -> InternalRegistry | None:
     return getattr(request.app.state, "internal_provider_registry", None)
 
 
+@deprecated.takes_cleanup
 async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
     """Return ``app.state.on_providers_removed``: what hears of providers that went.
 

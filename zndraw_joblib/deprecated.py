@@ -1,20 +1,17 @@
 """What hosts of 0.1.7 call and import, for one release; each use says what to write.
 
-To be deleted as a whole, with the line of `__init__` that names it: the modules that those
-hosts call know nothing of it, they are changed when they are imported.
+To be deleted as a whole, with the lines that name it: decorators in `registry`, `sweeper`
+and `dependencies`, and what these and `__init__` do for names that they haven't.
 """
 
-import sys
 import warnings
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import wraps
-from importlib.machinery import ModuleSpec, PathFinder
 from inspect import isasyncgenfunction, isawaitable
-from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
-Function = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
 FrameRoomCleanup = Callable[[set[str]], Any]
 
 _INSTEAD = {
@@ -28,26 +25,16 @@ _INSTEAD = {
 }
 
 
-def _warn(old: str, new: str) -> None:
+def _warn(old: str, new: str, stacklevel: int = 3) -> None:
     message = f"{old} goes with the next release of zndraw-joblib: write {new}"
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    warnings.warn(message, DeprecationWarning, stacklevel)
 
 
-def _add_aliases(module: ModuleType) -> None:
-    known = vars(module).get("__getattr__", _alias)
-
-    def get(name: str) -> Any:
-        if name not in _INSTEAD:
-            return known(name)
-        _warn(name, _INSTEAD[name])
-        return _alias(name)
-
-    vars(module)["__getattr__"] = get
-
-
-def _alias(name: str) -> Any:
+def alias(module: str, name: str, stacklevel: int = 3) -> Any:
+    """Return what a name of 0.1.7 stands for, that a module is asked for."""
     if name not in _INSTEAD:
-        raise AttributeError(f"zndraw_joblib.dependencies has no attribute {name!r}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(name, _INSTEAD[name], stacklevel)
     # not before it is asked for: a worker loads none of it
     from fastapi import Depends
 
@@ -82,7 +69,7 @@ def _hearing_rooms(cleanup: FrameRoomCleanup) -> Callable[..., Awaitable[None]]:
     return removed
 
 
-def _for_removals(get_hook: Function) -> Function:
+def takes_cleanup(get_hook: F) -> F:
     """Let an override of ``get_frame_room_cleanup`` take the place of the hook."""
 
     @wraps(get_hook)
@@ -95,10 +82,10 @@ def _for_removals(get_hook: Function) -> Function:
             cleanup = await cleanup
         return None if cleanup is None else _hearing_rooms(cleanup)
 
-    return get
+    return cast(F, get)
 
 
-def _for_registry(function: Function) -> Function:
+def takes_session_factory(function: F) -> F:
     """Let a function take ``session_factory`` for its ``session_maker``."""
 
     @wraps(function)
@@ -108,10 +95,10 @@ def _for_registry(function: Function) -> Function:
             kwargs["session_maker"] = session_factory
         return function(*args, **kwargs)
 
-    return call
+    return cast(F, call)
 
 
-def _for_sweeper(function: Function) -> Function:
+def takes_get_session(function: F) -> F:
     """Let the sweeper take ``get_session`` and ``on_frame_rooms``."""
 
     @wraps(function)
@@ -126,39 +113,4 @@ def _for_sweeper(function: Function) -> Function:
             kwargs["on_providers_removed"] = _hearing_rooms(on_frame_rooms)
         return function(*args, **kwargs)
 
-    return call
-
-
-_CHANGED: dict[str, dict[str, Callable[[Function], Function]]] = {
-    "dependencies": {"get_providers_removed": _for_removals},
-    "registry": {"register_internal_jobs": _for_registry, "ensure_internal_jobs": _for_registry},
-    "sweeper": {"run_sweeper": _for_sweeper},
-}
-
-
-class _Changing:
-    """A finder of modules that changes some of them as soon as they are there."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        package, _, module_name = name.rpartition(".")
-        if package != "zndraw_joblib" or module_name not in _CHANGED:
-            return None
-        spec = PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_change(module: ModuleType) -> None:
-            execute(module)
-            for function, change in _CHANGED[module_name].items():
-                setattr(module, function, change(getattr(module, function)))
-            if module_name == "dependencies":
-                _add_aliases(module)
-
-        vars(spec.loader)["exec_module"] = execute_and_change
-        return spec
-
-
-_add_aliases(sys.modules["zndraw_joblib"])
-sys.meta_path.insert(0, _Changing)
+    return cast(F, call)

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
-from zndraw_joblib import attempts, jobs, telemetry
+from zndraw_joblib import attempts, deprecated, jobs, telemetry
 from zndraw_joblib.delivery import SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Outbox, TaskView
 from zndraw_joblib.exceptions import describe
@@ -264,6 +264,7 @@ async def ensure_internal_providers(
         await session.commit()
 
 
+@deprecated.takes_session_factory
 async def register_internal_jobs(
     app: FastAPI,
     broker: AsyncBroker,
@@ -362,6 +363,7 @@ async def _change(
     return await runtime_of(app).delivery.run(session_maker, transports, change)
 
 
+@deprecated.takes_session_factory
 async def ensure_internal_jobs(extensions: Iterable[Any], session_maker: SessionMaker) -> None:
     """Write the rows of ``@internal`` jobs; every replica may do so at once.
 

@@ -16,7 +16,7 @@ import anyio
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from zndraw_joblib import attempts, jobs, tasks, workers
+from zndraw_joblib import attempts, deprecated, jobs, tasks, workers
 from zndraw_joblib.database import now, number, scalar, scalars
 from zndraw_joblib.delivery import Delivery, ProvidersRemoved, SessionMaker, Transports, runtime_of
 from zndraw_joblib.encoding import MAX_INT
@@ -340,6 +340,7 @@ _PASSES = (
 )
 
 
+@deprecated.takes_get_session
 async def run_sweeper(
     session_maker: SessionMaker,
     settings: JobLibSettings | None = None,
