@@ -339,14 +339,11 @@ class Outbox:
             or self.logged
         )
 
-    def task_changed(self, task: TaskView) -> None:
-        """Tell everybody whom a task's new state concerns."""
-        self.tasks_changed([task])
-
     def tasks_changed(self, tasks: Iterable[TaskView]) -> None:
-        """Tell everybody whom a change of several tasks concerns.
+        """Tell everybody whom a change of tasks concerns.
 
-        The room hears of each, the workers of a job once.
+        The room hears of each, the workers of a job once; the broker of those that were
+        claimed for it.
         """
         available: dict[str, TaskAvailable] = {}
         for task in tasks:
@@ -357,13 +354,11 @@ class Outbox:
             name = task.job_name
             if task.status in TERMINAL:
                 self.ended.append(task_key(task.id))
-            # what waits for its time is not available yet, what waits for the server
-            # never
-            elif (
-                task.status is TaskStatus.PENDING
-                and task.available_at is None
-                and name.partition(":")[0] != INTERNAL_ROOM
-            ):
+            elif name.partition(":")[0] == INTERNAL_ROOM:
+                if task.status is TaskStatus.CLAIMED:
+                    self.dispatches.append(Dispatch(task, again=False))
+            # what waits for its time is not available yet
+            elif task.status is TaskStatus.PENDING and task.available_at is None:
                 self.queued.append(job_key(name))
                 if name not in available:
                     available[name] = TaskAvailable(
@@ -371,11 +366,9 @@ class Outbox:
                     )
         self.emissions += [Emission(event, jobs_channel(name)) for name, event in available.items()]
 
-    def dispatch(self, tasks: Iterable[TaskView], *, again: bool = False) -> None:
-        """Hand those tasks that were claimed for the broker to it."""
-        self.dispatches += [
-            Dispatch(task, again) for task in tasks if task.status is TaskStatus.CLAIMED
-        ]
+    def dispatch_again(self, tasks: Iterable[TaskView]) -> None:
+        """Hand to the broker once more what was claimed for it."""
+        self.dispatches += [Dispatch(task, again=True) for task in tasks]
 
     def jobs_changed(self, rooms: Iterable[str]) -> None:
         """Tell rooms that their list of jobs, or of their workers, changed."""

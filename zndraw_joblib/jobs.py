@@ -342,12 +342,14 @@ def _fields(row: sa.Row[Any]) -> dict[str, Any]:
     return {**row._mapping, "workers": sorted(workers), "full_name": full_name}
 
 
+_SHOWN = _view(JOB.c.schema)
+
+
 async def read(
     session: AsyncSession, job_id: UUID, settings: JobLibSettings, **registered: Any
 ) -> JobResponse:
     """Return a job, with what is told of its registration just now."""
-    view = _view(JOB.c.schema).where(JOB.c.id == job_id)
-    rows = await execute(session, view, tasks.limits(settings))
+    rows = await execute(session, _SHOWN.where(JOB.c.id == job_id), tasks.limits(settings))
     return JobResponse(**_fields(rows.one()), **registered)
 
 
@@ -361,7 +363,7 @@ async def read_named(
     ProblemException
         ``job-not-found``, also for a malformed name.
     """
-    view = _view(JOB.c.schema).where(named(find_name(room, full_name)), LIVE)
+    view = _SHOWN.where(named(find_name(room, full_name)), LIVE)
     row = (await execute(session, view, tasks.limits(settings))).one_or_none()
     if row is None:
         raise not_found(room, full_name)

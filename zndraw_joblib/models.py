@@ -29,13 +29,22 @@ def constant(status: TaskStatus) -> sa.ColumnElement[TaskStatus]:
     return sa.literal_column(f"'{status.name}'", TASK.c.status.type)
 
 
+def _check(name: str, condition: str) -> sa.CheckConstraint:
+    # whatever convention the metadata has
+    return sa.CheckConstraint(condition, name=conv(name))
+
+
+def _deleted_with(column: str, name: str) -> sa.ForeignKey:
+    return sa.ForeignKey(column, name=name, ondelete="CASCADE")
+
+
 class Job(Base):
     """A named extension that workers serve, in one room or in all of them."""
 
     __tablename__ = "job"
     __table_args__ = (
         sa.UniqueConstraint("room_id", "category", "name", name="uq_job_full_name"),
-        sa.CheckConstraint("max_attempts >= 1", name=conv("ck_job_max_attempts")),
+        _check("ck_job_max_attempts", "max_attempts >= 1"),
         # of the live ones the sweeper deletes some, of the deleted ones it purges some
         sa.Index("ix_job_deleted", "deleted", "id"),
         # those that a claim leaves out
@@ -74,9 +83,7 @@ class Worker(Base):
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
-    user_id: Mapped[UUID] = mapped_column(
-        sa.ForeignKey("user.id", name="worker_user_id_fkey", ondelete="CASCADE")
-    )
+    user_id: Mapped[UUID] = mapped_column(_deleted_with("user.id", "worker_user_id_fkey"))
     last_heartbeat: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     state: Mapped[str] = mapped_column(sa.String(16), default=WorkerState.ACTIVE.value)
@@ -93,12 +100,10 @@ class WorkerJobLink(Base):
     __table_args__ = (sa.Index("ix_worker_job_link_job_id", "job_id"),)
 
     worker_id: Mapped[UUID] = mapped_column(
-        sa.ForeignKey("worker.id", name="worker_job_link_worker_id_fkey", ondelete="CASCADE"),
-        primary_key=True,
+        _deleted_with("worker.id", "worker_job_link_worker_id_fkey"), primary_key=True
     )
     job_id: Mapped[UUID] = mapped_column(
-        sa.ForeignKey("job.id", name="worker_job_link_job_id_fkey", ondelete="CASCADE"),
-        primary_key=True,
+        _deleted_with("job.id", "worker_job_link_job_id_fkey"), primary_key=True
     )
 
 
@@ -119,11 +124,9 @@ class ProviderRecord(Base):
     name: Mapped[str]
     schema_: Mapped[dict[str, Any]] = mapped_column("schema", sa.JSON, default=dict)
     content_type: Mapped[str] = mapped_column(default="application/json")
-    user_id: Mapped[UUID] = mapped_column(
-        sa.ForeignKey("user.id", name="provider_user_id_fkey", ondelete="CASCADE")
-    )
+    user_id: Mapped[UUID] = mapped_column(_deleted_with("user.id", "provider_user_id_fkey"))
     worker_id: Mapped[UUID | None] = mapped_column(
-        sa.ForeignKey("worker.id", name="provider_worker_id_fkey", ondelete="CASCADE")
+        _deleted_with("worker.id", "provider_worker_id_fkey")
     )
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
 
@@ -185,23 +188,18 @@ class Task(Base):
 
     __tablename__ = "task"
     __table_args__ = (
-        sa.CheckConstraint(
+        _check(
+            "ck_task_completed_at",
             "(status IN ('COMPLETED', 'FAILED', 'CANCELLED')) = (completed_at IS NOT NULL)",
-            name=conv("ck_task_completed_at"),
         ),
-        sa.CheckConstraint(
-            "status <> 'RUNNING' OR started_at IS NOT NULL", name=conv("ck_task_started_at")
-        ),
-        sa.CheckConstraint(
-            "status <> 'PENDING' OR worker_id IS NULL", name=conv("ck_task_worker_id")
-        ),
-        sa.CheckConstraint(
-            "status = 'PENDING' OR available_at IS NULL", name=conv("ck_task_available_at")
-        ),
-        sa.CheckConstraint(
-            "status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL",
-            name=conv("ck_task_deadline_at"),
-        ),
+        _check("ck_task_started_at", "status <> 'RUNNING' OR started_at IS NOT NULL"),
+        _check("ck_task_worker_id", "status <> 'PENDING' OR worker_id IS NULL"),
+        _check("ck_task_available_at", "status = 'PENDING' OR available_at IS NULL"),
+        _check("ck_task_deadline_at", "status IN ('CLAIMED', 'RUNNING') OR deadline_at IS NULL"),
+        # the listings, newest first
+        sa.Index("ix_task_room", "room_id", "created_at", "id"),
+        sa.Index("ix_task_room_status", "room_id", "status", "created_at", "id"),
+        sa.Index("ix_task_job_room", "job_id", "room_id", "created_at", "id"),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
@@ -270,7 +268,7 @@ class TaskLog(Base):
     __tablename__ = "task_log"
 
     task_id: Mapped[UUID] = mapped_column(
-        sa.ForeignKey("task.id", name="task_log_task_id_fkey", ondelete="CASCADE"), primary_key=True
+        _deleted_with("task.id", "task_log_task_id_fkey"), primary_key=True
     )
     attempt: Mapped[int] = mapped_column(primary_key=True)
     first: Mapped[int] = mapped_column(primary_key=True)
@@ -343,47 +341,34 @@ def in_states(states: frozenset[TaskStatus]) -> sa.ColumnElement[bool]:
     return TASK.c.status.in_(map(constant, sorted(states)))
 
 
-def _index(name: str, *columns: Any, where: sa.ColumnElement[bool], **kw: Any) -> None:
-    sa.Index(name, *columns, postgresql_where=where, sqlite_where=where, **kw)
+def _index(name: str, columns: str, where: sa.ColumnElement[bool], **kw: Any) -> None:
+    named = (TASK.c[column] for column in columns.split())
+    sa.Index(name, *named, postgresql_where=where, sqlite_where=where, **kw)
 
 
 # the claim, and a task's place in its queue
-_index("ix_task_queue", TASK.c.job_id, TASK.c.queue_order, TASK.c.id, where=queued())
+_index("ix_task_queue", "job_id queue_order id", queued())
 # delayed tasks whose time has come
-_index(
-    "ix_task_delayed", TASK.c.job_id, TASK.c.available_at, where=TASK.c.available_at.is_not(None)
-)
+_index("ix_task_delayed", "job_id available_at", TASK.c.available_at.is_not(None))
 # what of a user's waits, and where in a queue; what no claim says keeps claims from it,
 # since PostgreSQL takes an index that was empty once for one that costs nothing
 _index(
     "ix_task_pending_of",
-    TASK.c.created_by_id,
-    TASK.c.job_id,
-    TASK.c.queue_order,
-    where=sa.and_(TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)),
+    "created_by_id job_id queue_order",
+    sa.and_(TASK.c.status == constant(TaskStatus.PENDING), TASK.c.created_by_id.is_not(None)),
 )
 # what a worker holds
-_index("ix_task_held", TASK.c.worker_id, where=held())
+_index("ix_task_held", "worker_id", held())
 # attempts for the sweeper to end
-_index("ix_task_deadline", TASK.c.deadline_at, where=TASK.c.deadline_at.is_not(None))
+_index("ix_task_deadline", "deadline_at", TASK.c.deadline_at.is_not(None))
 # ended tasks, for the purge
-_index(
-    "ix_task_completed", TASK.c.status, TASK.c.completed_at, where=TASK.c.completed_at.is_not(None)
-)
+_index("ix_task_completed", "status completed_at", TASK.c.completed_at.is_not(None))
 # one task, or one batch of them, for one Idempotency-Key
 _index(
     "uq_task_idempotency_key",
-    TASK.c.created_by_id,
-    TASK.c.job_id,
-    TASK.c.room_id,
-    TASK.c.idempotency_key,
-    TASK.c.batch_index,
-    where=TASK.c.idempotency_key.is_not(None),
+    "created_by_id job_id room_id idempotency_key batch_index",
+    TASK.c.idempotency_key.is_not(None),
     unique=True,
 )
-# the listings, newest first
-sa.Index("ix_task_room", TASK.c.room_id, TASK.c.created_at, TASK.c.id)
-sa.Index("ix_task_room_status", TASK.c.room_id, TASK.c.status, TASK.c.created_at, TASK.c.id)
-sa.Index("ix_task_job_room", TASK.c.job_id, TASK.c.room_id, TASK.c.created_at, TASK.c.id)
 
 __all__ = ["Job", "ProviderRecord", "Task", "TaskLog", "TaskStatus", "Worker", "WorkerJobLink"]

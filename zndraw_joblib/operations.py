@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from zndraw_joblib import database, exceptions, jobs, models, reports, submissions, tasks
+from zndraw_joblib import exceptions, jobs, models, reports, submissions, tasks
 from zndraw_joblib.database import Listing, Page, execute, now, number, paginate, scalar, scalars
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, REPORTABLE, TERMINAL, FullName, TaskStatus
@@ -283,12 +283,7 @@ async def cancel(
 @lru_cache(maxsize=2)
 def _retrying(internal: bool) -> ReturningUpdate[Any]:
     """Return what makes tasks that have ended as they were when they were submitted."""
-    # one parameter: no number of tasks makes a large statement
-    ended = database.elements(sa.bindparam("ended", type_=sa.Text())).table_valued("value")
-
-    def own(name: str, type_: Any) -> sa.ColumnElement[Any]:
-        return sa.cast(database.member(ended.c.value, sa.literal_column(f"'{name}'")), type_)
-
+    _, own = submissions.rows_of("ended")
     place = submissions.new_place(TASK.c.job_id, TASK.c.priority, TASK.c.created_by_id)
     anew = {
         **submissions.back_in_queue(),

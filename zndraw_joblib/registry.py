@@ -49,6 +49,11 @@ def internal_name(extension: Any) -> FullName:
     return FullName(INTERNAL_ROOM, str(category), extension.__name__)
 
 
+def _named(classes: Iterable[Any]) -> list[tuple[FullName, Any]]:
+    # in one order, so that replicas that start together wait for each other in turn
+    return sorted({internal_name(cls): cls for cls in classes}.items())
+
+
 @dataclass(frozen=True)
 class InternalRegistry:
     """The ``@internal`` jobs, or providers, that a broker takes.
@@ -159,7 +164,7 @@ def _register(
     receiver: Callable[[Any], Run],
     mint_token: MintToken | None,
 ) -> InternalRegistry:
-    by_name = {str(internal_name(cls)): cls for cls in classes}
+    by_name = {str(name): cls for name, cls in _named(classes)}
     tasks = {
         name: broker.register_task(receiver(cls), task_name=name) for name, cls in by_name.items()
     }
@@ -254,10 +259,8 @@ async def ensure_internal_providers(
     user_id : UUID
         Who uploads their results.
     """
-    by_name = {internal_name(provider): provider for provider in providers}
     async with session_maker() as session:
-        for name in sorted(by_name):
-            provider = by_name[name]
+        for name, provider in _named(providers):
             content_type = getattr(provider, "content_type", "application/json")
             schema = provider.model_json_schema()
             await install_provider(session, name, schema, content_type, user_id)
@@ -374,9 +377,7 @@ async def ensure_internal_jobs(extensions: Iterable[Any], session_maker: Session
     session_maker : callable
         Opens the session.
     """
-    by_name = {internal_name(extension): extension for extension in extensions}
     async with session_maker() as session:
-        # in one order, so that replicas that start together wait for each other in turn
-        for name in sorted(by_name):
-            await jobs.install(session, name, by_name[name].model_json_schema())
+        for name, extension in _named(extensions):
+            await jobs.install(session, name, extension.model_json_schema())
         await session.commit()

@@ -47,12 +47,6 @@ async def read_limits(context: WaitingContext) -> Response:
     """Tell what one request may ask for at most."""
     settings = context.settings
     limits = schemas.Limits(
-        max_claim=schemas.MAX_CLAIM,
-        max_claim_jobs=schemas.MAX_CLAIM_JOBS,
-        max_reports=schemas.MAX_REPORTS,
-        max_batch=schemas.MAX_BATCH,
-        max_heartbeat_tasks=schemas.MAX_HEARTBEAT_TASKS,
-        max_page=schemas.MAX_PAGE,
         max_payload_bytes=settings.max_payload_bytes,
         max_result_bytes=max(settings.max_result_bytes, settings.max_payload_bytes),
         long_poll_max_wait_seconds=settings.long_poll_max_wait_seconds,

@@ -78,7 +78,6 @@ async def _submitted(
         name = split_full_name(submission.tasks[0].job_name)
         await jobs.admit(session, name, context.caller, context.settings)
         context.outbox.tasks_changed(submission.tasks)
-        context.outbox.dispatch(submission.tasks)
     await context.commit(session)
 
 
@@ -128,7 +127,6 @@ async def _retried(
         await jobs.admit(session, name, context.caller, context.settings)
         require_broker(context.transports, name, [], "")
     context.outbox.tasks_changed(retried)
-    context.outbox.dispatch(retried)
 
 
 @router.post(
@@ -400,7 +398,7 @@ async def report_task(
     if isinstance(reported, exceptions.ProblemException):
         raise reported
     if reported.changed:
-        context.outbox.task_changed(reported.task)
+        context.outbox.tasks_changed([reported.task])
     await context.commit(session)
     # a large result is not sent back
     large = isinstance(body.result, Written)

@@ -49,17 +49,17 @@ class PaginatedResponse(Model, Generic[T]):
 class Limits(Model):
     """What one request may ask for at most, in this host."""
 
-    max_claim: int
+    max_claim: int = MAX_CLAIM
     """Tasks of a claim."""
-    max_claim_jobs: int
+    max_claim_jobs: int = MAX_CLAIM_JOBS
     """Jobs that a claim names."""
-    max_reports: int
+    max_reports: int = MAX_REPORTS
     """Reports of a batch."""
-    max_batch: int
+    max_batch: int = MAX_BATCH
     """Tasks of a submission."""
-    max_heartbeat_tasks: int
+    max_heartbeat_tasks: int = MAX_HEARTBEAT_TASKS
     """Tasks of a heartbeat."""
-    max_page: int
+    max_page: int = MAX_PAGE
     """Entries of a page, and tasks of a query."""
     max_payload_bytes: int
     """Bytes of a JSON body."""

@@ -26,9 +26,8 @@ from zndraw_joblib.workers import Caller, check_quota
 PRIORITY_STEP = 2**52
 
 
-def _start(priority: Any) -> sa.ColumnElement[int]:
-    start: sa.ColumnElement[int] = sa.literal(-PRIORITY_STEP, sa.BigInteger()) * priority
-    return start
+def _start(priority: Any) -> Any:
+    return sa.literal(-PRIORITY_STEP, sa.BigInteger()) * priority
 
 
 def _in_queue(job_id: Any, priority: Any) -> sa.ColumnElement[bool]:
@@ -155,7 +154,6 @@ _UNDER_KEY = (
 def _values(internal: bool) -> dict[Any, Any]:
     """Return what a new task consists of, but for what its job says."""
     rank = _parameter("rank", TASK.c.queue_order)
-    seconds: sa.ColumnElement[float] = sa.bindparam("seconds", type_=sa.Float())
     values = {
         TASK.c.id: _parameter("new_id", TASK.c.id),
         TASK.c.job_id: _JOB_ID,
@@ -171,7 +169,7 @@ def _values(internal: bool) -> dict[Any, Any]:
         TASK.c.batch_index: _parameter("index", TASK.c.batch_index),
         TASK.c.traceparent: _parameter("trace", TASK.c.traceparent),
     }
-    return values | _times(internal, seconds)
+    return values | _times(internal, sa.bindparam("seconds", type_=sa.Float()))
 
 
 def _times(internal: bool, seconds: sa.ColumnElement[float]) -> dict[Any, Any]:
@@ -229,15 +227,21 @@ _SAME = (
 _OWN = {"new_id": TASK.c.id, "given": TASK.c.payload, "index": TASK.c.batch_index}
 
 
+def rows_of(parameter: str) -> tuple[Any, Callable[[str, Any], sa.ColumnElement[Any]]]:
+    """Return the rows of a parameter, a list in JSON, and what reads their members."""
+    # one parameter: no number of tasks makes a large statement
+    rows = database.elements(sa.bindparam(parameter, type_=sa.Text())).table_valued("value")
+
+    def own(name: str, type_: Any) -> sa.ColumnElement[Any]:
+        return sa.cast(database.member(rows.c.value, sa.literal_column(f"'{name}'")), type_)
+
+    return rows, own
+
+
 @lru_cache(maxsize=2)
 def _inserting_others(internal: bool) -> Any:
     """Return what inserts the other ones, like the first, which holds the job."""
-    # one parameter: no number of tasks makes a large statement
-    others = database.elements(sa.bindparam("others", type_=sa.Text())).table_valued("value")
-
-    def own(name: str, type_: Any) -> sa.ColumnElement[Any]:
-        return sa.cast(database.member(others.c.value, sa.literal_column(f"'{name}'")), type_)
-
+    others, own = rows_of("others")
     rank, seconds = own("rank", sa.BigInteger()), own("seconds", sa.Float())
     # none sees the others of its statement, which come behind each other
     before = sa.func.row_number().over(partition_by=rank, order_by=own("index", sa.Integer())) - 1

@@ -168,7 +168,7 @@ async def _stuck_internal_tasks(sweep: _Sweep) -> int:
     if sweep.transports.registry is not None:
         await _each(sweep, attempts.undelivered(settings), _send_again)
         for waiting in attempts.WAITING_INTERNAL:
-            await _each(sweep, waiting, _send)
+            await _each(sweep, waiting, _changing(attempts.dispatch_waiting))
     return ended
 
 
@@ -176,15 +176,8 @@ async def _send_again(
     session: AsyncSession, rows: Rows, settings: JobLibSettings, outbox: Outbox
 ) -> int:
     overdue = await attempts.dispatch_again(session, rows, settings)
-    outbox.dispatch(overdue, again=True)
+    outbox.dispatch_again(overdue)
     return len(overdue)
-
-
-async def _send(session: AsyncSession, rows: Rows, settings: JobLibSettings, outbox: Outbox) -> int:
-    claimed = await attempts.dispatch_waiting(session, rows, settings)
-    outbox.tasks_changed(claimed)
-    outbox.dispatch(claimed)
-    return len(claimed)
 
 
 async def _idle_jobs(sweep: _Sweep) -> int:
