@@ -11,19 +11,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlalchemy.types import TypeEngine
 
+from zndraw_joblib import lifecycle
 from zndraw_joblib.attempts import NO_KEY, confirm_internal_start, error_entry, failed
 from zndraw_joblib.database import execute, now
 from zndraw_joblib.encoding import Written, equal_json, uncollected
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.exceptions import Forbidden, InvalidTaskTransition, LeaseLost, ProblemException
-from zndraw_joblib.lifecycle import (
-    HELD,
-    INTERRUPTED_ERROR,
-    REPORTABLE,
-    TERMINAL,
-    ErrorType,
-    TaskStatus,
-)
+from zndraw_joblib.lifecycle import HELD, REPORTABLE, TERMINAL, ErrorType, TaskStatus
 from zndraw_joblib.models import JOB, TASK, constant, in_states, of_job, rechecked
 from zndraw_joblib.schemas import TaskUpdateRequest
 from zndraw_joblib.settings import JobLibSettings
@@ -300,7 +294,7 @@ async def _require_operator(
 
 def _interrupted_too_often(request: TaskUpdateRequest) -> TaskUpdateRequest:
     """Return the report of a failed attempt that takes an interruption's place."""
-    ended = {"error": INTERRUPTED_ERROR, "error_type": ErrorType.WORKER_LOST}
+    ended = {"error": lifecycle.INTERRUPTED_ERROR, "error_type": ErrorType.WORKER_LOST}
     return request.model_copy(update={"status": TaskStatus.FAILED, "interrupted": False, **ended})
 
 

@@ -9,15 +9,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from zndraw_joblib import lifecycle
 from zndraw_joblib.encoding import Json
 from zndraw_joblib.exceptions import ProblemDetail
-from zndraw_joblib.lifecycle import (
-    MAX_ATTEMPTS,
-    MAX_PRIORITY,
-    ErrorType,
-    JsonObject,
-    Model,
-    TaskStatus,
-    example,
-)
+from zndraw_joblib.lifecycle import ErrorType, Model, TaskStatus, example
 from zndraw_joblib.schemas_workers import MAX_HEARTBEAT_TASKS as MAX_HEARTBEAT_TASKS
 from zndraw_joblib.schemas_workers import HeartbeatResponse as HeartbeatResponse
 from zndraw_joblib.schemas_workers import RunningTask as RunningTask
@@ -84,11 +76,11 @@ class PolicyResponse(Model):
 class JobPolicy(Model):
     """How a job's tasks are tried: all of it is optional, times in seconds."""
 
-    max_attempts: lifecycle.Integer = Field(default=1, ge=1, le=MAX_ATTEMPTS)
+    max_attempts: lifecycle.Integer = Field(default=1, ge=1, le=lifecycle.MAX_ATTEMPTS)
     retry_delay_seconds: lifecycle.Seconds = 0
     timeout_seconds: lifecycle.Limit | None = None
     start_timeout_seconds: lifecycle.Limit | None = None
-    max_interruptions: lifecycle.Integer = Field(default=10, ge=0, le=MAX_ATTEMPTS)
+    max_interruptions: lifecycle.Integer = Field(default=10, ge=0, le=lifecycle.MAX_ATTEMPTS)
     """How often a running task may be given back, by workers that have to leave, until that
     counts as a failed attempt."""
     expected_seconds: lifecycle.Limit | None = None
@@ -107,7 +99,7 @@ class JobRegisterRequest(JobPolicy):
 
     category: lifecycle.Name
     name: lifecycle.JobName
-    schema_: JsonObject = Field(default={}, alias="schema")
+    schema_: lifecycle.JsonObject = Field(default={}, alias="schema")
     worker_id: UUID | None = None
     worker: WorkerDescription | None = None
     replace: bool = Field(default=False, strict=True)
@@ -141,7 +133,7 @@ class _Offer(Model):
     category: str
     name: str
     full_name: str
-    schema_: JsonObject = Field(
+    schema_: lifecycle.JsonObject = Field(
         validation_alias=AliasChoices("schema", "schema_"), serialization_alias="schema"
     )
 
@@ -182,8 +174,10 @@ class TaskSubmitRequest(Model):
 
     model_config = example(payload={"number": 21})
 
-    payload: JsonObject = {}
-    priority: lifecycle.Integer = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    payload: lifecycle.JsonObject = {}
+    priority: lifecycle.Integer = Field(
+        default=0, ge=-lifecycle.MAX_PRIORITY, le=lifecycle.MAX_PRIORITY
+    )
     delay_seconds: lifecycle.Seconds = 0
 
 
@@ -221,7 +215,7 @@ class TaskResponse(Model):
     completed_at: datetime | None = None
     worker_id: UUID | None = None
     error: str | None = None
-    payload: JsonObject = {}
+    payload: lifecycle.JsonObject = {}
     queue_position: int | None = None
     attempt: int = 0
     max_attempts: int = 1
@@ -421,7 +415,7 @@ class ProviderRegisterRequest(Model):
 
     category: lifecycle.Name
     name: lifecycle.ProviderName
-    schema_: JsonObject = Field(default={}, alias="schema")
+    schema_: lifecycle.JsonObject = Field(default={}, alias="schema")
     content_type: lifecycle.MediaType = "application/json"
     worker_id: UUID | None = None
     worker: WorkerDescription | None = None

@@ -5,19 +5,8 @@ from uuid import UUID
 
 from pydantic import Field
 
-from zndraw_joblib.lifecycle import (
-    AnyState,
-    Attempt,
-    Checkpoint,
-    Fraction,
-    Integer,
-    Label,
-    LogLines,
-    Message,
-    Model,
-    WorkerState,
-    example,
-)
+from zndraw_joblib import lifecycle
+from zndraw_joblib.lifecycle import Model, WorkerState, example
 
 MAX_HEARTBEAT_TASKS = 256
 _ID = "0198a2f4-6c1e-7b3a-9d52-4f8e1c0b7a63"
@@ -28,17 +17,17 @@ class WorkerResponse(Model):
 
     id: UUID
     last_heartbeat: datetime
-    state: AnyState = WorkerState.ACTIVE
+    state: lifecycle.AnyState = WorkerState.ACTIVE
 
 
 class WorkerInfo(Model):
     """Where a worker runs, as it says itself: all of it is optional."""
 
-    host: Label | None = None
-    pid: Integer | None = Field(default=None, ge=0, le=2**31 - 1)
-    version: Label | None = None
+    host: lifecycle.Label | None = None
+    pid: lifecycle.Integer | None = Field(default=None, ge=0, le=2**31 - 1)
+    version: lifecycle.Label | None = None
     """Of the package."""
-    devices: list[Label] = Field(default=[], max_length=64)
+    devices: list[lifecycle.Label] = Field(default=[], max_length=64)
     """The GPUs that it may use."""
 
 
@@ -47,17 +36,17 @@ class WorkerDescription(Model):
 
     model_config = example(name="node7:4242", info={"host": "node7", "devices": ["cuda:0"]})
 
-    name: Label | None = None
+    name: lifecycle.Label | None = None
     info: WorkerInfo | None = None
 
 
 class LoggedLines(Model):
     """Some lines of a task's log."""
 
-    first: Integer = Field(ge=1, le=2**31 - 1)
+    first: lifecycle.Integer = Field(ge=1, le=2**31 - 1)
     """The number of the first of them among those that the worker sent in this attempt, from 1:
     what was sent before is not taken twice."""
-    lines: LogLines
+    lines: lifecycle.LogLines
     """Control characters become blanks, and what is longer than 4000 characters is cut; at most
     64 KiB."""
 
@@ -66,10 +55,10 @@ class TaskHeartbeat(Model):
     """What a worker says of one task that it runs."""
 
     id: UUID
-    attempt: Attempt
-    progress: Fraction | None = None
-    message: Message | None = None
-    checkpoint: Checkpoint = None
+    attempt: lifecycle.Attempt
+    progress: lifecycle.Fraction | None = None
+    message: lifecycle.Message | None = None
+    checkpoint: lifecycle.Checkpoint = None
     """Where the next attempt is to go on, at most 64 KiB of JSON."""
     log: LoggedLines | None = None
 
@@ -81,7 +70,7 @@ class WorkerUpdateRequest(Model):
 
     tasks: list[TaskHeartbeat] = Field(default=[], max_length=MAX_HEARTBEAT_TASKS)
     state: WorkerState | None = None
-    stuck: Integer | None = Field(default=None, ge=0, le=10_000)
+    stuck: lifecycle.Integer | None = Field(default=None, ge=0, le=10_000)
     """How many hands still run code of attempts that are over."""
 
 
@@ -90,7 +79,7 @@ class HeartbeatResponse(WorkerResponse):
 
     cancelled: list[UUID] = []
     lost: list[UUID] = []
-    desired_state: AnyState = WorkerState.ACTIVE
+    desired_state: lifecycle.AnyState = WorkerState.ACTIVE
     jobs: int | None = None
     """How many jobs the worker serves: of fewer than it registered the host lost some."""
     providers: int | None = None

@@ -17,14 +17,9 @@ from urllib.parse import unquote
 import jsonschema_rs
 from pydantic_core import from_json, to_json
 
+from zndraw_joblib import exceptions
 from zndraw_joblib.encoding import equal_json
-from zndraw_joblib.exceptions import (
-    MAX_ERRORS,
-    InvalidSchema,
-    PayloadMismatch,
-    json_pointer,
-    shortened,
-)
+from zndraw_joblib.exceptions import json_pointer, shortened
 from zndraw_joblib.lifecycle import JsonObject
 
 MAX_SCHEMA_BYTES = 64 * 1024
@@ -115,7 +110,7 @@ def check_schema(schema: JsonObject) -> None:
     else:
         return
     where, detail = shortened(f"/body/schema{pointer}"), shortened(detail)
-    raise InvalidSchema.exception(
+    raise exceptions.InvalidSchema.exception(
         f"not a JSON Schema: {where}: {detail}", errors=[{"pointer": where, "detail": detail}]
     )
 
@@ -207,11 +202,11 @@ def check_payloads(schema: str, payloads: Mapping[str, JsonObject]) -> bool:
         except _CAN_NOT_TELL:
             checked = False
             continue
-        if misfit and len(errors) < MAX_ERRORS:
+        if misfit and len(errors) < exceptions.MAX_ERRORS:
             errors.append(_error(where, payload, misfit))
     if errors:
         first = errors[0]
-        raise PayloadMismatch.exception(
+        raise exceptions.PayloadMismatch.exception(
             f"schema mismatch: {first['pointer']}: {first['detail']}", errors=errors
         )
     return checked
