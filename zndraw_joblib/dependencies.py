@@ -76,7 +76,7 @@ async def get_internal_providers(request: Request) -> InternalRegistry | None:
     return getattr(request.app.state, "internal_provider_registry", None)
 
 
-@deprecated.takes_cleanup
+@deprecated.old_cleanup_override
 async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
     """Return ``app.state.on_providers_removed``: what hears of providers that went.
 

@@ -38,22 +38,18 @@ def alias(module: str, name: str, stacklevel: int = 3) -> Any:
     # not before it is asked for: a worker loads none of it
     from fastapi import Depends
 
-    from zndraw_joblib import dependencies, results, schemas, settings
+    from zndraw_joblib import dependencies, schemas
 
-    names = {
+    known = {
         "FrameRoomCleanup": FrameRoomCleanup,
-        "FrameRoomCleanupDep": Annotated[FrameRoomCleanup | None, Depends(_get_frame_room_cleanup)],
-        "JobLibSettingsDep": Annotated[
-            settings.JobLibSettings, Depends(dependencies.get_joblib_settings)
-        ],
+        "FrameRoomCleanupDep": Annotated[Any, Depends(_get_frame_room_cleanup)],
+        "JobLibSettingsDep": Annotated[Any, Depends(dependencies.get_joblib_settings)],
         "PaginatedResponse": schemas.PaginatedResponse,
-        "ResultBackendDep": Annotated[
-            results.ResultBackend, Depends(dependencies.get_result_backend)
-        ],
-        "WritableRoomDep": Annotated[str, Depends(dependencies.verify_writable_room)],
+        "ResultBackendDep": Annotated[Any, Depends(dependencies.get_result_backend)],
+        "WritableRoomDep": Annotated[Any, Depends(dependencies.verify_writable_room)],
         "get_frame_room_cleanup": _get_frame_room_cleanup,
     }
-    return names[name]
+    return known[name]
 
 
 async def _get_frame_room_cleanup() -> FrameRoomCleanup | None:
@@ -69,7 +65,7 @@ def _hearing_rooms(cleanup: FrameRoomCleanup) -> Callable[..., Awaitable[None]]:
     return removed
 
 
-def takes_cleanup(get_hook: F) -> F:
+def old_cleanup_override(get_hook: F) -> F:
     """Let an override of ``get_frame_room_cleanup`` take the place of the hook."""
 
     @wraps(get_hook)
@@ -85,7 +81,7 @@ def takes_cleanup(get_hook: F) -> F:
     return cast(F, get)
 
 
-def takes_session_factory(function: F) -> F:
+def old_registry_arguments(function: F) -> F:
     """Let a function take ``session_factory`` for its ``session_maker``."""
 
     @wraps(function)
@@ -98,7 +94,7 @@ def takes_session_factory(function: F) -> F:
     return cast(F, call)
 
 
-def takes_get_session(function: F) -> F:
+def old_sweeper_arguments(function: F) -> F:
     """Let the sweeper take ``get_session`` and ``on_frame_rooms``."""
 
     @wraps(function)

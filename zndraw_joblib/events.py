@@ -179,7 +179,6 @@ class Emitter(Protocol):
 
     async def emit(self, event: str, data: Any, *, room: str) -> Any:
         """Send ``data`` to everybody in ``room``."""
-        ...
 
 
 class Dispatcher(Protocol):
@@ -191,7 +190,6 @@ class Dispatcher(Protocol):
 
     async def send(self, name: str, *, subject: Any, **message: Any) -> None:
         """Hand over one message about a task or provider; raise if it isn't taken."""
-        ...
 
 
 async def emit(

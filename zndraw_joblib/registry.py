@@ -267,7 +267,7 @@ async def ensure_internal_providers(
         await session.commit()
 
 
-@deprecated.takes_session_factory
+@deprecated.old_registry_arguments
 async def register_internal_jobs(
     app: FastAPI,
     broker: AsyncBroker,
@@ -366,7 +366,7 @@ async def _change(
     return await runtime_of(app).delivery.run(session_maker, transports, change)
 
 
-@deprecated.takes_session_factory
+@deprecated.old_registry_arguments
 async def ensure_internal_jobs(extensions: Iterable[Any], session_maker: SessionMaker) -> None:
     """Write the rows of ``@internal`` jobs; every replica may do so at once.
 

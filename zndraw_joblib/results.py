@@ -41,15 +41,12 @@ class ResultBackend(Protocol):
 
     async def store(self, key: str, data: bytes, ttl: float) -> None:
         """Keep ``data`` under ``key`` for ``ttl``."""
-        ...
 
     async def get(self, key: str) -> bytes | None:
         """Return what is kept under ``key``."""
-        ...
 
     async def delete(self, key: str) -> None:
         """Forget ``key``."""
-        ...
 
     async def acquire_inflight(self, key: str, ttl: float) -> bool:
         """Mark ``key`` for ``ttl``; tell whether nobody had."""
@@ -57,15 +54,12 @@ class ResultBackend(Protocol):
 
     async def release_inflight(self, key: str) -> None:
         """Take the mark of ``key`` away."""
-        ...
 
     async def wait_for_key(self, key: str, timeout: float) -> bytes | None:
         """Return what is kept under ``key`` as soon as there is something."""
-        ...
 
     async def notify_key(self, key: str) -> None:
         """Wake who waits for ``key``."""
-        ...
 
 
 class MemoryResults:

@@ -36,6 +36,7 @@ from zndraw_joblib.problem_route import (
     new_router,
 )
 from zndraw_joblib.results import reachable
+from zndraw_joblib.schemas import PaginatedResponse
 from zndraw_joblib.sweeper import retire
 
 router = new_router()
@@ -70,7 +71,7 @@ async def create_worker(
     return deps.json_response(schemas.WorkerResponse(**row._mapping), 201)
 
 
-@router.get("/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary]))
+@router.get("/workers", **answers(PaginatedResponse[schemas.WorkerSummary]))
 async def list_workers(context: RequestContext, session: SessionDep, page: Paging) -> Response:
     """List all workers."""
     items, listing = await operations.list_workers(session, page, context.caller, context.settings)
@@ -104,9 +105,7 @@ async def delete_worker(context: RequestContext, session: SessionDep, worker_id:
     await context.commit(session)
 
 
-@router.get(
-    "/rooms/{room_id}/workers", **answers(schemas.PaginatedResponse[schemas.WorkerSummary], *ROOM)
-)
+@router.get("/rooms/{room_id}/workers", **answers(PaginatedResponse[schemas.WorkerSummary], *ROOM))
 async def list_room_workers(
     context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging
 ) -> Response:
@@ -195,9 +194,7 @@ async def register_job(
     return deps.json_response(job, 201 if registered.created else 200)
 
 
-@router.get(
-    "/rooms/{room_id}/jobs", **answers(schemas.PaginatedResponse[schemas.JobSummary], *ROOM)
-)
+@router.get("/rooms/{room_id}/jobs", **answers(PaginatedResponse[schemas.JobSummary], *ROOM))
 async def list_jobs(
     context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging
 ) -> Response:
@@ -207,7 +204,7 @@ async def list_jobs(
     return deps.page_response(context.request, page, listing, items)
 
 
-@router.get("/rooms/{room_id}/stats", **answers(schemas.PaginatedResponse[schemas.JobStats], *ROOM))
+@router.get("/rooms/{room_id}/stats", **answers(PaginatedResponse[schemas.JobStats], *ROOM))
 async def read_stats(
     context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging
 ) -> Response:
@@ -291,8 +288,7 @@ async def register_provider(
 
 
 @router.get(
-    "/rooms/{room_id}/providers",
-    **answers(schemas.PaginatedResponse[schemas.ProviderResponse], *ROOM),
+    "/rooms/{room_id}/providers", **answers(PaginatedResponse[schemas.ProviderResponse], *ROOM)
 )
 async def list_providers(
     context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: Paging

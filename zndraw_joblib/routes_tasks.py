@@ -38,6 +38,7 @@ from zndraw_joblib.encoding import MAX_INT, Written
 from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import TERMINAL, TaskStatus, split_full_name
 from zndraw_joblib.problem_route import BODY, JOB, ROOM, TASK, WORKER, answers, new_router
+from zndraw_joblib.schemas import PaginatedResponse
 from zndraw_joblib.workers import OPERATE, Action
 
 log = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ async def submit_batch(
 
 @router.get(
     "/rooms/{room_id}/jobs/{job_name:fullname}/tasks",
-    **answers(schemas.PaginatedResponse[schemas.TaskResponse], *JOB),
+    **answers(PaginatedResponse[schemas.TaskResponse], *JOB),
 )
 async def list_job_tasks(
     context: RequestContext,
@@ -212,9 +213,7 @@ async def list_job_tasks(
     return deps.page_response(context.request, page, listing, map(tasks.as_json, listing.rows))
 
 
-@router.get(
-    "/rooms/{room_id}/tasks", **answers(schemas.PaginatedResponse[schemas.TaskResponse], *ROOM)
-)
+@router.get("/rooms/{room_id}/tasks", **answers(PaginatedResponse[schemas.TaskResponse], *ROOM))
 async def list_room_tasks(
     context: RequestContext, session: SessionDep, may_enter: Access, room_id: str, page: TaskPaging
 ) -> Response:

@@ -333,7 +333,7 @@ _PASSES = (
 )
 
 
-@deprecated.takes_get_session
+@deprecated.old_sweeper_arguments
 async def run_sweeper(
     session_maker: SessionMaker,
     settings: JobLibSettings | None = None,

@@ -270,7 +270,6 @@ class Wakeups(Protocol):
         queued : sequence of str
             Keys; as often as one is there, one request is woken.
         """
-        ...
 
     async def listen(self, waiters: Waiters, missed: Callable[[], None]) -> None:
         """Hand what other processes tell to ``waiters``, until cancelled or cut off.
@@ -282,7 +281,6 @@ class Wakeups(Protocol):
         missed : callable
             To be called when notifications may have been missed: once it listens.
         """
-        ...
 
 
 def wakeups_of(app: Any) -> Wakeups | None:
