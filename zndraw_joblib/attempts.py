@@ -1,7 +1,8 @@
 """Attempts: how they end, and what the server itself does with them."""
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -95,15 +96,10 @@ async def fail(
     return await change(session, ending.returning(*BRIEF), settings)
 
 
-def _ending(error: str, error_type: ErrorType) -> Callable[..., Awaitable[list[TaskView]]]:
-    """Return the step that ends the chosen attempts for one reason."""
-
-    async def end(
-        session: AsyncSession, chosen: sa.Select[tuple[UUID]], settings: JobLibSettings
-    ) -> list[TaskView]:
-        return await fail(session, TASK.c.id.in_(chosen), settings, error, error_type)
-
-    return end
+async def _end(
+    session: AsyncSession, chosen: sa.Select[tuple[UUID]], settings: JobLibSettings, **why: Any
+) -> list[TaskView]:
+    return await fail(session, TASK.c.id.in_(chosen), settings, **why)
 
 
 def lost_error(worker: sa.Row[Any]) -> str:
@@ -150,7 +146,7 @@ _OF_WORKER = TASK.c.worker_id.is_not(None)
 ORPHANED = sa.select(TASK.c.id).where(
     held(), _OF_WORKER, ~sa.exists().where(WORKER.c.id == TASK.c.worker_id)
 )
-lose_orphans = _ending(lifecycle.WORKER_LOST_ERROR, ErrorType.WORKER_LOST)
+lose_orphans = partial(_end, error=lifecycle.WORKER_LOST_ERROR, error_type=ErrorType.WORKER_LOST)
 
 
 def _overdue(status: TaskStatus, whose: sa.ColumnElement[bool]) -> sa.Select[tuple[UUID]]:
@@ -161,7 +157,7 @@ def _overdue(status: TaskStatus, whose: sa.ColumnElement[bool]) -> sa.Select[tup
 
 #: The attempts that ran longer than their job allows.
 TIMED_OUT = _overdue(TaskStatus.RUNNING, _OF_WORKER)
-time_out = _ending(lifecycle.TIMEOUT_ERROR, ErrorType.TIMEOUT)
+time_out = partial(_end, error=lifecycle.TIMEOUT_ERROR, error_type=ErrorType.TIMEOUT)
 #: The tasks that a worker claimed, and did not start in time.
 NEVER_STARTED = _overdue(TaskStatus.CLAIMED, _OF_WORKER)
 
@@ -346,4 +342,4 @@ def stuck(settings: JobLibSettings) -> sa.Select[tuple[UUID]]:
     )
 
 
-fail_stuck = _ending(lifecycle.INTERNAL_TIMEOUT_ERROR, ErrorType.TIMEOUT)
+fail_stuck = partial(_end, error=lifecycle.INTERNAL_TIMEOUT_ERROR, error_type=ErrorType.TIMEOUT)

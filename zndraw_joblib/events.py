@@ -328,14 +328,8 @@ class Outbox:
     @property
     def leaves(self) -> bool:
         """Whether there is anything to send, or to log."""
-        return bool(
-            self.emissions
-            or self.dispatches
-            or self.providers_removed
-            or self.changes
-            or self.workers_gone
-            or self.logged
-        )
+        sent = (self.emissions, self.dispatches, self.providers_removed, self.logged)
+        return any((*sent, self.changes, self.workers_gone))
 
     def tasks_changed(self, tasks: Iterable[TaskView]) -> None:
         """Tell everybody whom a change of tasks concerns.

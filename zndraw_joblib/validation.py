@@ -87,10 +87,6 @@ class _Misfit(NamedTuple):
     argument: Any
     path: tuple[str | int, ...] = ()
 
-    def rank(self) -> tuple[int, bool]:
-        """Tell the alternative that was meant: a ``const`` tells others apart."""
-        return len(self.path), self.keyword != "const"
-
 
 def check_schema(schema: JsonObject) -> None:
     """Refuse what is no JSON Schema, in a dialect and of a size that are taken here.
@@ -280,7 +276,8 @@ class _Check:
             return None
         if fits or keyword == "not":
             return _Misfit(keyword, argument)
-        deepest = max(misfits, key=_Misfit.rank)
+        # the alternative that was meant: a `const` tells others apart
+        deepest = max(misfits, key=lambda found: (len(found.path), found.keyword != "const"))
         return deepest if deepest.path else _Misfit(keyword, argument)
 
     def _fits(self, keyword: str, argument: Any, value: Any) -> bool:
