@@ -71,11 +71,6 @@ async def get_internal_registry(request: Request) -> InternalRegistry | None:
     return getattr(request.app.state, "internal_registry", None)
 
 
-async def get_internal_providers(request: Request) -> InternalRegistry | None:
-    """Return ``app.state.internal_provider_registry``, as the host set it."""
-    return getattr(request.app.state, "internal_provider_registry", None)
-
-
 @deprecated.old_cleanup_override
 async def get_providers_removed(request: Request) -> ProvidersRemoved | None:
     """Return ``app.state.on_providers_removed``: what hears of providers that went.

@@ -365,7 +365,7 @@ async def read_provider(
     async with reachable(patience):
         data = await providers.cached(wanted)
         if data is None:
-            registry = await deps.look_up(request, deps.get_internal_providers)
+            registry = getattr(request.app.state, "internal_provider_registry", None)
             tsio = context.transports.tsio
             send = providers.sender(provider, params, digest, tsio, registry)
             fetch = partial(providers.fetch, wanted, send, seconds)
