@@ -65,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (options.user or options.token):
         parser.error(f"who are you? set {TOKEN}, or give --token or --user")
     try:
-        with JobManager.connect(options.url, **_login(options), **options.how(options)) as manager:
-            code: int = options.run(manager, options)
+        how = _worker_options(options) if options.run is _work else {}
+        with JobManager.connect(options.url, **_login(options), **how) as manager:
+            code = options.run(manager, options)
         sys.stdout.flush()
-        return code
+        return code or DONE
     except BrokenPipeError:
         # as `| head` leaves it: nothing can be written any more, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -105,11 +106,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Any, run: Callable[[JobManager, Any], int], text: str, ids: str = ""
+    commands: Any, run: Callable[[JobManager, Any], int | None], text: str, ids: str = ""
 ) -> argparse.ArgumentParser:
     name = run.__name__.strip("_")
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run, how=lambda _: {})
+    command.set_defaults(run=run)
     command.add_argument("--url", default=os.environ.get(URL), help=f"the host; else ${URL}")
     command.add_argument("--token", default=os.environ.get(TOKEN), help=f"else ${TOKEN}")
     command.add_argument("--user", help=f"log in with the password of ${PASSWORD}, or asked for")
@@ -136,7 +137,6 @@ def _login(options: argparse.Namespace) -> dict[str, Any]:
 
 def _add_work(commands: Any) -> None:
     work = _add(commands, _work, "Run the tasks of some jobs, until Ctrl-C or SIGTERM.")
-    work.set_defaults(how=_worker_options)
     work.add_argument("classes", nargs="+", metavar="module:Class")
     work.add_argument("--room", default=GLOBAL_ROOM, help="who sees the jobs; %(default)s")
     work.add_argument("--concurrency", type=int, default=1, help="tasks at a time; %(default)s")
@@ -198,21 +198,18 @@ def _imported(place: str) -> Any:
 # --- what is there ---
 
 
-def _jobs(manager: JobManager, options: argparse.Namespace) -> int:
+def _jobs(manager: JobManager, options: argparse.Namespace) -> None:
     _show(manager.jobs(options.room), options, "full_name", "workers_alive")
-    return DONE
 
 
-def _workers(manager: JobManager, options: argparse.Namespace) -> int:
+def _workers(manager: JobManager, options: argparse.Namespace) -> None:
     columns = ("id", "name", "state", "alive", "job_count", "held", "last_heartbeat")
     _show(manager.workers(options.room), options, *columns)
-    return DONE
 
 
-def _tasks(manager: JobManager, options: argparse.Namespace) -> int:
+def _tasks(manager: JobManager, options: argparse.Namespace) -> None:
     found = manager.tasks(options.room, status=options.status, job=options.job, limit=options.limit)
     _show(found, options, *TASK_COLUMNS)
-    return DONE
 
 
 # --- tasks ---
@@ -285,11 +282,10 @@ def _all_completed(tasks: Iterable[TaskResponse]) -> int:
     return DONE if all(task.status == TaskStatus.COMPLETED for task in tasks) else NOT_ALL
 
 
-def _log(manager: JobManager, options: argparse.Namespace) -> int:
+def _log(manager: JobManager, options: argparse.Namespace) -> None:
     lines = manager.task(options.id).view.log(options.id, options.follow)
     for shown in (x.model_dump_json() for x in lines) if options.json else shown_lines(lines):
         print(shown, flush=True)
-    return DONE
 
 
 def _cancel(manager: JobManager, options: argparse.Namespace) -> int:
@@ -299,17 +295,15 @@ def _cancel(manager: JobManager, options: argparse.Namespace) -> int:
     return DONE if all(cancelled) else NOT_ALL
 
 
-def _retry(manager: JobManager, options: argparse.Namespace) -> int:
+def _retry(manager: JobManager, options: argparse.Namespace) -> None:
     tasks = [manager.task(task_id) for task_id in options.ids]
     _show([task.retry().refresh() for task in tasks], options, *TASK_COLUMNS)
-    return DONE
 
 
-def _drain(manager: JobManager, options: argparse.Namespace) -> int:
+def _drain(manager: JobManager, options: argparse.Namespace) -> None:
     rooms = Rooms(Transport(manager.api))
     workers = [rooms.drain(worker_id) for worker_id in options.ids]
     _show(workers, options, "id", "state", "last_heartbeat")
-    return DONE
 
 
 def _show(rows: Iterable[BaseModel], options: argparse.Namespace, *columns: str) -> None:

@@ -384,11 +384,11 @@ class JobManager:
 
     def jobs(self, room: str) -> Listing[JobSummary]:
         """Return the jobs that a room sees."""
-        return self._rooms.list(JobSummary, room, "jobs")
+        return self._rooms.all_of(JobSummary, room, "jobs")
 
     def workers(self, room: str) -> Listing[WorkerSummary]:
         """Return the workers of the jobs that a room sees."""
-        return self._rooms.list(WorkerSummary, room, "workers")
+        return self._rooms.all_of(WorkerSummary, room, "workers")
 
     def read(self, provider: str, /, **params: Any) -> Any:
         """Return the data of a provider, by its full name: JSON unpacked, all else as bytes.

@@ -138,7 +138,10 @@ class HostApi:
         if token is None and (user is None or password is None):
             raise ValueError("give a token, or a user and a password")
         self.base_url = _check_url(base_url)
-        self._authority = next(((n, os.environ[n]) for n in TRUST_VARIABLES if os.getenv(n)), None)
+        authority = next((name for name in TRUST_VARIABLES if os.getenv(name)), None)
+        # what checks the host's certificate, if the environment says whom to trust
+        self._trust = None if authority is None else _trust(authority)
+        self._authority = os.environ.get(authority or "")
         self._proxy = proxy_for(httpx.URL(self.base_url))
         self._credentials = None if user is None else {"username": user, "password": password}
         self._token = token
@@ -153,7 +156,7 @@ class HostApi:
                 event_hooks={"response": [self._forget_refused_token]},
                 # both were read from the environment, for Socket.IO as well
                 trust_env=False,
-                verify=self._trust() or True,
+                verify=self._trust or True,
                 proxy=self._proxy,
             )
         except (ValueError, ImportError, httpx.InvalidURL) as exc:
@@ -174,9 +177,9 @@ class HostApi:
         session = import_module("requests").session()
         session.trust_env = False
         options: dict[str, Any] = {}
-        if self._authority is not None:
-            session.verify = self._authority[1]
-            options["sslopt"] = {"context": self._trust()}
+        if self._trust is not None:
+            session.verify = self._authority
+            options["sslopt"] = {"context": self._trust}
         if self._proxy is not None:
             session.proxies = {"http": self._proxy, "https": self._proxy}
         # else the library would look at the environment by itself
@@ -235,18 +238,6 @@ class HostApi:
         """Close the connections to the host."""
         self._http.close()
 
-    def _trust(self) -> ssl.SSLContext | None:
-        """Return what checks the host's certificate, if the environment says whom to trust."""
-        if self._authority is None:
-            return None
-        name, place = self._authority
-        try:
-            if os.path.isdir(place):
-                return ssl.create_default_context(capath=place)
-            return ssl.create_default_context(cafile=place)
-        except OSError as exc:
-            raise ValueError(f"{name}={place}: {exc}") from None
-
     def _log_in(self, http: httpx.Client) -> str:
         url = f"{self.base_url}/auth/jwt/login"
         response = http.post(url, data=self._credentials)
@@ -264,6 +255,16 @@ class HostApi:
             # another thread may have logged in since this request was sent
             if response.request.headers.get("Authorization") == f"Bearer {self._token}":
                 self._token = None
+
+
+def _trust(variable: str) -> ssl.SSLContext:
+    place = os.environ[variable]
+    try:
+        if os.path.isdir(place):
+            return ssl.create_default_context(capath=place)
+        return ssl.create_default_context(cafile=place)
+    except OSError as exc:
+        raise ValueError(f"{variable}={place}: {exc}") from None
 
 
 def _check_url(given: str) -> str:

@@ -55,7 +55,9 @@ class Listing(list[T]):
         rows: list[Any] = self[:SHOWN_ROWS]
         if rows and isinstance(rows[0], TaskHandle):
             try:
-                rows = rows[0].view.look(rows)
+                transport, where = rows[0].view.transport, path("tasks", "query")
+                asked = {"ids": rows}
+                rows = transport.ask("post", where, _read_tasks, json=asked, retries=0)
             except (OSError, LookupError, ValueError) as exc:
                 return _table([["id"], *([handle] for handle in rows), [exc]])
         if not rows:
@@ -243,11 +245,6 @@ class View:
             return TaskHandle(str(UUID(str(task_id))), self)
         except ValueError:
             raise ValueError(f"{task_id!r} is not the id of a task") from None
-
-    def look(self, ids: list[TaskHandle]) -> list[TaskResponse]:
-        """Return some tasks as they are now; a host that is away is not waited for."""
-        where = path("tasks", "query")
-        return self.transport.ask("post", where, _read_tasks, json={"ids": ids}, retries=0)
 
     def log(self, task_id: str, follow: bool) -> Iterator[LogLine]:
         """Yield the lines of a task's log; with ``follow``, those to come until it has ended."""

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,6 @@ from zndraw_joblib.client_api import (
     json_of,
     judge,
 )
-from zndraw_joblib.events import FrozenEvent
 from zndraw_joblib.telemetry import SafeLogger
 
 PREFIX = "/v1/joblib"
@@ -45,15 +45,13 @@ OLDER_SECONDS = 60.0
 SHORTEST_SECRET = 4
 SOCKET_CLOSE_SECONDS = 2.0
 LONGEST_SOCKET_PAUSE_SECONDS = 300.0
-#: What goes wrong on the way, and what to do about it.
+#: What goes wrong on the way, as a pattern, and what to do about it.
 HINTS = {
     "CERTIFICATE_VERIFY_FAILED": "name the file of your own authority in SSL_CERT_FILE",
-    "Connection refused": "nothing listens there: is the port right?",
-    "actively refused": "nothing listens there: is the port right?",
-    "Name or service not known": "there is no host of this name",
-    "nodename nor servname": "there is no host of this name",
-    "name resolution": "there is no host of this name",
-    "getaddrinfo failed": "there is no host of this name",
+    "(Connection|actively) refused": "nothing listens there: is the port right?",
+    "Name or service not known|nodename nor servname|name resolution|getaddrinfo failed": (
+        "there is no host of this name"
+    ),
     "WRONG_VERSION_NUMBER": "that port speaks http, not https",
 }
 
@@ -299,7 +297,7 @@ def _explain(exc: Exception, secret: dict[str, str]) -> str:
         for word in value.split():
             if len(word) >= SHORTEST_SECRET:
                 text = text.replace(word, "***")
-    hints = [hint for sign, hint in HINTS.items() if sign in text]
+    hints = [hint for sign, hint in HINTS.items() if re.search(sign, text)]
     return "; ".join([text, *hints[:1]])
 
 
@@ -340,19 +338,18 @@ class Socket:
         if self.tsio is not None:
             self.tsio.on(event, both)
 
-    def emit(self, event: FrozenEvent, *, wait: bool = False) -> None:
+    def emit(self, event: str, data: dict[str, str], *, wait: bool = False) -> None:
         """Emit an event if that is possible now; ``wait`` until the host has handled it."""
         if self.tsio is None:
             return
-        content = event.event_name, event.model_dump(mode="json")
         try:
             if wait and hasattr(self.tsio, "call") and self.connected:
-                self.tsio.call(*content, timeout=CONNECT_SECONDS)
+                self.tsio.call(event, data, timeout=CONNECT_SECONDS)
             else:
-                self.tsio.emit(*content)
+                self.tsio.emit(event, data)
         except Exception as exc:
             # rooms are joined at every connect
-            log.debug("could not emit %s: %s", event.event_name, exc)
+            log.debug("could not emit %s: %s", event, exc)
 
     def open(self) -> None:
         """Begin to connect, in a thread, if the connection is the worker's own."""

@@ -47,7 +47,7 @@ class Rooms:
         """Return the latest tasks of a room."""
         what = ["jobs", job, "tasks"] if job else ["tasks"]
         asked = {"status": status} if status else {}
-        return self.list(ShownTask, room, *what, most=limit, **asked)
+        return self.all_of(ShownTask, room, *what, most=limit, **asked)
 
     def job(self, room: str, name: str) -> schemas.JobResponse:
         """Return a job that a room sees; raise a KeyError that says what it sees."""
@@ -64,7 +64,7 @@ class Rooms:
         read = schemas.WorkerResponse.model_validate
         return self.transport.ask("patch", path("workers", worker_id), read, json=body)
 
-    def list(
+    def all_of(
         self, kind: type[BaseModel], room: str, *what: str, most: float = math.inf, **asked: Any
     ) -> Listing[Any]:
         """Return what there is of a kind in a room, page by page."""
@@ -211,8 +211,8 @@ class Submissions:
             if not answer.is_problem(exceptions.JobNotFound):
                 handles: list[TaskHandle] = self.view.transport.value(answer)
                 return handles
-        sought = job if len(jobs) == 1 else f"{job.category}:{job.name}"
-        raise self.rooms.not_found("jobs", room, str(sought))
+        name = job if len(jobs) == 1 else f"{job.category}:{job.name}"
+        raise self.rooms.not_found("jobs", room, str(name))
 
 
 def _jobs(extension: Any, rooms: Iterable[str]) -> tuple[FullName, ...]:

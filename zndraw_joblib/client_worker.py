@@ -13,14 +13,7 @@ from uuid import UUID
 
 from zndraw_joblib.client_api import Answer, describe_process
 from zndraw_joblib.client_transport import Socket, Transport, path
-from zndraw_joblib.events import (
-    FrozenEvent,
-    JoinJobRoom,
-    JoinProviderRoom,
-    LeaveJobRoom,
-    LeaveProviderRoom,
-    TaskAvailable,
-)
+from zndraw_joblib.events import TaskAvailable
 from zndraw_joblib.exceptions import SchemaConflict, WorkerNotFound
 from zndraw_joblib.extension import category_of, schema_of
 from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName
@@ -148,21 +141,6 @@ class Offered:
         options = {"content_type": provider.content_type}
         return cls("providers", provider, full_name, handler, options)
 
-    def join(self, worker_id: UUID | None) -> FrozenEvent:
-        """Return the event with which a worker asks for what concerns this."""
-        return self._event(JoinJobRoom, JoinProviderRoom, worker_id)
-
-    def leave(self, worker_id: UUID | None) -> FrozenEvent:
-        """Return the event with which it asks for no more of it."""
-        return self._event(LeaveJobRoom, LeaveProviderRoom, worker_id)
-
-    def _event(self, of_job: Any, of_provider: Any, worker_id: UUID | None) -> FrozenEvent:
-        event, name = (
-            (of_job, "job_name") if self.kind == "jobs" else (of_provider, "provider_name")
-        )
-        made: FrozenEvent = event(**{name: str(self.name), "worker_id": str(worker_id)})
-        return made
-
 
 class Registrations:
     """A worker's entry at the host: itself, its jobs and its providers.
@@ -210,7 +188,7 @@ class Registrations:
             known[full_name] = offered
             if offered.kind == "providers":
                 self.socket.settle()
-                self.socket.emit(offered.join(self.worker_id), wait=True)
+                self._emit("join", offered, wait=True)
             try:
                 self.as_worker(partial(self._put, offered))
                 # once: another worker may take its place
@@ -219,12 +197,12 @@ class Registrations:
                 if earlier is None:
                     del known[full_name]
                     if offered.kind == "providers":
-                        self.socket.emit(offered.leave(self.worker_id))
+                        self._emit("leave", offered)
                 else:
                     known[full_name] = earlier
                 raise
             if offered.kind == "jobs":
-                self.socket.emit(offered.join(self.worker_id))
+                self._emit("join", offered)
             elif not self.socket.connected:
                 why = f"there is no Socket.IO ({self.socket.reason})"
                 log.warning("%s is offered, but no request reaches it: %s", full_name, why)
@@ -236,9 +214,12 @@ class Registrations:
         self.check_process()
         with self.lock:
             provider = self.providers[full_name]
-            self._delete(path("providers", provider.id), stop=self._life.stopping)
+            stop = self._life.stopping
+            answer = self._transport.send("delete", path("providers", provider.id), stop=stop)
+            if answer.status != 404:
+                self._transport.value(answer)
             del self.providers[full_name]
-            self.socket.emit(provider.leave(self.worker_id))
+            self._emit("leave", provider)
 
     def as_worker(self, ask: Callable[[UUID], Answer]) -> Answer:
         """Return the answer to what the worker asks, made anew if the host lost it."""
@@ -275,12 +256,12 @@ class Registrations:
         # without the lock: the socket's thread must not wait for a registration
         if self.worker_id is not None:
             for offered in self._all():
-                self.socket.emit(offered.join(self.worker_id))
+                self._emit("join", offered)
 
     def retire(self, **options: Any) -> None:
         """Delete the worker, and with it all that it offers."""
         for offered in self._all():
-            self.socket.emit(offered.leave(self.worker_id))
+            self._emit("leave", offered)
         self.delete_worker(**options)
         self.worker_id = None
         self.jobs.clear()
@@ -291,9 +272,15 @@ class Registrations:
         worker_id = worker_id or self.worker_id
         try:
             if worker_id is not None:
-                self._delete(path("workers", worker_id), **options)
+                self._transport.send("delete", path("workers", worker_id), **options)
         except Exception as exc:
             log.warning("could not delete worker %s: %s", worker_id, exc)
+
+    def _emit(self, verb: str, offered: Offered, **options: Any) -> None:
+        """Join the host's room of what is offered, where its events go, or leave it."""
+        what = offered.kind.removesuffix("s")
+        about = {f"{what}_name": str(offered.name), "worker_id": str(self.worker_id)}
+        self.socket.emit(f"{verb}_{what}_room", about, **options)
 
     def _all(self) -> list[Offered]:
         return [*list(self.jobs.values()), *list(self.providers.values())]
@@ -304,11 +291,6 @@ class Registrations:
             raise RuntimeError(
                 "this process is a fork of the worker's: make a JobManager of its own"
             )
-
-    def _delete(self, path: str, **options: Any) -> None:
-        answer = self._transport.send("delete", path, **options)
-        if answer.status != 404:
-            self._transport.value(answer)
 
     def _post_worker(self) -> UUID:
         about, stop = describe_process(), self._life.stopping
@@ -341,7 +323,7 @@ class Registrations:
             why = f"{offered.name} is offered no more: {(answer.problem or {}).get('detail')}"
             log.error("%s", why)
             del self.jobs[str(offered.name)]
-            self.socket.emit(offered.leave(worker_id))
+            self._emit("leave", offered)
             if not self._all():
                 self._life.give_up(RuntimeError(why))
 
