@@ -871,7 +871,7 @@ def test_a_proxy_or_an_authority_that_is_no_good_is_named(monkeypatch: pytest.Mo
         HostApi("http://host", token="x")
     monkeypatch.delenv("ALL_PROXY")
     monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
-    with pytest.raises(ValueError, match="SSL_CERT_FILE"):
+    with pytest.raises(ValueError, match=r"^SSL_CERT_FILE"):
         HostApi("http://host", token="x")
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from zndraw_joblib.client import Extension, JobManager, TaskFailed
 from zndraw_joblib.client_handles import shown_lines
 from zndraw_joblib.client_transport import Transport
-from zndraw_joblib.client_user import Rooms
+from zndraw_joblib.client_user import Rooms, Submitting
 from zndraw_joblib.exceptions import describe
 from zndraw_joblib.execution import run_extension
 from zndraw_joblib.extension import nearest
@@ -232,13 +232,8 @@ def _submit(manager: JobManager, options: argparse.Namespace) -> int:
     if options.file is not None:
         text = sys.stdin.read() if str(options.file) == "-" else options.file.read_text()
         parameters = {**json.loads(text), **parameters}
-    task = manager.submit(
-        options.job,
-        parameters,
-        options.room,
-        priority=options.priority,
-        delay_seconds=options.delay,
-    )
+    how: Submitting = {"priority": options.priority, "delay_seconds": options.delay}
+    task = manager.submit(options.job, parameters, options.room, **how)
     if not options.wait:
         print(json.dumps({"id": task}) if options.json else task)
         return DONE

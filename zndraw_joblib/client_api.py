@@ -213,12 +213,10 @@ class HostApi:
                 self._token = self._log_in(http)
             token = self._token
         # the token itself is in no message
-        if not token:
-            raise ValueError("the token is empty")
-        if not (token.isascii() and token.isprintable()) or " " in token:
+        if not re.fullmatch("[!-~]+", token):
             raise ValueError(
-                "the token has a blank, a line break or another character that no token"
-                " has: read from a file, it has to be stripped"
+                "the token has a blank, a line break or another character that no token has,"
+                " or nothing at all: read from a file, it has to be stripped"
             )
         return token
 

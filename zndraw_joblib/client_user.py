@@ -302,9 +302,7 @@ def _same(one: Any, other: Any) -> bool:
         )
     if isinstance(one, dict) and isinstance(other, dict):
         # in their order: it may matter
-        return list(one) == list(other) and all(
-            _same(value, other[key]) for key, value in one.items()
-        )
+        return list(one) == list(other) and all(map(_same, one.values(), other.values()))
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     if type(one) is type(other) and getattr(type(one), "__eq__", None) is object.__eq__:
