@@ -1,12 +1,13 @@
 """The worker's side where no network is needed: what it makes of odd answers, and of itself."""
 
 import os
+import queue
 import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from inspect import Parameter, signature
 from itertools import pairwise
@@ -20,10 +21,10 @@ import pytest
 from zndraw_joblib import client_api
 from zndraw_joblib.client import Category, Extension, JobManager
 from zndraw_joblib.client_claims import Claims, HeldTasks
-from zndraw_joblib.client_hands import Hands
+from zndraw_joblib.client_hands import End, Hands
 from zndraw_joblib.client_transport import Transport
 from zndraw_joblib.client_worker import Life
-from zndraw_joblib.execution import Options
+from zndraw_joblib.execution import Options, Report
 from zndraw_joblib.testing import Host
 
 # where a test fails, what it waits for hangs
@@ -102,84 +103,56 @@ def test_threads_that_claim_at_once_claim_different_tasks(host: Host):
     assert Counter(claimed) == Counter(ids)
 
 
-def test_two_attempts_of_one_task_that_end_together_free_two_hands(host: Host):
+def test_two_attempts_of_one_task_that_end_together_are_reported_one_by_one(host: Host):
     """One was given up by the host, and claimed again by the same worker."""
     manager = host.manager(execute=lambda task: None, concurrency=2, polling_interval=HANG)
     manager.register(Job, room="lab")
     hands = manager._shutdown.work
     assert isinstance(hands, Hands)
     batches: list[set[str]] = []
+    alone: list[Any] = []
 
-    def report_together(reports: dict[str, bytes]) -> set[str]:
-        batches.append(set(reports))
-        return set(reports)
+    def report_together(reports: Sequence[Report]) -> set[str]:
+        batches.append({report["id"] for report in reports})
+        return batches[-1]
 
     hands.claims.report_together = report_together  # type: ignore[method-assign]
-    hands._busy = 3
-    reports = [{"id": i, "attempt": n, "status": "completed"} for i, n in ("x1", "y1", "x2")]
-    freed: list[bool] = []
-    # all of them wait behind whoever reports
-    hands._reporting = True
-    threads = [
-        threading.Thread(target=lambda r=report: freed.append(hands._report_together(r)))
-        for report in reports
+    hands.claims.report = alone.append  # type: ignore[method-assign, assignment]
+    reports: list[Report] = [
+        {"id": i, "attempt": n, "status": "completed"} for i, n in ("x1", "y1", "x2")
     ]
-    for thread in threads:
-        thread.start()
-        while len(hands._ended) <= threads.index(thread):
-            time.sleep(0.001)
-    hands._reporting = False
-    hands._free(0)
-    for thread in threads:
-        thread.join(HANG)
+    with hands._changed:
+        hands._unreported = 3
+        hands._ended += [(None, report) for report in reports]
+        hands._changed.notify_all()
+        assert hands._changed.wait_for(lambda: hands.busy == 0, HANG)
     assert batches == [{"x", "y"}]
-    # the later attempt is reported alone, which frees its hand
-    assert sorted(freed) == [False, True, True]
-    assert hands._busy == 1
-    hands._busy = 0
+    assert alone == [reports[-1]]
 
 
-def test_who_has_been_reported_for_waits_for_no_later_report(host: Host):
-    manager = host.manager(execute=lambda task: None, concurrency=4, polling_interval=HANG)
+def test_hands_take_the_next_tasks_while_what_ended_is_reported(host: Host):
+    ran: queue.SimpleQueue[int] = queue.SimpleQueue()
+    manager = host.manager(
+        execute=lambda task: ran.put(task.extension.number), concurrency=2, polling_interval=0.01
+    )
     manager.register(Job, room="lab")
     hands = manager._shutdown.work
     assert isinstance(hands, Hands)
-    asked = [threading.Event(), threading.Event()]
-    answered = [threading.Event(), threading.Event()]
-    batches: list[set[str]] = []
+    report, answered = hands._report, threading.Event()
 
-    def report_together(reports: dict[str, bytes]) -> set[str]:
-        at = len(batches)
-        batches.append(set(reports))
-        asked[at].set()
-        assert answered[at].wait(HANG)
-        return set(reports)
+    def report_later(batch: list[End]) -> None:
+        assert answered.wait(HANG)
+        report(batch)
 
-    def end(*ids: str) -> list[threading.Thread]:
-        reports = [{"id": i, "attempt": 1, "status": "completed"} for i in ids]
-        threads = [threading.Thread(target=hands._report_together, args=(r,)) for r in reports]
-        for thread in threads:
-            thread.start()
-        return threads
-
-    hands.claims.report_together = report_together  # type: ignore[method-assign]
-    hands._busy = 2
-    first = end("a", "b")
-    assert asked[0].wait(HANG)
-    hands._busy = 4
-    later = end("c", "d")
-    while len(hands._ended) < len(later):
-        time.sleep(0.001)
-    answered[0].set()
-    assert asked[1].wait(HANG)
-    for thread in first:
-        thread.join(HANG)
-        assert not thread.is_alive()
-    answered[1].set()
-    for thread in later:
-        thread.join(HANG)
-    assert batches == [{"a", "b"}, {"c", "d"}]
-    assert hands._busy == 0
+    hands._report = report_later  # type: ignore[method-assign]
+    ids = manager.submit_many([Job(number=n) for n in range(8)], "lab", job_room="lab")
+    first = [ran.get(timeout=HANG) for _ in range(4)]
+    # what the host was not told of does not grow
+    with pytest.raises(queue.Empty):
+        ran.get(timeout=0.1)
+    answered.set()
+    manager.wait_all(ids, timeout=HANG)
+    assert sorted([*first, *(ran.get(timeout=HANG) for _ in range(4))]) == list(range(8))
 
 
 @pytest.mark.parametrize("retry_after", ["1", "0.2"])

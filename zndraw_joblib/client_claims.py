@@ -233,13 +233,8 @@ class Claims:
         most = self.transport.limits().max_reports if len(tasks) > 1 else 1
         for first in range(0, len(tasks), most):
             some = tasks[first : first + most]
-            sent = {
-                t.task_id: json.dumps(
-                    report_of(t, TaskStatus.PENDING) | {"interrupted": True}
-                ).encode()
-                for t in some
-            }
-            agreed = self.report_together(sent, **options)
+            reports = [report_of(t, TaskStatus.PENDING) | {"interrupted": True} for t in some]
+            agreed = self.report_together(reports, **options)
             for task in some:
                 if task.task_id in agreed:
                     self.note("interrupted", task)
@@ -306,20 +301,19 @@ class Claims:
         log.warning("task %s: %s was refused: %s", report["id"], report["status"], answer.reason)
         return False
 
-    def report_together(self, reports: dict[str, bytes], **options: Any) -> set[str]:
-        """Report in one request; return the ids of those with which the host agreed."""
+    def report_together(self, reports: Sequence[Report], **options: Any) -> set[str]:
+        """Report of different tasks in one request; return the ids of those that were agreed."""
 
         def read(answer: dict[str, Any]) -> set[str]:
             outcomes = {str(o["id"]): int(o["status"]) for o in answer["outcomes"]}
-            return {task_id for task_id in reports if outcomes[task_id] < 300}
+            return {report["id"] for report in reports if outcomes[report["id"]] < 300}
 
         try:
             answer = self.transport.send(
                 "patch",
                 path("tasks"),
                 read=read,
-                content=b'{"reports":[%s]}' % b",".join(reports.values()),
-                headers={"Content-Type": "application/json"},
+                json={"reports": reports},
                 stop=self.life.aborting,
                 **{"retries": BATCH_RETRIES, **options},
             )

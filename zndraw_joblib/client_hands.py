@@ -25,8 +25,8 @@ from zndraw_joblib.lifecycle import TaskStatus
 
 # a larger report goes by itself: a host takes 32 of them, and a mebibyte
 BATCHED_REPORT_BYTES = 8 * 1024
-# how long what is reported together may follow each other
-MOMENT_SECONDS = 0.002
+# how long what ends together may follow each other, and how many may follow
+MOMENT_SECONDS, MOMENTS = 0.002, 10
 # how long a claim may still be answered when the worker leaves; what it brings later
 # can't be handed back, and ends with the worker
 LAST_CLAIM_SECONDS = 1.0
@@ -123,41 +123,40 @@ class Allocation:
         return None if len(fits) == len(jobs) else fits, min(self.patience, longest)
 
 
-@dataclass
-class Ended:
-    """A task that is over, what is reported of it, and whether the host agreed."""
-
-    task_id: str
-    report: bytes
-    agreed: bool | None = None
+#: A task that is over, if it could be accepted, and what is reported of its end.
+End = tuple[ClaimedTask[Any] | None, Report]
 
 
 @dataclass
 class Hands:
-    """The claim thread asks for as many tasks as there are free hands; task threads start,
-    execute and report them, together if they end at the same moment."""
+    """The claim thread asks for as many tasks as there are free hands; task threads start
+    and execute them; the report thread reports their ends, together if they end at the same
+    moment, while the hands take the next ones."""
 
     heartbeat: Heartbeat
     executor: Executor
     concurrency: int
     polling_interval: float
     allocation: Allocation
-    #: hands that can take tasks, and those that have one whose end was not reported yet
+    #: hands that can take tasks, and those that have one
     _open: int = 0
     _busy: int = 0
+    #: tasks that are over, and whose end the host doesn't know yet; those to be told next
+    _unreported: int = 0
+    _ended: deque[End] = field(default_factory=deque)
     #: tasks that are over, and whose code still runs: when that was noticed
     _over: dict[ClaimedTask[Any], float] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
-    _ended: deque[Ended] = field(default_factory=deque)
-    _reporting: bool = False
+    _closed: bool = False
 
     def __post_init__(self) -> None:
         self.claims = self.heartbeat.claims
         self._life = self.claims.life
         self._pool = Pool(self._life, self.concurrency, "task")
         self.executor.start(self)
-        self._life.closing += [partial(self._free, 0), self.executor.close]
+        self._life.closing.append(self._close)
         self._claimer = self._life.start("claim", self._claim_all)
+        self._life.start("report", self._report_all)
 
     @property
     def _starts(self) -> bool:
@@ -168,7 +167,7 @@ class Hands:
     @property
     def busy(self) -> int:
         """How many tasks are at hand."""
-        return self._busy
+        return self._busy + self._unreported
 
     def submit(self, call: Callable[[], None]) -> None:
         """Have one of the threads make a call."""
@@ -182,12 +181,18 @@ class Hands:
 
     def finish(self, deadline: float) -> bool:
         """Let tasks at hand end, until `time.monotonic` says so; return whether they did."""
-        self._free(0)
+        self.open(0)
         self._claimer.join(max(0.0, min(deadline - time.monotonic(), LAST_CLAIM_SECONDS)))
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._busy == 0, max(0.0, deadline - time.monotonic())
+                lambda: self.busy == 0, max(0.0, deadline - time.monotonic())
             )
+
+    def _close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.executor.close()
 
     # --- claiming ---
 
@@ -203,11 +208,11 @@ class Hands:
             self._life.give_up(exc)
 
     def _why_to_leave(self) -> str:
-        if self._busy or not self._open:
+        if self.busy or not self._open:
             self.allocation.work()
         if self.allocation.left <= 0:
             return "the time until it was to leave is over"
-        if self._busy or not self._open:
+        if self.busy or not self._open:
             return ""
         if self.allocation.patience <= 0:
             return "no task came for idle_seconds"
@@ -255,13 +260,19 @@ class Hands:
         if not offers and not waited:
             self._life.wake.wait(max(0.0, min(self.allocation.left, pause)))
 
+    @property
+    def _free(self) -> int:
+        # while the host is away, what it has not been told of does not grow
+        return max(0, min(self._open - self._busy, 2 * self.concurrency - self._unreported))
+
     def _wait_for_free_hands(self) -> int:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._busy < self._open or self._life.stopping.is_set(),
+                lambda: self._free or self._life.stopping.is_set(),
                 max(0.0, min(self.allocation.left, STUCK_SECONDS)),
             )
-            return max(0, self._open - self._busy)
+        self._settle()
+        return self._free
 
     def _warn_of_stuck(self) -> None:
         now = time.monotonic()
@@ -292,7 +303,6 @@ class Hands:
 
     def _run(self, offer: TaskOffer) -> None:
         task = report = None
-        reported = False
         try:
             if self._life.stopping.is_set():
                 self.claims.hand_back(offer)
@@ -303,19 +313,17 @@ class Hands:
                 report = self._perform(task, offer.status == TaskStatus.RUNNING)
         except BaseException as exc:
             report = report_of(offer, TaskStatus.FAILED, error=describe(exc))
-        try:
-            if report is not None:
-                if task is not None:
-                    saved = report["status"] != TaskStatus.COMPLETED
-                    self.heartbeat.send_rest(task, saved=saved)
-                reported = self._report_together(report)
-                if not reported:
-                    self.claims.report(report)
-        finally:
-            if task is not None:
-                self.claims.held.discard(task)
-            if not reported:
-                self._free(1)
+        ends: list[End] = [] if report is None else [(task, report)]
+        if report is not None and self._goes_alone(report):
+            self._report(ends)
+            ends = []
+        elif report is None and task is not None:
+            self.claims.held.discard(task)
+        with self._changed:
+            self._busy -= 1
+            self._unreported += len(ends)
+            self._ended += ends
+            self._changed.notify_all()
 
     def _perform(self, task: ClaimedTask[Any], running: bool) -> Report | None:
         """Start a task, execute it, and return what is to be reported of its end."""
@@ -334,55 +342,55 @@ class Hands:
 
     # --- reporting ---
 
-    def _report_together(self, report: Report) -> bool:
-        """Report with what ends at the same moment; return whether that freed the hand.
+    def _goes_alone(self, report: Report) -> bool:
+        return self._max_reports == 1 or len(json.dumps(report)) > BATCHED_REPORT_BYTES
 
-        Whoever comes first reports for all, and whoever waits here meanwhile is among
-        the next.
-        """
-        ended = Ended(report["id"], json.dumps(report, ensure_ascii=False).encode())
-        if self.concurrency == 1 or len(ended.report) > BATCHED_REPORT_BYTES:
-            return False
-        self._ended.append(ended)
-        with self._changed:
-            # not in turns: who has been reported for takes a task while the next ones report
-            self._changed.wait_for(lambda: ended.agreed is not None or not self._reporting)
-            if ended.agreed is not None:
-                return ended.agreed
-            self._reporting = True
-        try:
-            while ended.agreed is None:
-                self._report_batch()
-        finally:
+    @property
+    def _max_reports(self) -> int:
+        return 1 if self.concurrency == 1 else self.claims.transport.limits().max_reports
+
+    def _settle(self) -> None:
+        """Wait a moment for tasks that end together."""
+        for _ in range(MOMENTS):
+            busy = self._busy
+            if busy:
+                time.sleep(MOMENT_SECONDS)
+            if self._busy == busy:
+                return
+
+    def _report_all(self) -> None:
+        while True:
             with self._changed:
-                self._reporting = False
+                self._changed.wait_for(lambda: self._ended or (self._closed and not self._busy))
+            if not self._ended:
+                return
+            self._settle()
+            batch: dict[str, End] = {}
+            # two attempts of one task may end here together: each has a report of its own
+            while self._ended and self._ended[0][1]["id"] not in batch:
+                if len(batch) == self._max_reports:
+                    break
+                end = self._ended.popleft()
+                batch[end[1]["id"]] = end
+            self._report([*batch.values()])
+            with self._changed:
+                self._unreported -= len(batch)
                 self._changed.notify_all()
-        return ended.agreed
 
-    def _report_batch(self) -> None:
-        most = self.claims.transport.limits().max_reports
-        known = 0
-        while known < len(self._ended) < min(most, self._busy):
-            known = len(self._ended)
-            time.sleep(MOMENT_SECONDS)
-        batch: dict[str, Ended] = {}
-        # two attempts of one task may end here together: each has a report of its own
-        while self._ended and len(batch) < most and self._ended[0].task_id not in batch:
-            ended = self._ended.popleft()
-            batch[ended.task_id] = ended
-        agreed = set()
-        if len(batch) > 1:
-            agreed = self.claims.report_together({i: e.report for i, e in batch.items()})
-        for task_id, ended in batch.items():
-            ended.agreed = task_id in agreed
-        # all at once: so the next claim asks for as many
-        self._free(len(agreed))
-
-    def _free(self, number: int) -> None:
-        # a hand is free when the host knows
-        with self._changed:
-            self._busy -= number
-            self._changed.notify_all()
+    def _report(self, ends: list[End]) -> None:
+        """Report the ends of different tasks, as long as there is hope."""
+        reports = [report for _, report in ends]
+        try:
+            self.heartbeat.send_rest(ends)
+            agreed = self.claims.report_together(reports) if len(ends) > 1 else set()
+            for report in reports:
+                if report["id"] not in agreed:
+                    self.claims.report(report)
+        except BaseException as exc:
+            self._life.give_up(exc)
+        for task, _ in ends:
+            if task is not None:
+                self.claims.held.discard(task)
 
 
 @dataclass

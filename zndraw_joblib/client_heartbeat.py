@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from uuid import UUID
 from zndraw_joblib.client_api import Answer, SlowDown, Unreachable
 from zndraw_joblib.client_claims import LAST_RETRIES, Claims
 from zndraw_joblib.client_transport import path
-from zndraw_joblib.execution import Executor
+from zndraw_joblib.execution import Executor, Report, report_of
 from zndraw_joblib.extension import ClaimedTask
 from zndraw_joblib.lifecycle import TaskStatus, WorkerState
 from zndraw_joblib.telemetry import SafeLogger
@@ -37,6 +37,12 @@ LAST_TASK_SECONDS = 4.0
 AT_ONCE_SECONDS = 1.0
 
 log = SafeLogger(logging.getLogger(__name__))
+
+
+def _has_rest(task: ClaimedTask[Any], status: str) -> bool:
+    # what is completed, nobody goes on with
+    saved = status != TaskStatus.COMPLETED and task.unsent_checkpoint()
+    return bool(saved or task.unsent_log.unsent())
 
 
 @dataclass
@@ -79,7 +85,7 @@ class Heartbeat:
         before = self.claims.registrations.counts()
         # hosts that count no attempts have no use for the tasks in a heartbeat
         tasks = [task for task in self.claims.held.all() if task.attempt is not None]
-        most = self.claims.transport.limits().max_heartbeat_tasks if len(tasks) > 1 else 1
+        most = self._max_tasks(tasks)
         for first in range(0, len(tasks) or 1, most):
             some = tasks[first : first + most]
             answer = self._send(some, options)
@@ -101,21 +107,28 @@ class Heartbeat:
             for kind in before
         )
 
-    def send_rest(self, task: ClaimedTask[Any], *, saved: bool, **options: Any) -> None:
-        """Send what a task logged, and what it ``saved``, before its end is reported."""
-        if task.attempt is None:
-            return
+    def send_rest(
+        self, ends: Iterable[tuple[ClaimedTask[Any] | None, Report]], **options: Any
+    ) -> None:
+        """Send what tasks logged, and saved for the next attempt, before ends are reported."""
+        left = {task: report["status"] for task, report in ends if task and task.attempt}
         try:
-            while task.unsent_log.unsent() or (saved and task.unsent_checkpoint()):
-                answer = self._send([task], {"stop": self._life.aborting, **options})
-                if task.task_id in (*answer.get("cancelled", ()), *answer.get("lost", ())):
-                    return
+            while tasks := [task for task, status in left.items() if _has_rest(task, status)]:
+                some = tasks[: self._max_tasks(tasks)]
+                answer = self._send(some, {"stop": self._life.aborting, **options})
+                for task in some:
+                    if task.task_id in (*answer.get("cancelled", ()), *answer.get("lost", ())):
+                        del left[task]
         except Exception as exc:
-            log.warning("task %s: could not send the rest of its log: %s", task.task_id, exc)
+            ids = ", ".join(task.task_id for task in left)
+            log.warning("task %s: could not send the rest of its log: %s", ids, exc)
+
+    def _max_tasks(self, tasks: Sequence[ClaimedTask[Any]]) -> int:
+        return self.claims.transport.limits().max_heartbeat_tasks if len(tasks) > 1 else 1
 
     def report_end(self, task: ClaimedTask[Any], status: TaskStatus, **fields: Any) -> None:
         """Report the end of a task that the program runs by itself; raise if it is refused."""
-        self.send_rest(task, saved=status != TaskStatus.COMPLETED)
+        self.send_rest([(task, report_of(task, status))])
         self.claims.report_or_raise(task, status, **fields)
 
     def _send(self, tasks: list[ClaimedTask[Any]], options: dict[str, Any]) -> dict[str, Any]:
@@ -321,8 +334,8 @@ class Shutdown:
             self._claims.held.end_all()
             work.executor.close()
             work.finish(time.monotonic() + LAST_TASK_SECONDS)
-            for task in tasks:
-                self.heartbeat.send_rest(task, saved=True, retries=LAST_RETRIES)
+            ends = [(task, report_of(task, TaskStatus.PENDING)) for task in tasks]
+            self.heartbeat.send_rest(ends, retries=LAST_RETRIES)
             self._claims.interrupt(tasks, timeout=LAST_REQUEST_SECONDS)
 
     def _interruptible(self) -> list[ClaimedTask[Any]]:
