@@ -127,6 +127,7 @@ class ProblemRoute(APIRoute):
         # an app that includes a router may make its routes anew, of what they have become
         body = signature(endpoint).parameters.get("body")
         self._takes_report = body is not None and body.annotation is TaskUpdateRequest
+        self._waits = PREFER in (options.get("openapi_extra") or {}).get("parameters", ())
         if "request" not in signature(endpoint).parameters:
             endpoint = with_context(endpoint)
         super().__init__(path, endpoint, **options)
@@ -175,9 +176,12 @@ class ProblemRoute(APIRoute):
                 bounded = BoundedRequest(request.scope, request.receive)
                 bounded.is_report = self._takes_report
                 with continuing(request.headers):
-                    if "prefer" not in request.headers:
-                        return await handle(bounded)
-                    return await _admitted(bounded, handle)
+                    if self._waits and "prefer" in request.headers:
+                        if self.body_field is not None:
+                            # who sends a body slowly holds nobody up
+                            await bounded.body()
+                        return await _admitted(bounded, handle)
+                    return await handle(bounded)
             except RequestValidationError as exc:
                 raise invalid_request(list(exc.errors())) from None
             except HTTPException as exc:
@@ -204,8 +208,6 @@ class ProblemRoute(APIRoute):
 
 async def _admitted(request: BoundedRequest, handle: Handler) -> Response:
     """Handle a request that may wait, when few enough of them are at work."""
-    # who sends a body slowly holds nobody up
-    await request.body()
     admission = Admission(runtime_of(request.app).subscriptions.at_work)
     request.scope[ADMISSION] = admission
     try:
