@@ -101,7 +101,7 @@ async def beat(
     )
     held_still = [task for task in request.tasks if task.id in kept]
     # first: it locks all of them, by id
-    logged = await _append(session, worker_id, held_still, settings)
+    logged = await _append(session, held_still, settings)
     return Beat(answer, await _store(session, worker_id, held_still, settings), logged)
 
 
@@ -132,6 +132,7 @@ async def _store(
         sa.select(TASK.c.id)
         .where(
             held(),
+            # the attempts say so too, but for pairs SQLite searches no index
             TASK.c.worker_id == worker_id,
             sa.tuple_(TASK.c.id, TASK.c.attempt).in_([(t.id, t.attempt) for t in reported]),
         )
@@ -162,8 +163,8 @@ ROW_BYTES = 64
 ROWS = 100
 
 
-def _last(column: sa.Column[int]) -> sa.ColumnElement[int]:
-    """Return a column of a task's last row."""
+def of_last_row(column: sa.Column[int]) -> sa.ColumnElement[int]:
+    """Return a column of the last row of a task's log, inside any statement."""
     return (
         sa.select(column)
         .where(LOG.c.task_id == TASK.c.id)
@@ -180,32 +181,22 @@ _LAST_ROWS = (
     sa.select(
         TASK.c.id,
         TASK.c.attempt,
-        *map(_last, (LOG.c.attempt, LOG.c.first, LOG.c.last_number, LOG.c.end_byte)),
+        *map(of_last_row, (LOG.c.attempt, LOG.c.first, LOG.c.last_number, LOG.c.end_byte)),
     )
-    .where(
-        held(),
-        TASK.c.worker_id == sa.bindparam("worker", type_=TASK.c.worker_id.type),
-        TASK.c.id.in_(sa.bindparam("tasks", expanding=True)),
-    )
+    .where(held(), TASK.c.id.in_(sa.bindparam("tasks", expanding=True)))
     .order_by(TASK.c.id)
     .with_for_update()
 )
-_later = LOG.alias("later")
-_HALF = sa.bindparam("half", type_=sa.BigInteger())
-_END = sa.select(sa.func.max(_later.c.end_byte)).where(_later.c.task_id == LOG.c.task_id)
-# what is neither of the first half nor of the last
+# what is neither of the first part nor of the last
 _CUTTING = sa.delete(LOG).where(
-    LOG.c.task_id.in_(sa.bindparam("tasks", expanding=True)),
-    LOG.c.end_byte > _HALF,
-    LOG.c.begin_byte < _END.correlate(LOG).scalar_subquery() - _HALF,
+    LOG.c.task_id == sa.bindparam("task"),
+    LOG.c.end_byte > sa.bindparam("first_part", type_=sa.BigInteger()),
+    LOG.c.begin_byte < sa.bindparam("last_part", type_=sa.BigInteger()),
 )
 
 
 async def _append(
-    session: AsyncSession,
-    worker_id: UUID,
-    reported: Sequence[TaskHeartbeat],
-    settings: JobLibSettings,
+    session: AsyncSession, reported: Sequence[TaskHeartbeat], settings: JobLibSettings
 ) -> list[TaskLogged]:
     """Keep what a worker's tasks logged, but for what came before; return the new lines.
 
@@ -214,10 +205,9 @@ async def _append(
     if not any(task.log for task in reported):
         return []
     by_id = {task.id: task for task in reported}
-    asked = {"worker": worker_id, "tasks": list(by_id)}
     logged: list[TaskLogged] = []
     rows: list[dict[str, Any]] = []
-    for last in await execute(session, _LAST_ROWS, asked):
+    for last in await execute(session, _LAST_ROWS, {"tasks": list(by_id)}):
         task = by_id[last.id]
         if task.log is None or task.attempt != last.attempt:
             continue
@@ -232,10 +222,14 @@ async def _append(
         rows.append(row)
     if rows:
         await execute(session, sa.insert(LOG), rows)
-    too_long = [row["task_id"] for row in rows if row["end_byte"] > settings.max_log_bytes]
+    half = settings.max_log_bytes // 2
+    too_long = [
+        {"task": row["task_id"], "first_part": half, "last_part": row["end_byte"] - half}
+        for row in rows
+        if row["end_byte"] > settings.max_log_bytes
+    ]
     if too_long:
-        half = settings.max_log_bytes // 2
-        await execute(session, _CUTTING, {"tasks": too_long, "half": half})
+        await execute(session, _CUTTING, too_long)
     return logged
 
 

@@ -23,6 +23,7 @@ from zndraw_joblib.delivery import Runtime, SessionMaker, Transports
 from zndraw_joblib.dependencies import Context
 from zndraw_joblib.events import job_key, provider_key, task_key, worker_key
 from zndraw_joblib.exceptions import QuotaExceeded, ServerBusy
+from zndraw_joblib.heartbeats import of_last_row
 from zndraw_joblib.lifecycle import TERMINAL, WorkerState
 from zndraw_joblib.models import JOB, LINK, LOG, PAUSED, TASK, WORKER, ahead, in_states, queued
 from zndraw_joblib.waiting import (
@@ -103,8 +104,9 @@ async def for_ends(
 ) -> T:
     """Return what ``read`` returns once it names no unfinished task, or when time is up.
 
-    With ``log_after``, it is also woken for lines of the task's log beyond that one. Not the end of each of many tasks is waited for but that of the one that is named,
-    and then that of the next: however many there are, the request is woken a few times.
+    With ``log_after``, it is also woken for lines of the task's log beyond that one. Not the
+    end of each of many tasks is waited for but that of the one that is named, and then that
+    of the next: however many there are, the request is woken a few times.
     """
     deadline = anyio.current_time() + seconds
     last = first
@@ -287,9 +289,9 @@ _CHANGES = union_all(
             .scalar_subquery(),
         ),
     ).where(_among(WORKER.c.id, "workers")),
-    select(_kind("log"), LOG.c.task_id, func.max(LOG.c.last_number))
-    .where(_among(LOG.c.task_id, "logs"))
-    .group_by(LOG.c.task_id),
+    select(_kind("log"), TASK.c.id, func.coalesce(of_last_row(LOG.c.last_number), 0)).where(
+        _among(TASK.c.id, "logs")
+    ),
 )
 
 

@@ -179,7 +179,7 @@ async def change(
 async def with_positions(
     session: AsyncSession, changed: Sequence[Any], settings: JobLibSettings
 ) -> list[TaskView]:
-    """Return changed tasks, those that wait now with their places in their"""
+    """Return changed tasks, those that wait now with their places in the queue."""
     pending = [row.id for row in changed if row.status is TaskStatus.PENDING]
     if not pending:
         return list(changed)
