@@ -18,7 +18,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from zndraw_joblib import client_api
+from zndraw_joblib import client_worker
 from zndraw_joblib.client import Category, Extension, JobManager
 from zndraw_joblib.client_claims import Claims, HeldTasks
 from zndraw_joblib.client_hands import End, Hands
@@ -254,7 +254,7 @@ def test_a_worker_tells_where_it_runs(host, monkeypatch, tmp_path, chosen, devic
     for name, text in (("0", "Model: \t NVIDIA A100\nIRQ: 1\n"), ("1", "IRQ: 2\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "information").write_text(text)
-    monkeypatch.setattr(client_api, "NVIDIA", tmp_path)
+    monkeypatch.setattr(client_worker, "NVIDIA", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)

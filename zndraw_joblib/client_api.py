@@ -9,12 +9,9 @@ import re
 import ssl
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from ipaddress import ip_address, ip_network
-from itertools import takewhile
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.request import getproxies, proxy_bypass
 
@@ -24,8 +21,6 @@ from zndraw_joblib import exceptions
 from zndraw_joblib.exceptions import PROBLEM_JSON, InvalidRequest, Problem
 
 PROBLEMS = "/v1/problems/"
-# where NVIDIA's driver tells of its devices
-NVIDIA = Path("/proc/driver/nvidia/gpus")
 #: What a host says of its own jobs and of providers, with whatever status: it will not pass.
 OF_OTHERS = (
     exceptions.InternalJobNotConfigured,
@@ -362,36 +357,3 @@ def _retry_after(response: Any) -> float:
         return 0.0
     # one that is no number either
     return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else 0.0
-
-
-def describe_process() -> dict[str, Any]:
-    """Return what people know a worker in this process by, as the host takes it."""
-    # here: who only submits does not wait for what is imported
-    import socket
-    from importlib.metadata import PackageNotFoundError, version
-
-    host, pid = exceptions.storable(socket.gethostname())[:200], os.getpid()
-    info: dict[str, Any] = {"host": host, "pid": pid, "devices": _devices()}
-    with suppress(PackageNotFoundError):
-        info["version"] = version("zndraw-joblib")
-    return {"name": f"{host}:{pid}", "info": info}
-
-
-def _devices() -> list[str]:
-    """Return the GPUs that this process may use, as far as that is told without a tool."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        models = [_model(device) for device in sorted(NVIDIA.glob("*/information"))]
-        return [f"cuda:{n} {model}".strip() for n, model in enumerate(models)][:64]
-    ids = [exceptions.storable(part).strip() for part in chosen.split(",")]
-    # as CUDA reads it: what follows an invalid one does not count
-    return [f"cuda:{part}"[:255] for part in takewhile(lambda part: part not in ("", "-1"), ids)][
-        :64
-    ]
-
-
-def _model(information: Path) -> str:
-    with suppress(OSError, UnicodeError):
-        found = re.search(r"^Model:\s*(.*?)\s*$", information.read_text(), re.MULTILINE)
-        return found[1][:200] if found else ""
-    return ""

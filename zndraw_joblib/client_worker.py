@@ -3,54 +3,50 @@
 import logging
 import os
 import queue
+import re
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 from uuid import UUID
 
-from zndraw_joblib.client_api import Answer, describe_process
+from zndraw_joblib.client_api import Answer
 from zndraw_joblib.client_transport import Socket, Transport, path
 from zndraw_joblib.events import TaskAvailable
-from zndraw_joblib.exceptions import SchemaConflict, WorkerNotFound
+from zndraw_joblib.exceptions import SchemaConflict, WorkerNotFound, storable
 from zndraw_joblib.extension import category_of, schema_of
 from zndraw_joblib.lifecycle import GLOBAL_ROOM, FullName
 from zndraw_joblib.schemas import JobPolicy
 from zndraw_joblib.telemetry import SafeLogger
+
+# where NVIDIA's driver tells of its devices
+NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 log = SafeLogger(logging.getLogger(__name__))
 
 
 @dataclass
 class Life:
-    """How far a worker's end has come, for all of its threads.
+    """How far a worker's end has come, for all of its threads."""
 
-    Attributes
-    ----------
-    give_up : callable
-        Given what went wrong: the worker can't go on.
-    leave : callable
-        Given why: the worker has stayed as long as it was to.
-    wake : threading.Event
-        Set: there may be work.
-    stopping : threading.Event
-        Set: nothing is registered or begun any more.
-    aborting : threading.Event
-        Set: no report is repeated any more.
-    threads : list of threading.Thread
-        All that the worker has started.
-    closing : list of callable
-        What is called that they end, after ``aborting`` was set.
-    """
-
+    #: given what went wrong: the worker can't go on
     give_up: Callable[[BaseException], None]
+    #: given why: the worker has stayed as long as it was to
     leave: Callable[[str], None]
+    #: set: there may be work
     wake: threading.Event = field(default_factory=threading.Event)
+    #: set: nothing is registered or begun any more
     stopping: threading.Event = field(default_factory=threading.Event)
+    #: set: no report is repeated any more
     aborting: threading.Event = field(default_factory=threading.Event)
+    #: all that the worker has started
     threads: list[threading.Thread] = field(default_factory=list)
+    #: what is called that they end, after ``aborting`` was set
     closing: list[Callable[[], None]] = field(default_factory=list)
     _pid: int = field(default_factory=os.getpid)
 
@@ -293,7 +289,7 @@ class Registrations:
             )
 
     def _post_worker(self) -> UUID:
-        about, stop = describe_process(), self._life.stopping
+        about, stop = _describe_process(), self._life.stopping
         return self._transport.ask("post", path("workers"), _read_id, json=about, stop=stop)
 
     def _put(self, offered: Offered, worker_id: UUID) -> Answer:
@@ -357,3 +353,36 @@ def _check_same_class(name: str, one: type, other: type) -> None:
             f"{name} is {places[0]} in this worker, and {places[1]} has the same name:"
             " rename one of them"
         )
+
+
+def _describe_process() -> dict[str, Any]:
+    """Return what people know a worker in this process by, as the host takes it."""
+    # here: who only submits does not wait for what is imported
+    import socket
+    from importlib.metadata import PackageNotFoundError, version
+
+    host, pid = storable(socket.gethostname())[:200], os.getpid()
+    info: dict[str, Any] = {"host": host, "pid": pid, "devices": _devices()}
+    with suppress(PackageNotFoundError):
+        info["version"] = version("zndraw-joblib")
+    return {"name": f"{host}:{pid}", "info": info}
+
+
+def _devices() -> list[str]:
+    """Return the GPUs that this process may use, as far as that is told without a tool."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        models = [_model(device) for device in sorted(NVIDIA.glob("*/information"))]
+        return [f"cuda:{n} {model}".strip() for n, model in enumerate(models)][:64]
+    ids = [storable(part).strip() for part in chosen.split(",")]
+    # as CUDA reads it: what follows an invalid one does not count
+    return [f"cuda:{part}"[:255] for part in takewhile(lambda part: part not in ("", "-1"), ids)][
+        :64
+    ]
+
+
+def _model(information: Path) -> str:
+    with suppress(OSError, UnicodeError):
+        found = re.search(r"^Model:\s*(.*?)\s*$", information.read_text(), re.MULTILINE)
+        return found[1][:200] if found else ""
+    return ""
