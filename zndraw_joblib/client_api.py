@@ -94,20 +94,16 @@ class Api(Protocol):
     @property
     def http(self) -> Any:
         """An ``httpx.Client``, or anything with its methods."""
-        ...
 
     @property
     def base_url(self) -> Any:
         """Where the host is."""
-        ...
 
     def get_headers(self) -> dict[str, str]:
         """Return the headers that say who asks; asked for with every request."""
-        ...
 
     def raise_for_status(self, response: Any) -> None:
         """Raise KeyError, PermissionError or ValueError for a 4xx answer."""
-        ...
 
 
 class HostApi:

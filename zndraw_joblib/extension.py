@@ -194,8 +194,10 @@ class ClaimedTask(Generic[E]):
         self.run_kwargs = run_kwargs or {}
         self.attempt = attempt
         self.traceparent = traceparent
-        self._cancelled = threading.Event()
-        self._ended = False
+        #: whether there is no use in going on: nobody will take the result
+        self.cancelled = False
+        #: whether the host has ended this attempt: there is nothing more to report
+        self.ended = False
         self._progress: tuple[float, str | None] | None = None
         self._sent: tuple[float, str | None] | None = None
         self._sent_at = 0.0
@@ -207,16 +209,6 @@ class ClaimedTask(Generic[E]):
 
     def __repr__(self) -> str:
         return f"ClaimedTask({self.task_id!r}, {self.job_name!r}, {self.room_id!r})"
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether there is no use in going on: nobody will take the result."""
-        return self._cancelled.is_set()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the host has ended this attempt: there is nothing more to report."""
-        return self._ended
 
     def raise_if_cancelled(self) -> None:
         """Stop here when there is no use in going on.
@@ -291,12 +283,13 @@ class ClaimedTask(Generic[E]):
 
     def cancel(self) -> None:
         """Make `cancelled` true; a run that stops for it ends the task as cancelled."""
-        self._cancelled.set()
+        self.cancelled = True
 
     def end(self) -> None:
         """Make `ended` true, and `cancelled` with it."""
-        self._ended = True
-        self._cancelled.set()
+        # `ended` first: who stops for the other one looks at it
+        self.ended = True
+        self.cancelled = True
 
     def unsent_progress(self) -> dict[str, Any]:
         """Return what a heartbeat is to carry; within the bounds that the host checks.
