@@ -70,7 +70,7 @@ async def _package(app: Any, processes: int) -> Findings:
     record = "zndraw_joblib/__init__.py,"
     having = {d.name for d in metadata.distributions() if record in (d.read_text("RECORD") or "")}
     for name in having - {"zndraw-joblib", "zndraw_joblib"}:
-        advice = "Uninstall both, and install zndraw-joblib again, as docs/zndraw.md says."
+        advice = "Make a new environment without it, or clean this one as docs/zndraw.md says."
         yield ERROR, f"{name} brings modules named zndraw_joblib, too: they are mixed.", advice
 
 
