@@ -60,6 +60,8 @@ from zndraw_auth import AuthSettings, Base, create_engine_for_url
 from zndraw_auth import User as UserRow
 from zndraw_auth.users import get_jwt_strategy
 
+from zndraw_joblib.delivery import runtime_of
+
 PREFIX = "/v1/joblib"
 PASSWORD = "correct horse battery staple"
 AUTH_SETTINGS = AuthSettings(
@@ -323,6 +325,8 @@ def app(session_maker: makers.SessionMaker, first_app: FastAPI) -> Iterator[Fast
         for own, first in zip(app.routes, first_app.routes, strict=True)
     ]
     app.dependency_overrides = first_app.dependency_overrides
+    # else its first request would log that it didn't
+    runtime_of(app).began = True
     app.state.session_maker = session_maker
     app.state.auth_settings = AUTH_SETTINGS
     app.state.tsio.manager = RecordingManager()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import socketio
 from fastapi import FastAPI
@@ -30,7 +31,7 @@ from zndraw_joblib import (
     run_sweeper,
 )
 from zndraw_joblib.database import now
-from zndraw_joblib.delivery import runtime_of
+from zndraw_joblib.delivery import lifespan, runtime_of
 from zndraw_joblib.settings import get_settings
 
 
@@ -305,6 +306,26 @@ async def test_a_prefix_is_fine_and_a_mounted_app_is_looked_into(healthy):
     runtime_of(healthy).sweeper = None
     (finding,) = await check_host(outer)
     assert finding.sentence.startswith("No sweeper runs")
+
+
+@pytest.mark.makers("plain")
+async def test_an_app_whose_lifespan_did_not_run_says_so_once(ada, app, caplog):
+    app.state.joblib_runtime = None
+    outer = FastAPI()
+    outer.mount("/tool", app)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(outer), base_url="http://host", headers=ada.headers
+    ) as client:
+
+        async def ask() -> list[str]:
+            assert (await client.get("/tool/v1/joblib/rooms/lab/tasks")).status_code == 200
+            return [r.getMessage() for r in caplog.records if "did not run" in r.getMessage()]
+
+        assert len(await ask()) == len(await ask()) == 1
+        app.state.joblib_runtime = None
+        caplog.clear()
+        async with lifespan(app):
+            assert await ask() == []
 
 
 async def test_a_bad_setting_ends_the_start_and_not_each_request(monkeypatch, caplog):

@@ -314,6 +314,8 @@ class Runtime:
         The requests to providers that have no answers.
     sweeper : asyncio.Task, optional
         The task that runs, or ran, the sweeper.
+    began : bool
+        Whether the app's lifespan ran, or it was logged that it did not.
     """
 
     waiters: Waiters = field(default_factory=Waiters)
@@ -321,6 +323,7 @@ class Runtime:
     polls: dict[asyncio.AbstractEventLoop, Subscriptions] = field(default_factory=dict)
     reads: InFlight = field(default_factory=InFlight)
     sweeper: asyncio.Task[Any] | None = None
+    began: bool = False
 
     def __post_init__(self) -> None:
         self.delivery = Delivery(self.waiters)
@@ -353,5 +356,6 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
         At the start, when the environment's settings can't be read.
     """
     patience = 2 * settings_of(app).dispatch_timeout_seconds
+    runtime_of(app).began = True
     yield
     await runtime_of(app).delivery.drain(patience)

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -44,6 +45,8 @@ from zndraw_joblib.waiting import wakeups_of
 from zndraw_joblib.workers import READ, Action, Caller, RoomAccess, permits
 
 __getattr__ = functools.partial(deprecated.alias, __name__)
+
+log = logging.getLogger(__name__)
 
 # Longest `Prefer` that is read, in characters.
 _MAX_PREFER = 1000
@@ -239,8 +242,14 @@ async def context_of(
         wakeups_of(request.app),
         getattr(request.app.state, "on_task_log", None),
     )
-    caller = Caller(user.id, user.is_superuser)
-    return Context(request, caller, runtime_of(request.app), transports)
+    runtime = runtime_of(request.app)
+    if not runtime.began:
+        runtime.began = True
+        log.warning(
+            "the lifespan of this app did not run, nor did what starts in it, as the sweeper:"
+            " no server runs that of a mounted app (docs/prefix.md)"
+        )
+    return Context(request, Caller(user.id, user.is_superuser), runtime, transports)
 
 
 def with_context(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -29,7 +29,7 @@ from zndraw_auth.users import get_jwt_strategy
 from zndraw_joblib import models, sweeper
 from zndraw_joblib.client import ClaimedTask, JobManager, TaskCancelled
 from zndraw_joblib.database import UtcDateTime, execute
-from zndraw_joblib.delivery import SessionMaker
+from zndraw_joblib.delivery import Runtime, SessionMaker
 from zndraw_joblib.exceptions import ProblemException, describe, problem_exception_handler
 from zndraw_joblib.execution import run_extension
 from zndraw_joblib.extension import Extension
@@ -105,7 +105,7 @@ class Host:
         self._stack.callback(lambda: self.portal.call(self._engine.dispose))
         state, overrides = self.app.state, self.app.dependency_overrides
         state.engine, state.session_maker = self._engine, self.session_maker
-        state.tsio, state.joblib_runtime = self._sockets, None
+        state.tsio, state.joblib_runtime = self._sockets, Runtime(began=True)
         if not hasattr(state, "auth_settings"):
             secret = SecretStr("only for tests, and of 32 characters")
             state.auth_settings = AuthSettings(secret_key=secret)
