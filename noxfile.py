@@ -27,6 +27,8 @@ PART = (
     *("tests/test_doctor.py", "tests/test_beneath.py", "tests/test_internal.py"),
     *("tests/test_results.py", "tests/test_validation.py"),
 )
+# what reads files beside the package
+WHOLE = ("tests/test_house.py", "tests/test_docs.py", "tests/test_packaging.py")
 # each process brings up a PostgreSQL and a Redis of its own
 SPREAD = (
     *("--numprocesses=logical", "--maxprocesses=4"),
@@ -273,6 +275,22 @@ def pythons(session: nox.Session) -> None:
     # a host that could not start
     left = "ignore:unclosed database:ResourceWarning"
     session.run("pytest", "-W", left, *(session.posargs or PART), **PATIENT)
+
+
+@nox.session
+def sdist(session: nox.Session) -> None:
+    """Build the sdist, and run a part of its suite where nothing else of ours is."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "gates"), "-c", LOCK, "-b", LOCK)
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    session.run("python", "-m", "build", "--sdist", f"--outdir={folder}")
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder, filter="data")
+    session.chdir(folder / archive.name.removesuffix(".tar.gz"))
+    # as those who package it: the package that is tested is built from what was unpacked
+    unpacked = nox.project.load_toml("pyproject.toml")
+    session.install(*nox.project.dependency_groups(unpacked, "test"), ".", "-c", LOCK, "-b", LOCK)
+    session.run("pytest", *(session.posargs or (*PART, *WHOLE)), **PATIENT)
 
 
 @nox.session
