@@ -382,7 +382,7 @@ async def test_who_hung_up_is_told_from_a_body_that_never_ends(messages, stays, 
 
 
 async def tell(wakeups, key):
-    wakeups.tell([key], [])
+    wakeups.publish([key], [])
     assert wakeups._sender._task is not None
     await wakeups._sender._task
 
@@ -401,7 +401,7 @@ async def test_processes_that_are_forked_from_one_app_wake_each_other(redis_url)
         listened, listens = fork.Event(), anyio.Event()
         other = fork.Process(target=tell_from_a_fork, args=(wakeups, listened))
         # it forks in the middle of things
-        wakeups.tell(["before"], [])
+        wakeups.publish(["before"], [])
         with warnings.catch_warnings(action="ignore"):
             # of threads, which the other process has no use for
             other.start()

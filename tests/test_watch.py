@@ -297,10 +297,10 @@ async def test_other_processes_wake_over_redis_or_postgresql(app, ada, session_m
         ended = {"status": TaskStatus.CANCELLED, "completed_at": now()}
         by_id = Task.id == UUID(task["id"])
         await execute(session_maker, update(Task).where(by_id).values(ended))
-        elsewhere.tell([task_key(task["id"])], [])
+        elsewhere.publish([task_key(task["id"])], [])
         await until(lambda: len(told) == 1)
         await submit_elsewhere(session_maker)
-        elsewhere.tell([], [job_key("lab:modifiers:Rotate")])
+        elsewhere.publish([], [job_key("lab:modifiers:Rotate")])
         await until(lambda: len(told) == 2)
         assert told[1]["task"]["worker_id"] == worker
         # what this process does, it tells the others, and does not hear itself
@@ -312,7 +312,7 @@ async def test_other_processes_wake_over_redis_or_postgresql(app, ada, session_m
             with theirs.waiting_for([job_key("lab:modifiers:Scale")]) as waiter:
                 # more than PostgreSQL takes in one message
                 others = [provider_key("n" * 1000 + str(n)) for n in range(20)]
-                app.state.wakeups.tell(others, [job_key("lab:modifiers:Scale")])
+                app.state.wakeups.publish(others, [job_key("lab:modifiers:Scale")])
                 assert await waiter.wait(HANG)
                 assert waiter.turns
             group.cancel_scope.cancel()

@@ -16,7 +16,7 @@ from zndraw_joblib.events import TaskView
 from zndraw_joblib.lifecycle import INTERNAL_ROOM, ErrorType, TaskStatus
 from zndraw_joblib.models import JOB, TASK, WORKER, due, held, in_states, of_job, queued, rechecked
 from zndraw_joblib.settings import JobLibSettings
-from zndraw_joblib.submissions import back_in_queue, born_claimed
+from zndraw_joblib.submissions import back_in_queue, claimed_for_broker
 from zndraw_joblib.tasks import BRIEF, SHOWN, change
 
 MAX_KEPT_ERROR = 2000
@@ -109,8 +109,8 @@ def lost_error(worker: sa.Row[Any]) -> str:
     names = dict.fromkeys(name for name in (worker.name, where if info else None) if name)
     if not names:
         return lifecycle.WORKER_LOST_ERROR
-    heard = worker.last_heartbeat.isoformat(timespec="seconds")
-    return f"{lifecycle.WORKER_LOST_ERROR}: {', '.join(names)}, last heard at {heard}"
+    last = worker.last_heartbeat.isoformat(timespec="seconds")
+    return f"{lifecycle.WORKER_LOST_ERROR}: {', '.join(names)}, last heard at {last}"
 
 
 async def lose(
@@ -326,7 +326,7 @@ async def dispatch_waiting(
     session: AsyncSession, chosen: sa.Select[tuple[UUID]], settings: JobLibSettings
 ) -> list[TaskView]:
     """Claim for the broker some of the chosen ``@internal`` tasks that wait."""
-    values = {**born_claimed(settings.internal_redispatch_seconds), TASK.c.available_at: None}
+    values = {**claimed_for_broker(settings.internal_redispatch_seconds), TASK.c.available_at: None}
     some = chosen.limit(number(MESSAGES_A_BATCH))
     claiming = sa.update(TASK).where(TASK.c.id.in_(some)).values(values)
     return await change(session, claiming.returning(*SHOWN), settings)

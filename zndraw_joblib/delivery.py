@@ -108,7 +108,7 @@ class Delivery:
         try:
             self._waiters.notify(outbox.ended, outbox.queued)
             if transports.wakeups is not None and (outbox.ended or outbox.queued):
-                transports.wakeups.tell(outbox.ended, outbox.queued)
+                transports.wakeups.publish(outbox.ended, outbox.queued)
         except Exception:
             # the next poll wakes them
             log.exception("waiting requests were not woken")
@@ -221,15 +221,15 @@ def _log(outbox: Outbox) -> None:
 
 
 async def _call_hook(
-    hook: Callable[[list[T]], Awaitable[None]] | None, told: list[T], transports: Transports
+    hook: Callable[[list[T]], Awaitable[None]] | None, events: list[T], transports: Transports
 ) -> None:
-    if not told or hook is None:
+    if not events or hook is None:
         return
     try:
         with anyio.fail_after(transports.settings.dispatch_timeout_seconds):
-            await hook(list(told))
+            await hook(list(events))
     except Exception:
-        log.exception("the host's hook for %s failed", type(told[0]).__name__)
+        log.exception("the host's hook for %s failed", type(events[0]).__name__)
 
 
 async def _dispatch(

@@ -56,7 +56,7 @@ async def _get_frame_room_cleanup() -> FrameRoomCleanup | None:
     return None
 
 
-def _hearing_rooms(cleanup: FrameRoomCleanup) -> Callable[..., Awaitable[None]]:
+def _with_rooms(cleanup: FrameRoomCleanup) -> Callable[..., Awaitable[None]]:
     async def removed(names: Iterable[Any]) -> None:
         rooms = {name.room for name in names if name.category == "frames"}
         if rooms and isawaitable(cleaning := cleanup(rooms)):
@@ -76,7 +76,7 @@ def old_cleanup_override(get_hook: F) -> F:
         cleanup = override()
         if isawaitable(cleanup):
             cleanup = await cleanup
-        return None if cleanup is None else _hearing_rooms(cleanup)
+        return None if cleanup is None else _with_rooms(cleanup)
 
     return cast(F, get)
 
@@ -106,7 +106,7 @@ def old_sweeper_arguments(function: F) -> F:
             args = (asynccontextmanager(get_session), *args)
         if on_frame_rooms is not None:
             _warn("on_frame_rooms=", "on_providers_removed=")
-            kwargs["on_providers_removed"] = _hearing_rooms(on_frame_rooms)
+            kwargs["on_providers_removed"] = _with_rooms(on_frame_rooms)
         return function(*args, **kwargs)
 
     return cast(F, call)

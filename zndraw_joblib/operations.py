@@ -29,7 +29,7 @@ COUNTED_MAX = 100_000
 
 
 def _waiting(order: str, waits: sa.ColumnElement[bool]) -> Any:
-    # No more of a queue than is told is read, in the order of its index: else
+    # No more of a queue than is shown is read, in the order of its index: else
     # counting would take longer the longer the queue is. Written as positions are.
     return (
         sa.select(TASK.c.created_at)
@@ -164,10 +164,10 @@ async def list_workers(
         .where(models.held(), TASK.c.worker_id.in_([row.id for row in listing.rows]))
         .limit(number(COUNTED_MAX))
     )
-    at_hand = defaultdict[UUID, list[Any]](list)
+    held = defaultdict[UUID, list[Any]](list)
     for task in await execute(session, holding) if listing.rows else ():
-        at_hand[task.worker_id].append(task)
-    return [_summary(row, at_hand[row.id]) for row in listing.rows], listing
+        held[task.worker_id].append(task)
+    return [_summary(row, held[row.id]) for row in listing.rows], listing
 
 
 def _summary(row: sa.Row[Any], tasks: Sequence[sa.Row[Any]]) -> WorkerSummary:
@@ -301,7 +301,7 @@ def _retrying(internal: bool) -> ReturningUpdate[Any]:
         TASK.c.retried_by_id: sa.bindparam("retrier", type_=TASK.c.retried_by_id.type),
     }
     if internal:
-        anew |= submissions.born_claimed(sa.bindparam("seconds", type_=sa.Float()))
+        anew |= submissions.claimed_for_broker(sa.bindparam("seconds", type_=sa.Float()))
     return (
         sa.update(TASK)
         .where(
@@ -384,7 +384,7 @@ async def _retry(
     for internal in (False, True):
         of_one_kind = [row for row in rows if (row.of_room == INTERNAL_ROOM) is internal]
         if of_one_kind:
-            values = {"ended": _told(of_one_kind), "retrier": caller.id}
+            values = {"ended": _as_json(of_one_kind), "retrier": caller.id}
             values["seconds"] = settings.internal_redispatch_seconds
             retried += (await execute(session, _retrying(internal), values)).all()
     places = defaultdict[UUID | None, list[int]](list)
@@ -396,20 +396,20 @@ async def _retry(
     return await tasks.with_positions(session, retried, settings)
 
 
-def _told(rows: Sequence[sa.Row[Any]]) -> str:
+def _as_json(rows: Sequence[sa.Row[Any]]) -> str:
     """Write what a retry has to know of each task; of a user's in a queue, how many come before."""
     before = Counter[Any]()
-    told = []
+    entries = []
     for row in rows:
         queue = (row.job_id, row.priority, row.created_by_id)
         # all errors would be longer with each retry
         errors = "\n".join(tasks.last_errors(row.errors)) or None
         attempt = row.attempt
-        told.append(
+        entries.append(
             {"id": row.id.hex, "attempt": attempt, "errors": errors, "before": before[queue]}
         )
         before[queue] += 1
-    return to_json(told).decode()
+    return to_json(entries).decode()
 
 
 async def delete(session: AsyncSession, task_ids: Sequence[UUID]) -> list[UUID]:

@@ -106,7 +106,7 @@ def back_in_queue() -> dict[Any, Any]:
     }
 
 
-def born_claimed(redispatch_seconds: float | sa.ColumnElement[float]) -> dict[Any, Any]:
+def claimed_for_broker(redispatch_seconds: float | sa.ColumnElement[float]) -> dict[Any, Any]:
     """Return what makes an ``@internal`` task wait for the broker's answer."""
     return {
         TASK.c.status: sa.literal(TaskStatus.CLAIMED, TASK.c.status.type),
@@ -175,7 +175,7 @@ def _values(internal: bool) -> dict[Any, Any]:
 def _times(internal: bool, seconds: sa.ColumnElement[float]) -> dict[Any, Any]:
     """Return whether a new task waits for its time, or for the broker's answer."""
     if internal:
-        return born_claimed(seconds) | {TASK.c.attempt: sa.literal(1)}
+        return claimed_for_broker(seconds) | {TASK.c.attempt: sa.literal(1)}
     return {TASK.c.available_at: sa.case((seconds > 0, now(seconds)))}
 
 
@@ -383,7 +383,7 @@ async def _insert_others(
     session: AsyncSession, target: jobs.Target, first: sa.Row[Any], others: Sequence[dict[str, Any]]
 ) -> list[Any]:
     """Insert the other tasks of a batch; return all of them."""
-    told = [
+    entries = [
         {
             "new_id": other["new_id"].hex,
             "given": to_json(other["given"]).decode(),
@@ -391,7 +391,7 @@ async def _insert_others(
         }
         for other in others
     ]
-    values = {"first": first.id, "others": to_json(told).decode()}
+    values = {"first": first.id, "others": to_json(entries).decode()}
     inserted = await execute(session, _inserting_others(target.internal), values)
     return [first, *sorted(inserted, key=lambda row: row.id)]
 

@@ -260,7 +260,7 @@ _NOTIFY = text("SELECT pg_notify(:channel, :message)")
 class Wakeups(Protocol):
     """What carries notifications between processes; nothing depends on its reliability."""
 
-    def tell(self, ended: Sequence[str], queued: Sequence[str]) -> None:
+    def publish(self, ended: Sequence[str], queued: Sequence[str]) -> None:
         """Take notifications for the other processes, and return at once.
 
         Parameters
@@ -306,7 +306,7 @@ class _Sender:
         # a server that loads the app and forks then has many processes with what was drawn
         return f"{self._drawn}-{os.getpid()}"
 
-    def take(self, ended: Sequence[str], queued: Sequence[str]) -> None:
+    def publish(self, ended: Sequence[str], queued: Sequence[str]) -> None:
         if len(self._unsent) < _MAX_UNSENT:
             self._unsent += [(key, False) for key in ended] + [(key, True) for key in queued]
         loop, task = asyncio.get_running_loop(), self._task
@@ -324,18 +324,18 @@ class _Sender:
                     log.warning("wake-ups were not sent: %r", exc)
 
     def _messages(self, keys: list[tuple[str, bool]]) -> Iterator[str]:
-        told: tuple[list[str], list[str]] = ([], [])
+        batch: tuple[list[str], list[str]] = ([], [])
         size = 0
         for key, queued in keys:
             length = len(json.dumps(key, ensure_ascii=False).encode()) + 2
             if size and size + length > _LONGEST_MESSAGE:
-                yield json.dumps([self._me, *told], ensure_ascii=False)
-                told, size = ([], []), 0
-            told[queued].append(key)
+                yield json.dumps([self._me, *batch], ensure_ascii=False)
+                batch, size = ([], []), 0
+            batch[queued].append(key)
             size += length
-        yield json.dumps([self._me, *told], ensure_ascii=False)
+        yield json.dumps([self._me, *batch], ensure_ascii=False)
 
-    def hand_on(self, message: str | bytes, waiters: Waiters) -> None:
+    def receive(self, message: str | bytes, waiters: Waiters) -> None:
         """Wake who waits here for what another process sent."""
         sender, ended, queued = json.loads(message)
         # this process woke its own before it sent it to the others
@@ -356,9 +356,9 @@ class RedisWakeups:
         self._redis = redis
         self._sender = _Sender(lambda message: redis.publish(_CHANNEL, message))
 
-    def tell(self, ended: Sequence[str], queued: Sequence[str]) -> None:
+    def publish(self, ended: Sequence[str], queued: Sequence[str]) -> None:
         """Send notifications as soon as Redis takes them, all that came in together."""
-        self._sender.take(ended, queued)
+        self._sender.publish(ended, queued)
 
     async def listen(self, waiters: Waiters, missed: Callable[[], None]) -> None:
         """Hand what other processes tell to ``waiters``, until cancelled or cut off.
@@ -386,7 +386,7 @@ class RedisWakeups:
                     # what came before, the first time or after a gap, was missed
                     missed()
                 elif message["type"] == "message":
-                    self._sender.hand_on(message["data"], waiters)
+                    self._sender.receive(message["data"], waiters)
 
 
 class PgWakeups:
@@ -408,9 +408,9 @@ class PgWakeups:
         self._at_once = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._sender = _Sender(self._send)
 
-    def tell(self, ended: Sequence[str], queued: Sequence[str]) -> None:
+    def publish(self, ended: Sequence[str], queued: Sequence[str]) -> None:
         """Send notifications as soon as PostgreSQL takes them, all that came in together."""
-        self._sender.take(ended, queued)
+        self._sender.publish(ended, queued)
 
     async def _send(self, message: str) -> None:
         async with self._at_once.connect() as connection:
@@ -431,7 +431,7 @@ class PgWakeups:
         pooled.detach()
         try:
             await connection.add_listener(
-                _CHANNEL, lambda *told: self._sender.hand_on(told[-1], waiters)
+                _CHANNEL, lambda *received: self._sender.receive(received[-1], waiters)
             )
             ended = asyncio.Event()
             connection.add_termination_listener(lambda _: ended.set())

@@ -62,8 +62,8 @@ async def permits(
 ) -> bool:
     """Ask the host whether a user may do something in a room."""
     knows_actions = len(inspect.signature(access).parameters) > 3
-    hosts_to_say = knows_actions and room_id not in SPECIAL_ROOMS
-    if action.kind == "operate" and not (caller.is_superuser or hosts_to_say):
+    host_decides = knows_actions and room_id not in SPECIAL_ROOMS
+    if action.kind == "operate" and not (caller.is_superuser or host_decides):
         return False
     if not knows_actions:
         return await access(session, caller, room_id)
@@ -332,8 +332,8 @@ async def lock(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> Sequenc
     that came first wins.
     """
     locking = sa.update(WORKER).where(WORKER.c.id.in_(chosen)).values(state=WORKER.c.state)
-    told = (WORKER.c.id, WORKER.c.name, WORKER.c.info, WORKER.c.last_heartbeat)
-    return (await execute(session, locking.returning(*told))).all()
+    known = (WORKER.c.id, WORKER.c.name, WORKER.c.info, WORKER.c.last_heartbeat)
+    return (await execute(session, locking.returning(*known))).all()
 
 
 async def remove(session: AsyncSession, worker_ids: Collection[UUID]) -> Removed:
