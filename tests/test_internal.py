@@ -13,7 +13,19 @@ import httpx
 import internal_jobs
 import pytest
 from sqlalchemy import select, update
-from steps import at_once, claim, execute, problem, read, register, report, silence, stored, submit
+from steps import (
+    at_once,
+    claim,
+    execute,
+    offer,
+    problem,
+    read,
+    register,
+    report,
+    silence,
+    stored,
+    submit,
+)
 from taskiq import InMemoryBroker
 
 from zndraw_joblib import attempts, register_internal_jobs, register_internal_tasks
@@ -390,6 +402,17 @@ async def test_a_message_that_arrived_is_not_undone_by_its_sender(
     task = await submit(ada, ECHO)
     assert (await read(ada, task))["status"] == "running"
     assert (await report(admin, task, "completed")).status_code == 200
+
+
+async def test_what_a_worker_claims_goes_to_no_broker(ada, admin, broker, runs):
+    """It may serve what the server runs too."""
+    schema = Echo.model_json_schema()
+    worker = await offer(admin, "Echo", "@internal", schema=schema, max_attempts=2)
+    runs.raises = ValueError("once")
+    task = await submit(ada, ECHO)
+    broker.loses = True
+    (claimed,) = await claim(admin, worker)
+    assert (claimed["id"], claimed["attempt"], broker.lost) == (task["id"], 2, [])
 
 
 async def test_a_lost_message_is_sent_again_once(

@@ -346,11 +346,15 @@ class Outbox:
             name = task.job_name
             if task.status in TERMINAL:
                 self.ended.append(task_key(task.id))
-            elif name.partition(":")[0] == INTERNAL_ROOM:
-                if task.status is TaskStatus.CLAIMED:
-                    self.dispatches.append(Dispatch(task, again=False))
-            # what waits for its time is not available yet
-            elif task.status is TaskStatus.PENDING and task.available_at is None:
+            elif task.status is TaskStatus.CLAIMED and task.worker_id is None:
+                self.dispatches.append(Dispatch(task, again=False))
+            # what waits for its time is not available yet, what waits for the server
+            # never
+            elif (
+                task.status is TaskStatus.PENDING
+                and task.available_at is None
+                and name.partition(":")[0] != INTERNAL_ROOM
+            ):
                 self.queued.append(job_key(name))
                 if name not in available:
                     available[name] = TaskAvailable(

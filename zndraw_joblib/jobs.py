@@ -291,22 +291,21 @@ async def delete_idle(session: AsyncSession, chosen: sa.ColumnElement[bool]) -> 
     return [FullName(*row) for row in await execute(session, deleting.returning(*FULL_NAME))]
 
 
-async def last_deleted(session: AsyncSession, after: UUID, count: int) -> UUID | None:
-    """Return the last of the next ``count`` deleted jobs, by id; None when there are fewer."""
-    behind = sa.select(JOB.c.id).where(_DELETED, JOB.c.id > after).order_by(JOB.c.id)
-    last: UUID | None = await scalar(session, behind.limit(number(1)).offset(number(count - 1)))
-    return last
-
-
-def taskless(after: UUID, last: UUID | None) -> sa.Select[tuple[UUID]]:
-    """Return the deleted jobs without tasks, of those behind one and up to another."""
-    some = sa.select(JOB.c.id).where(
-        JOB.c.id > after, sa.true() if last is None else JOB.c.id <= last
-    )
-    return some.where(*_TASKLESS)
-
-
 _TASKLESS = (_DELETED, ~sa.exists().where(TASK.c.job_id == JOB.c.id))
+
+
+async def taskless(
+    session: AsyncSession, after: UUID, count: int
+) -> tuple[sa.Select[tuple[UUID]], UUID | None]:
+    """Return which of the next ``count`` deleted jobs, by id, have no tasks.
+
+    With the last of those that were looked at; None when there are fewer.
+    """
+    behind = sa.select(JOB.c.id).where(JOB.c.id > after)
+    deleted = behind.where(_DELETED).order_by(JOB.c.id)
+    last = await scalar(session, deleted.limit(number(1)).offset(number(count - 1)))
+    up_to = sa.true() if last is None else JOB.c.id <= last
+    return behind.where(up_to, *_TASKLESS), last
 
 
 async def purge(session: AsyncSession, chosen: sa.Select[tuple[UUID]]) -> int:

@@ -202,12 +202,10 @@ async def _outlived_tasks(sweep: _Sweep) -> int:
 
 async def _deleted_jobs(sweep: _Sweep) -> int:
     """Delete for good the deleted jobs that have no tasks, of some in each pass."""
-    first = sweep.purged_up_to
     async with sweep.session_maker() as session:
-        last = await jobs.last_deleted(session, first, JOBS_A_PASS)
+        rows, last = await jobs.taskless(session, sweep.purged_up_to, JOBS_A_PASS)
     # behind the last of them the next pass begins anew
     sweep.purged_up_to = last or FIRST
-    rows = jobs.taskless(first, last)
     return await _each(sweep, rows, lambda session, rows, *_: jobs.purge(session, rows))
 
 
