@@ -302,7 +302,8 @@ async def test_other_processes_wake_over_redis_or_postgresql(app, ada, session_m
         await submit_elsewhere(session_maker)
         elsewhere.publish([], [job_key("lab:modifiers:Rotate")])
         await until(lambda: len(told) == 2)
-        assert told[1]["task"]["worker_id"] == worker
+        # one of them, and which one is who came first
+        assert told[1]["task"]["worker_id"] in (worker, other)
         # what this process does, it tells the others, and does not hear itself
         heard = []
         async with anyio.create_task_group() as group:
