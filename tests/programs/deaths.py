@@ -124,15 +124,16 @@ async def die(way: Way, isolated: bool, host: Host, log: Path, restart: Any = No
 
 
 def told(ended: Any, took: float, other: Any, last: Any) -> str:
-    if ended.get("interruptions"):
-        ended = {"status": "pending"}
     why = f" (`{ended['error_type']}`)" if ended.get("error_type") else ""
+    became = f"`{ended['status']}`{why}"
+    if ended.get("interruptions"):
+        became = "given back: `pending` again, at no attempt's cost,"
     lost = []
     if other["status"] != "completed" and not other.get("interruptions"):
         lost.append("the task beside it")
     if last["status"] != "completed":
         lost.append("the worker")
-    return f"`{ended['status']}`{why} after {took:.0f} s; lost: {' and '.join(lost) or 'nothing'}"
+    return f"{became} after {took:.0f} s; lost: {' and '.join(lost) or 'nothing'}"
 
 
 async def die_without_host(way: Way, isolated: bool, directory: Path) -> str:
