@@ -59,13 +59,13 @@ def make_mint_token(settings: AuthSettings) -> MintToken:
     return mint_token
 
 
-def run(extension: type[Any], payload: dict[str, Any]) -> dict[str, Any]:
-    """Run a task, and return what is to be reported of it, whatever ends it."""
+def run(extension: type[Any], payload: dict[str, Any]) -> tuple[Any, BaseException | None]:
+    """Run a task, and return its result, and what ended it instead, whatever that is."""
     try:
-        return {"status": "completed", "result": extension(**payload).run(None)}
+        return extension(**payload).run(None), None
     except BaseException as exc:
         # sys.exit ends the task, not the process
-        return {"status": "failed", "error": describe(exc)}
+        return None, exc
 
 
 def make_executor(
@@ -108,9 +108,14 @@ def make_executor(
         if started.status_code == 409:
             return  # cancelled meanwhile, or delivered twice
         started.raise_for_status()
-        outcome = await asyncio.to_thread(run, extension, payload)
+        result, failure = await asyncio.to_thread(run, extension, payload)
+        if failure is not None:
+            if settings is None:
+                await report(status="failed", error=describe(failure))
+            # the host fails the task, and keeps the traceback in its log
+            raise failure
         try:
-            (await report(**outcome)).raise_for_status()
+            (await report(status="completed", result=result)).raise_for_status()
         except (TypeError, ValueError, httpx.HTTPStatusError) as exc:
             # a result that can't be told
             await report(status="failed", error=describe(exc))

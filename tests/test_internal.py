@@ -12,6 +12,7 @@ import anyio
 import httpx
 import internal_jobs
 import pytest
+from conftest import AUTH_SETTINGS
 from sqlalchemy import select, update
 from steps import (
     at_once,
@@ -107,6 +108,12 @@ def told(events):
     return [e.data["status"] for e in events if e.event == "task_status_event"]
 
 
+async def lines_of(user, task):
+    answer = await user.get(f"/tasks/{task['id']}/log")
+    assert answer.status_code == 200, answer.text
+    return [line["text"] for line in answer.json()["lines"]]
+
+
 async def overslept(session_maker):
     await execute(
         session_maker, update(Task).where(Task.deadline_at.is_not(None)).values(deadline_at=now(-1))
@@ -167,9 +174,27 @@ async def test_an_executor_that_raises_fails_the_task(ada, broker, runs, events,
     assert (failed["status"], failed["error_type"]) == ("failed", "user_error")
     assert says in failed["error"]
     assert told(events) == ["claimed", "running", "failed"]
+    log = await lines_of(ada, task)
+    assert log[0].startswith(("Traceback (most recent call last)", "  + Exception Group"))
+    assert any("in __call__" in line for line in log)
+    assert type(ends).__name__ in "".join(log)
     # it ended nothing else
     runs.raises = None
     assert (await read(ada, await submit(ada, ECHO)))["status"] == "running"
+
+
+async def test_each_attempt_ends_its_log_with_its_traceback(ada, broker, runs):
+    # more of them than a heartbeat may bring
+    message = list(map(str, range(300)))
+    runs.raises = ValueError("\n".join(message))
+    task = await submit(ada, ECHO)
+    log = await lines_of(ada, task)
+    assert log[-300:] == ["ValueError: 0", *message[1:]]
+    assert (await ada.post(f"/tasks/{task['id']}/retry")).status_code == 202
+    both = await lines_of(ada, task)
+    assert both[: len(log)] == log
+    assert both[-300:] == log[-300:]
+    assert len(both) >= 2 * len(log)
 
 
 async def test_an_executor_that_is_cancelled_fails_the_task(ada, app, session_maker, events):
@@ -365,6 +390,10 @@ async def test_an_executor_is_given_what_it_declares(ada, app, session_maker, ca
     token = f"s3cret-{task['id']}-{task['created_by_id']}"
     assert given == [({"a": 1}, "lab", task["id"], 1, token, trace)]
     assert "s3cret" not in str(await read(ada, task))
+    said = "\n".join(await lines_of(ada, task))
+    assert "s3cret" not in said
+    # only the host's process has a database
+    assert ("illegal header '[token]'" in said) == (where == "in the host")
     # TaskIQ tells itself what the executor raised
     ours = [r for r in caplog.records if r.name.startswith("zndraw_joblib")]
     assert ours
@@ -468,6 +497,28 @@ async def test_of_two_deliveries_to_the_executor_of_the_example_one_runs(ada, ad
     assert len(runs) == 1
     done = await read(ada, task)
     assert (done["status"], done["result"]) == ("completed", "done")
+
+
+@pytest.mark.parametrize("in_host", [True, False])
+async def test_the_executor_of_the_example_leaves_failures_to_the_host(
+    ada, admin, app, broker, in_host
+):
+    broker.loses = True
+    task = await submit(ada, ECHO)
+
+    class Stops:
+        def run(self, vis: Any) -> None:
+            raise StopIteration("at the end")
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://host"
+    ) as http:
+        execute = internal_jobs.make_executor(http, AUTH_SETTINGS if in_host else None)
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await execute(Stops, {}, "lab", task["id"], attempt=1, token=admin.token)
+    found = await read(ada, task)
+    assert found["status"] == ("running" if in_host else "failed")
+    assert ("at the end" in str(found["error"])) == (not in_host)
 
 
 async def test_the_sweeper_uses_all_that_it_is_given(

@@ -22,6 +22,8 @@ MAX_DETAIL = 2000
 # of an error's text, and of a group's exceptions
 MAX_ERROR = 64 * 1024
 MAX_LEAVES = 10
+# in characters, of which a log has some
+MAX_TRACEBACK = 16 * 1024
 
 
 class ProblemDetail(BaseModel):
@@ -338,6 +340,15 @@ def describe(exc: BaseException) -> str:
     group = isinstance(exc, BaseExceptionGroup)
     leaves = islice(_leaves(exc), MAX_LEAVES) if group else ()
     return storable("\n".join([text, *map(describe, leaves)]))
+
+
+def traceback_of(exc: BaseException) -> str:
+    """Return the traceback of an exception, of a long one the first part and the last."""
+    text = "".join(traceback.format_exception(exc))
+    if (beyond := len(text) - MAX_TRACEBACK) > 0:
+        half = MAX_TRACEBACK // 2
+        text = f"{text[:half]}\n... {beyond} characters left out ...\n{text[-half:]}"
+    return text
 
 
 def _leaves(exc: BaseException) -> Iterator[BaseException]:

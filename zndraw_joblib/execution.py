@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import pickle
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -19,14 +18,13 @@ from tempfile import gettempdir
 from typing import Any, Protocol, TypedDict
 
 from zndraw_joblib.encoding import as_json
-from zndraw_joblib.exceptions import describe, storable
+from zndraw_joblib.exceptions import describe, storable, traceback_of
 from zndraw_joblib.extension import ClaimedTask, TaskCancelled
 from zndraw_joblib.lifecycle import ErrorType, TaskStatus
 from zndraw_joblib.telemetry import SafeLogger, continuing
 
 log = SafeLogger(logging.getLogger(__name__))
 
-MAX_TRACEBACK = 16 * 1024
 
 Report = dict[str, Any]
 Execute = Callable[[ClaimedTask[Any]], Any]
@@ -104,18 +102,9 @@ def perform(execute: Execute, task: ClaimedTask[Any]) -> Report | None:
         # SystemExit and the like end the task, not the thread
         log.exception("task %s of %s failed", task.task_id, task.job_name)
         with suppress(Exception):
-            task.log(_traceback_of(exc))
+            task.log(traceback_of(exc))
         return report_of(task, TaskStatus.FAILED, error=describe(exc))
     return report_of(task, TaskStatus.COMPLETED, result=result)
-
-
-def _traceback_of(exc: BaseException) -> str:
-    """Return the traceback of an exception, of a long one the first part and the last."""
-    text = "".join(traceback.format_exception(exc))
-    if (beyond := len(text) - MAX_TRACEBACK) > 0:
-        half = MAX_TRACEBACK // 2
-        text = f"{text[:half]}\n... {beyond} characters left out ...\n{text[-half:]}"
-    return text
 
 
 def _as_result(task: ClaimedTask[Any], value: Any) -> Any:

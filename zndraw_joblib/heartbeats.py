@@ -101,7 +101,7 @@ async def beat(
     )
     held_still = [task for task in request.tasks if task.id in kept]
     # first: it locks all of them, by id
-    logged = await _append(session, held_still, settings)
+    logged = await append_log(session, held_still, settings)
     return Beat(answer, await _store(session, worker_id, held_still, settings), logged)
 
 
@@ -195,10 +195,10 @@ _CUTTING = sa.delete(LOG).where(
 )
 
 
-async def _append(
+async def append_log(
     session: AsyncSession, reported: Sequence[TaskHeartbeat], settings: JobLibSettings
 ) -> list[TaskLogged]:
-    """Keep what a worker's tasks logged, but for what came before; return the new lines.
+    """Keep what tasks at work logged, but for what came before; return the new lines.
 
     If any logged, all of the tasks are locked.
     """

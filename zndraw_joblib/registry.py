@@ -16,12 +16,13 @@ from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession
 from taskiq import AsyncBroker, AsyncTaskiqDecoratedTask, Context, TaskiqDepends
 
-from zndraw_joblib import attempts, deprecated, jobs, telemetry
+from zndraw_joblib import attempts, deprecated, heartbeats, jobs, telemetry
 from zndraw_joblib.delivery import SessionMaker, Transports, runtime_of
 from zndraw_joblib.events import Outbox, TaskView
-from zndraw_joblib.exceptions import describe
-from zndraw_joblib.lifecycle import INTERNAL_ROOM, FullName
+from zndraw_joblib.exceptions import describe, traceback_of
+from zndraw_joblib.lifecycle import INTERNAL_ROOM, MAX_LOG_LINES, FullName
 from zndraw_joblib.providers import install as install_provider
+from zndraw_joblib.schemas_workers import LoggedLines, TaskHeartbeat
 from zndraw_joblib.settings import settings_of
 from zndraw_joblib.waiting import wakeups_of
 
@@ -313,8 +314,11 @@ def _starting(app: FastAPI, session_maker: SessionMaker, executor: Run) -> Run:
     async def run(
         extension: Any, payload: dict[str, Any], room_id: str, task_id: str, **named: Any
     ) -> None:
-        start = attempts.start_internal
-        started = await _change(app, session_maker, start, UUID(task_id), named["attempt"])
+        async def start(session: AsyncSession, outbox: Outbox) -> list[TaskView]:
+            attempt = named["attempt"]
+            return await attempts.start_internal(session, UUID(task_id), attempt, settings_of(app))
+
+        started = await _change(app, session_maker, start)
         if not started:
             log.info("task %s is not there to be started", task_id)
             return
@@ -327,22 +331,34 @@ def _starting(app: FastAPI, session_maker: SessionMaker, executor: Run) -> Run:
             # the event loop is gone: nothing can be awaited
             raise
         except BaseException as exc:
-            error = describe(exc)
-            if named["token"]:
-                error = error.replace(named["token"], "[token]")
-            await _fail(app, session_maker, task, error)
+            await _fail(app, session_maker, task, exc, named["token"] or "")
             raise
 
     return run
 
 
-async def _fail(app: FastAPI, session_maker: SessionMaker, task: TaskView, error: str) -> None:
-    seconds = settings_of(app).dispatch_timeout_seconds
+async def _fail(
+    app: FastAPI, session_maker: SessionMaker, task: TaskView, exc: BaseException, secret: str
+) -> None:
+    """End an attempt whose executor raised; its traceback is the end of the task's log."""
+    settings = settings_of(app)
+
+    def shown(text: str) -> str:
+        return text.replace(secret, "[token]") if secret else text
+
+    async def fail(session: AsyncSession, outbox: Outbox) -> list[TaskView]:
+        lines = shown(traceback_of(exc)).splitlines()
+        for first in range(0, len(lines), MAX_LOG_LINES):
+            some = LoggedLines(first=first + 1, lines=lines[first : first + MAX_LOG_LINES])
+            logged = TaskHeartbeat(id=task.id, attempt=task.attempt, log=some)
+            outbox.logged += await heartbeats.append_log(session, [logged], settings)
+        error = shown(describe(exc))
+        return await attempts.fail_internal(session, task.id, task.attempt, error, settings)
+
     try:
         # whatever cancels the executor does not leave its task running
-        with anyio.move_on_after(seconds, shield=True):
-            ending = attempts.fail_internal
-            await _change(app, session_maker, ending, task.id, task.attempt, error)
+        with anyio.move_on_after(settings.dispatch_timeout_seconds, shield=True):
+            await _change(app, session_maker, fail)
     except Exception:
         # it stays running until the sweeper ends it
         log.exception("task %s could not be failed", task.id)
@@ -351,18 +367,15 @@ async def _fail(app: FastAPI, session_maker: SessionMaker, task: TaskView, error
 async def _change(
     app: FastAPI,
     session_maker: SessionMaker,
-    step: Callable[..., Awaitable[list[TaskView]]],
-    *arguments: Any,
+    step: Callable[[AsyncSession, Outbox], Awaitable[list[TaskView]]],
 ) -> list[TaskView]:
-    settings = settings_of(app)
-
     async def change(session: AsyncSession, outbox: Outbox) -> list[TaskView]:
-        changed = await step(session, *arguments, settings)
+        changed = await step(session, outbox)
         outbox.tasks_changed(changed)
         return changed
 
-    tsio = getattr(app.state, "tsio", None)
-    transports = Transports(settings, tsio, wakeups=wakeups_of(app))
+    tsio, hook = (getattr(app.state, name, None) for name in ("tsio", "on_task_log"))
+    transports = Transports(settings_of(app), tsio, wakeups=wakeups_of(app), on_task_log=hook)
     return await runtime_of(app).delivery.run(session_maker, transports, change)
 
 
