@@ -85,7 +85,7 @@ def with_floors(app: FastAPI) -> ASGIApp:
         side.include_router(module.router)
 
     async def each(scope: Scope, receive: Receive, send: Send) -> None:
-        chosen = next((s for p, s in sides.items() if scope["path"].startswith(p)), app)
+        chosen = next((s for p, s in sides.items() if scope.get("path", "").startswith(p)), app)
         await chosen(scope, receive, send)
 
     return each
@@ -133,7 +133,7 @@ async def main(database_url: str, kind: str, beside: str) -> None:
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(1024)
-    config = uvicorn.Config(served, lifespan="off", log_level="critical", timeout_keep_alive=600)
+    config = uvicorn.Config(served, lifespan="on", log_level="critical", timeout_keep_alive=600)
     server = uvicorn.Server(config)
     told: dict[str, Any] = {"port": listener.getsockname()[1], "token": token}
     os.write(1, json.dumps(told).encode() + b"\n")
