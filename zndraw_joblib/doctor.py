@@ -254,7 +254,8 @@ async def _main(address: str) -> int:
             made = getattr(import_module(module), name or "app")
             app = made() if inspect.isroutine(made) else made
             if not isinstance(app, FastAPI):
-                raise TypeError("it is no FastAPI app, nor a function that returns one")
+                # of a host that Socket.IO or a middleware wraps
+                raise TypeError("it is no FastAPI app, nor makes one: name the innermost app")
             await stack.enter_async_context(app.router.lifespan_context(app))
         except Exception as exc:
             print(f"error: {address} does not start: {describe(exc)}")
