@@ -1,10 +1,11 @@
 """Thousands of tasks at once, as somebody with thousands of structures has them.
 
 One program submits tasks that do nothing and waits for all of them, one worker process
-does them, 32 at a time in threads or 4 in child processes, and the clock runs from the first submission until every result
-is known. This tree is asked through its own client, in batches; the published release
-has no batches and gets fewer tasks; procrastinate (``bench_queue.py``), where there is
-a PostgreSQL, says what the same database does with no host in between.
+does them, 32 or 4 at a time, in threads or in as many child processes, and the clock runs
+from the first submission until every result is known. This tree is asked through its own
+client, in batches; the published release has no batches and gets fewer tasks; procrastinate
+(``bench_queue.py``), where there is a PostgreSQL, says what the same database does with no
+host in between, 32 at a time as well.
 
 They take turns, each with a new worker and a new submitter, and what is told are medians
 of the ratios within a turn.
@@ -21,11 +22,13 @@ from typing import Any, NamedTuple
 from bench_sides import HERE, PEER, TREE, Database, Host, cpu_of, database, environment, running
 
 QUEUE = "procrastinate"
-ISOLATED = "isolated"
+ISOLATED, FEW, FEW_ISOLATED = "isolated", "4 threads", "4 isolated"
+#: this tree's, by the role that they have in the worker's program
+ROLES = {TREE: "work", ISOLATED: "isolated", FEW: "few", FEW_ISOLATED: "few_isolated"}
 #: how many of this tree's tasks there are for one of the release's
 FEWER, FEWEST = 50, 100
 #: what a turn begins with, unmeasured: connections are open and caches warm afterwards
-WARM = {TREE: 64, ISOLATED: 64, PEER: 8, QUEUE: 64}
+WARM = dict.fromkeys(ROLES, 64) | {PEER: 8, QUEUE: 64}
 
 
 class Program:
@@ -131,7 +134,7 @@ async def batches(kind: str, release: Path | None, tasks: int, rounds: int) -> d
             one = Contender(name, own, host, python, "bench_worker.py", words)
             contenders.append(one)
             if name == TREE:
-                contenders.append(one._replace(name=ISOLATED, role=ISOLATED))
+                contenders = [one._replace(name=name, role=role) for name, role in ROLES.items()]
         if kind == "postgres":
             url = (await on.create()).replace("+asyncpg", "")
             python, script = sys.executable, "bench_queue.py"
@@ -150,13 +153,29 @@ async def batches(kind: str, release: Path | None, tasks: int, rounds: int) -> d
         }
         for one in contenders
     }
-    for name in (ISOLATED, PEER, QUEUE):
-        if name in rows:
-            rows[TREE][f"of {name}"] = statistics.median(
-                ours["per_second"] / theirs["per_second"]
-                for ours, theirs in zip(turns[TREE], turns[name], strict=True)
-            )
+    for one in rows.keys() - {TREE}:
+        rows[one][f"{TREE} of it"] = _median(turns, TREE, one, lambda ours, its: ours / its)
+    for name, threads in ((ISOLATED, TREE), (FEW_ISOLATED, FEW)):
+        rows[name]["ms more"] = _median(
+            turns, name, threads, lambda ours, its: 1000 / ours - 1000 / its
+        )
+        if QUEUE in rows:
+            ratio = _median(turns, name, QUEUE, lambda ours, its: ours / its)
+            rows[name][f"of {QUEUE}"] = ratio
     return rows
+
+
+def _median(
+    turns: dict[str, list[dict[str, float]]],
+    one: str,
+    other: str,
+    compare: Callable[[float, float], float],
+) -> float:
+    """Return the median of what comes of comparing tasks a second within a turn."""
+    return statistics.median(
+        compare(a["per_second"], b["per_second"])
+        for a, b in zip(turns[one], turns[other], strict=True)
+    )
 
 
 def tell(title: str, rows: dict[str, Any]) -> None:
@@ -170,10 +189,14 @@ def tell(title: str, rows: dict[str, Any]) -> None:
     )
     for name, row in rows.items():
         spent = [row.get(f"{who}_cpu_ms") for who in clocks]
-        of = rows[TREE].get(f"of {name}")
+        of = row.get(f"{TREE} of it")
         print(
             f"{name:16}{row['tasks']:8}{row['per_second']:9.0f}   {'':14}"
             + "".join(f"{'' if ms is None else f'{ms:.2f}':>11}" for ms in spent)
             + (f"{of:12.2f}" if of else ""),
             flush=True,
         )
+    for name in (ISOLATED, FEW_ISOLATED):
+        row = rows[name]
+        queue = f", {row[f'of {QUEUE}']:.2f} times {QUEUE}" if f"of {QUEUE}" in row else ""
+        print(f"{name}: {row['ms more']:+.2f} ms a task beside as many threads{queue}", flush=True)

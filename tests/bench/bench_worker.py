@@ -15,8 +15,8 @@ from zndraw_joblib import Category, ClaimedTask, Extension, JobManager
 
 ROOM = "bench"
 CONCURRENCY = 32
-#: a child process each
-ISOLATED = 4
+#: with which a claim and a report are of few tasks
+FEW = 4
 BATCHES = hasattr(JobManager, "connect")
 
 
@@ -62,12 +62,24 @@ def work(url: str, token: str, **options: Any) -> None:
         manager = JobManager(Api(url, token), execute=execute, polling_interval=0.05)
     with manager:
         manager.register(Relax)
+        while BATCHES and manager._shutdown.work._open < options["concurrency"]:
+            # child processes start
+            time.sleep(0.1)
         say("ready")
         manager.wait()
 
 
 def isolated(url: str, token: str) -> None:
-    work(url, token, isolate=True, concurrency=ISOLATED)
+    """Work with a child process for each hand."""
+    work(url, token, isolate=True)
+
+
+def few_isolated(url: str, token: str) -> None:
+    work(url, token, isolate=True, concurrency=FEW)
+
+
+def few(url: str, token: str) -> None:
+    work(url, token, concurrency=FEW)
 
 
 def submit(url: str, token: str) -> None:
@@ -117,4 +129,6 @@ def say(word: object) -> None:
 
 
 if __name__ == "__main__":
-    {"work": work, "isolated": isolated, "submit": submit}[sys.argv[1]](*sys.argv[2:])
+    roles = {"work": work, "isolated": isolated, "submit": submit}
+    roles |= {"few": few, "few_isolated": few_isolated}
+    roles[sys.argv[1]](*sys.argv[2:])
