@@ -101,6 +101,7 @@ class Api(Protocol):
 
     def get_headers(self) -> dict[str, str]:
         """Return the headers that say who asks; asked for with every request."""
+        ...
 
     def raise_for_status(self, response: Any) -> None:
         """Raise KeyError, PermissionError or ValueError for a 4xx answer."""

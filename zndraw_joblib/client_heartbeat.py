@@ -222,9 +222,11 @@ class Work(Protocol):
     @property
     def busy(self) -> int:
         """How many tasks are at hand."""
+        ...
 
     def finish(self, deadline: float) -> bool:
         """Take no more tasks, and let those at hand end; return whether they did."""
+        ...
 
 
 @dataclass

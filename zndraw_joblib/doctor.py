@@ -152,7 +152,7 @@ async def _database(app: Any, processes: int) -> Findings:
 
 async def _socketio(app: Any, processes: int) -> Findings:
     tsio = await _given(app, dependencies.get_tsio)
-    manager = getattr(tsio, "manager", None)
+    manager: Any = getattr(tsio, "manager", None)
     if tsio is None:
         yield WARNING, "Without Socket.IO no provider can be read.", "Set app.state.tsio."
     # a manager of one process has no channel to others
@@ -164,7 +164,7 @@ async def _socketio(app: Any, processes: int) -> Findings:
         # Socket.IO itself logs that it is away, and goes on
         from redis.asyncio import Redis
 
-        async with Redis.from_url(url, **tsio.manager.redis_options) as redis:
+        async with Redis.from_url(url, **manager.redis_options) as redis:
             await redis.ping()
 
 
