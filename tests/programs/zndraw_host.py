@@ -231,7 +231,7 @@ def states(heard: list[tuple[str, Any]], task_id: str) -> list[str]:
 
 def page_shown(url: str) -> None:
     """Run the program of the page about ZnDraw, as it stands there."""
-    (block,) = blocks(DOCS / "zndraw.md", "python")
+    block, *_ = blocks(DOCS / "zndraw.md", "python")
     names: dict[str, Any] = {}
     exec(block.code.replace("http://localhost:8000", url), names)
     with names["vis"] as vis:
