@@ -197,6 +197,14 @@ async def test_each_attempt_ends_its_log_with_its_traceback(ada, broker, runs):
     assert len(both) >= 2 * len(log)
 
 
+@pytest.mark.parametrize("message", ["\ud800", "\0", "\U0001f9ea" * 100_000])
+async def test_whatever_an_executor_raises_fails_the_task_and_is_logged(ada, broker, runs, message):
+    runs.raises = ValueError(message)
+    task = await submit(ada, ECHO)
+    assert (await read(ada, task))["status"] == "failed"
+    assert (await lines_of(ada, task))[0].startswith("Traceback (most recent call last)")
+
+
 async def test_an_executor_that_is_cancelled_fails_the_task(ada, app, session_maker, events):
     """As when the host goes down with a task in its hands."""
     at_work = asyncio.Event()
