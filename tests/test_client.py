@@ -47,7 +47,7 @@ from zndraw_joblib.schemas import JobPolicy, TaskResponse
 from zndraw_joblib.settings import JobLibSettings
 
 # it is the client that is tested: the routes are, under every maker, elsewhere
-pytestmark = pytest.mark.makers("plain")
+pytestmark = [pytest.mark.makers("plain"), pytest.mark.usefixtures("own_directory")]
 
 ROOM = "lab"
 HANG = 120
@@ -74,12 +74,6 @@ class Work(Extension):
 
 
 JOB = f"@global:analysis:{Work.__name__}"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep results that can't be reported where nobody sees them."""
-    monkeypatch.chdir(tmp_path)
 
 
 def kept(error: str) -> Any:

@@ -15,7 +15,7 @@ from zndraw_joblib.client import Category, ClaimedTask, Extension, JobManager, T
 from zndraw_joblib.schemas import JobPolicy, TaskResponse
 from zndraw_joblib.testing import Host
 
-pytestmark = pytest.mark.makers("plain")
+pytestmark = [pytest.mark.makers("plain"), pytest.mark.usefixtures("own_directory")]
 
 OFTEN = {"polling_interval": 0.05, "heartbeat_interval": 0.2}
 
@@ -49,7 +49,7 @@ def host() -> Iterator[Host]:
     Slow.held_up.set()
     with Host() as host:
         yield host
-    Slow.held_up.clear()
+        Slow.held_up.clear()
 
 
 @pytest.fixture
