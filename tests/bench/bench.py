@@ -330,7 +330,7 @@ def parse() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [*map(int, text.split(","))]
 
-    parser.add_argument("--quick", action="store_true", help="ends within 4 minutes")
+    parser.add_argument("--quick", action="store_true", help="some minutes, less exact")
     parser.add_argument("--kinds", help=f"databases, of {', '.join(KINDS)}")
     parser.add_argument("--overrides", help=f"hosts, of {', '.join(OVERRIDES)}")
     parser.add_argument("--connections", type=numbers)
