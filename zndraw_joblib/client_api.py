@@ -8,8 +8,10 @@ import os
 import re
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from importlib import import_module
 from ipaddress import ip_address, ip_network
 from typing import Any, Protocol
@@ -347,10 +349,14 @@ def json_of(response: Any) -> Any:
 
 
 def _retry_after(response: Any) -> float:
+    """Return for how many seconds to wait, told as a number or a date (RFC 9110, 10.2.3)."""
+    given = response.headers.get("retry-after", "")
     try:
-        seconds = float(response.headers.get("retry-after", ""))
+        seconds = float(given)
     except ValueError:
-        # a date: when to ask again is then decided here
-        return 0.0
+        try:
+            seconds = parsedate_to_datetime(given).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
     # one that is no number either
     return min(seconds, LONGEST_RETRY_AFTER_SECONDS) if seconds > 0 else 0.0
