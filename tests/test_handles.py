@@ -76,6 +76,14 @@ def ada(host: Host) -> JobManager:
     return manager
 
 
+def test_a_cancel_that_is_refused_is_not_taken_for_an_end(host: Host, ada: JobManager):
+    task = ada.submit(Square(number=3), "lab")
+    host.app.state.joblib_settings = JobLibSettings(max_payload_bytes=1, max_result_bytes=1)
+    with pytest.raises(ValueError, match="limited to 1 bytes"):
+        task.cancel()
+    assert task.status == "pending"
+
+
 def test_a_handle_is_the_id(host: Host, ada: JobManager):
     task = ada.submit(Square(number=3), "lab")
     assert (json.loads(json.dumps([task])), {task: 1}[str(task)]) == ([task], 1)

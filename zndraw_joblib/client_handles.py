@@ -129,6 +129,9 @@ class TaskHandle(str):
             task = self._ask("patch", json={"status": TaskStatus.CANCELLED.value})
         except ValueError:
             task = self.refresh()
+            if task.status not in TERMINAL:
+                # it was refused for another reason than its end
+                raise
         return task.status == TaskStatus.CANCELLED
 
     def retry(self) -> Self:
